@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError
 from icenet.core.porting.record import Graph
-from icenet_torch.porting import losses, recurrent, sizes, traceable
+from icenet_torch.porting import losses, recurrent, sizes, traceable, whole
 from icenet_torch.porting.failures import broken, is_data_dependent
 from icenet_torch.porting.reader import Reader
 
@@ -115,6 +115,7 @@ def _program(
                 _quiet(),
                 recurrent.whole_layers(),
                 losses.whole_losses(),
+                whole.whole_functions(),
                 sizes.open_sizes(),
                 sizes.open_lengths(module),
             ):

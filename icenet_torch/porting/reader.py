@@ -160,7 +160,7 @@ class Reader:
                 self.append(node, f"sym.{name.partition('.')[0]}", args, names)
                 return
             schema = target._schema
-            if namespace in ("icenet_rnn", "icenet_loss", "icenet_size"):
+            if namespace in ("icenet_rnn", "icenet_loss", "icenet_size", "icenet_whole"):
                 name = rest
             given: dict[str, Any] = {}
             for index, item in enumerate(schema.arguments):

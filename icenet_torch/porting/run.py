@@ -73,10 +73,23 @@ class _Precision(TorchDispatchMode):
 
         if func is not torch.ops.aten.view.dtype:  # it reads the bits
             args, kwargs = tuple(map(other, args)), {name: other(item) for name, item in (kwargs or {}).items()}
+        grouped = getattr(torch.ops.aten, "_grouped_mm", None)  # torch 2.8 and later
+        if grouped is not None and func is grouped.default and args[0].dtype == torch.float64:
+            return _grouped_products(*args[:3])
         result = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default):  # torch.tensor(...)
             result = result.to(other(result.dtype))
         return result
+
+
+def _grouped_products(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """Returns a `grouped_mm`, which torch does not have in float64: of rows, or of the columns of a gradient."""
+    ends = offs.tolist()
+    parts = list(zip([0, *ends], ends, strict=False))
+    if b.ndim == 2:
+        return torch.stack([a[:, start:end] @ b[start:end] for start, end in parts])
+    rest = a.new_zeros(a.shape[0] - ends[-1], b.shape[-1])
+    return torch.cat([*(a[start:end] @ b[group] for group, (start, end) in enumerate(parts)), rest])
 
 
 def _copied(module: nn.Module) -> nn.Module:

@@ -193,3 +193,34 @@ def stft(
     y = y.swapaxes(-1, -2)
     y = y * n_fft**-0.5 if normalized else y
     return y if return_complex else mx.stack([mx.real(y), mx.imag(y)], axis=-1)
+
+
+def istft(x, n_fft, hop, length, window, center, normalized, onesided, size, return_complex):
+    """Returns the signal of a short-time Fourier transform [..., frequencies, frames]; None keeps its size."""
+    window = mx.ones((length,)) if window is None else window
+    left = (n_fft - length) // 2
+    window = mx.pad(window, [(left, n_fft - length - left)])
+    x = x.swapaxes(-1, -2) * n_fft**0.5 if normalized else x.swapaxes(-1, -2)
+    if not onesided and not return_complex:
+        x = x[..., : n_fft // 2 + 1]
+    frames = mx.fft.ifft(x) if return_complex else mx.fft.irfft(x, n_fft)
+    frames = frames * window  # [..., frames, n_fft]
+    count = frames.shape[-2]
+    total, start = n_fft + hop * (count - 1), n_fft // 2 if center else 0
+    places = mx.arange(count)[:, None] * hop + mx.arange(n_fft)
+    y = mx.zeros((*frames.shape[:-2], total), frames.dtype).at[..., places].add(frames)
+    weight = mx.zeros((total,)).at[places].add(mx.broadcast_to(window * window, places.shape))
+    end = total - start if size is None else min(start + size, total)
+    y = y[..., start:end] / weight[start:end]
+    if size is None:
+        return y
+    return mx.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, size - y.shape[-1])])
+
+
+def grouped_mm(x, weights, ends):
+    """Returns the products of the rows of x [rows, in] and the matrix of their group; `ends` has their last rows."""
+    row = mx.arange(x.shape[0])
+    group = (row[:, None] >= ends).sum(-1)
+    inside = group < weights.shape[0]
+    y = mx.gather_mm(x[:, None], weights, rhs_indices=mx.minimum(group, weights.shape[0] - 1))[:, 0]
+    return mx.where(inside[:, None], y, 0)

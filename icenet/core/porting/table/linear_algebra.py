@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from icenet.core.errors import PortError
 from icenet.core.porting.table.base import Operation, atom, entry, in_floating_point
 
 
@@ -208,3 +209,17 @@ def stft(n: Operation) -> str:
         repr(bool(center)),
         repr(n.get("pad_mode", "reflect")),
     )
+
+
+@entry("istft")
+def istft(n: Operation) -> str:
+    names = ("self", "n_fft", "hop_length", "win_length", "window", "center", "normalized", "onesided", "length")
+    return n.call("istft", *(n.source(n.args.get(name)) for name in (*names, "return_complex")))
+
+
+@entry("grouped_mm", "_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_mm(n: Operation) -> str:
+    given = [n.args.get(first, n.args.get(second)) for first, second in (("self", "input"), ("mat2", "weight"))]
+    if any(tensor is None or tensor.ndim != ndim for tensor, ndim in zip(map(n.of, given), (2, 3), strict=True)):
+        raise PortError(f"{n.node.place or n.node.name}: a grouped product has rows and a matrix for each group only")
+    return n.call("grouped_mm", *map(n.source, given), n["offs"])
