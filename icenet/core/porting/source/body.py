@@ -228,6 +228,8 @@ class Frame(Variables):
         """Returns the source of a size: an axis of a value that is known here, or arithmetic of sizes."""
         if expression in self.sizes:
             return self.sizes[expression]
+        if re.fullmatch(r"\d+", expression):
+            return expression
         for value in self.text:
             tensor = self.graph.tensors.get(value)
             variable = self.text[value]
