@@ -147,6 +147,48 @@ def test_experts_get_all_tokens_or_those_routed_to_them() -> None:
     assert not report.passed and report.culprit == "" and report.failed_stage.name == "forward", str(report)
 
 
+class Expert(M.Module):
+    def __init__(self, act: Any = M.gelu) -> None:
+        super().__init__()
+        self.up, self.down, self.act = M.Linear(4, 8), M.Linear(8, 4), act
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down(self.act(self.up(x)))
+
+
+class TorchExpert(T.Module):
+    def __init__(self, act: Any = F.gelu) -> None:
+        super().__init__()
+        self.up, self.down, self.act = T.Linear(4, 8), T.Linear(8, 4), act
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.down(self.act(self.up(x)))
+
+
+class WithoutBias(M.Linear):
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("mistake", ["", "approximation", "bound", "gradient", "bias"])
+def test_a_mistake_in_an_expert_that_gets_other_rows_is_found_there(mistake: str) -> None:
+    ours, theirs = Experts(), TorchExperts()
+    ours.experts = [Expert() for _ in range(3)]
+    theirs.experts = T.ModuleList(TorchExpert() for _ in range(3))
+    if mistake == "approximation":
+        ours.experts[1].act = M.gelu_approx
+    elif mistake == "bound":
+        ours.experts[1].act, theirs.experts[1].act = M.relu, F.relu6
+    elif mistake == "gradient":
+        ours.experts[1].act = lambda x: mx.stop_gradient(M.gelu(x))
+    elif mistake == "bias":
+        ours.experts[1].up = WithoutBias(4, 8)
+    report = compare(ours, theirs, draw(2, 15, 4), copy_weights=True)
+    assert report.passed == (not mistake), str(report)
+    place = "experts.1.up" if mistake == "bias" else "experts.1 itself, between up and down"
+    assert report.passed or report.verdict.startswith(f"differs in {place}"), report.verdict
+
+
 class Masked(M.Module):
     """A layer within a layer that gets the mask."""
 

@@ -36,7 +36,7 @@ def replay_larger(c: Comparison, pairs: list[Pair]) -> dict[int, dict[str, Judge
     shows whether its own values are. A pair that differs keeps the inputs, on which a cause is then searched for.
     """
     found = {}
-    for pair in pairs:
+    for pair in (*pairs, *(inner for outer in pairs for inner in outer.apart)):
         if not c.computes_reference or pair.b.call or pair.obstacle or not _may_have_bounds(c, pair):
             continue
         for has_signs in (False, True):  # with the signs of the run if the function is not defined for others

@@ -214,6 +214,7 @@ def _without_other_rows(pairs: list[Pair], by_event: dict[int, Pair]) -> tuple[l
     rows of one side are gathered from several axes. Otherwise the shapes are a difference.
     """
     left_out: set[int] = set()
+    callers: dict[int, Pair] = {}
     found: dict[str, list[str]] = {}
     example = ""
     for pair in pairs:
@@ -234,6 +235,7 @@ def _without_other_rows(pairs: list[Pair], by_event: dict[int, Pair]) -> tuple[l
         if all(len(x) != len(y) for x, y in others) or _agree(around):
             events = {id(event) for side in (pair.a, pair.b) for event in side.walk()}
             left_out |= events
+            callers |= {id(event): around for event in pair.b.walk()}
             names = found.setdefault(around.path or "the model", [])
             names += [pair.path] if pair.path not in names else []
             example = example or f"{list(others[0][0])} and {list(others[0][1])}"
@@ -242,9 +244,34 @@ def _without_other_rows(pairs: list[Pair], by_event: dict[int, Pair]) -> tuple[l
         f"a than in b, such as {example}; computed within {around}"
         for around, paths in found.items()
     ]
+    _set_apart([pair for pair in pairs if id(pair.b) in left_out], callers)
     for event in left_out & by_event.keys():
         del by_event[event]
     return [pair for pair in pairs if id(pair.b) not in left_out], notes
+
+
+def _set_apart(pairs: list[Pair], callers: Mapping[int, Pair]) -> None:
+    """Adds calls that get other rows on each side to those around them, if both sides take the rows of `b`."""
+    found: dict[int, Pair] = {}
+    for pair in pairs:
+        pair.arguments, pair.outputs, pair.own, pair.obstacle = [], [], set(), ""
+        for ours, theirs, indices in (
+            (pair.a.arguments, pair.b.arguments, pair.arguments),
+            (pair.a.outputs, pair.b.outputs, pair.outputs),
+        ):
+            fits = len(ours) == len(theirs) and all(
+                x.is_float and y.is_float and x.array.shape[-1:] == y.array.shape[-1:]
+                for x, y in zip(ours, theirs, strict=True)
+            )
+            indices += [(index, index, align.SAME) for index in range(len(theirs))] if fits else []
+        if pair.arguments and pair.outputs and pair.a.is_storable and pair.b.is_storable:
+            found[id(pair.b)] = found[id(pair.a)] = pair
+            callers[id(pair.b)].apart.append(pair)
+    for pair in pairs:
+        if id(pair.b) in found:
+            own = {id(child) for child in _nearest(pair.a, found)}
+            inner = (found[id(child)] for child in _nearest(pair.b, found))
+            pair.children = [child for child in inner if id(child.a) in own and is_separable(child)]
 
 
 def _agree(pair: Pair) -> bool:

@@ -30,6 +30,8 @@ class Pair:
         noise: The event of `b` in the dtype under test.
         kind: Kind of the layer, if both sides agree on it.
         children: The calls within it that both sides make and that can be left out of a replay, in the order of `b`.
+        apart: The calls within it that get other rows on each side. They are computed within it, and replayed alone
+            with the rows of `b` if it differs.
         arguments, outputs: Index in `a`, index in `b` and alignment of each array that both sides have.
         obstacle: Why it cannot be replayed; empty if it can.
         parameters: Paths in `b`, within the module, of the parameters that the replay has gradients of.
@@ -46,6 +48,7 @@ class Pair:
     noise: Event
     kind: str | None = None
     children: list[Pair] = field(default_factory=list)
+    apart: list[Pair] = field(default_factory=list)
     arguments: list[tuple[int, int, str]] = field(default_factory=list)
     outputs: list[tuple[int, int, str]] = field(default_factory=list)
     obstacle: str = ""

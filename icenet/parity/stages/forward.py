@@ -14,6 +14,7 @@ from icenet.parity.calls import culprit
 from icenet.parity.calls.culprit import Origin
 from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair, hidden
+from icenet.parity.calls.replays import replay
 from icenet.parity.calls.runs import agrees_in_samples
 from icenet.parity.causes.passed import find_passed, passes_on
 from icenet.parity.results import status as states
@@ -79,12 +80,14 @@ def judge_forward(
         found: The judgements of the replays by the number of the call in `b`.
         note: Remark on the mode, for all rows.
     """
-    candidates = ((pair, culprit.first_output(pair, found.get(pair.b.number, {}))) for pair in pairs)
+    apart = [inner for pair in pairs for inner in pair.apart]
+    candidates = ((pair, culprit.first_output(pair, found.get(pair.b.number, {}))) for pair in (*pairs, *apart))
     origins = sorted(
         ((pair, origin) for pair, origin in candidates if origin is not None), key=lambda item: item[1].order
     )
     passed = ""
     if origins:
+        _move_into(c, origins, found)
         passed = _move_to_caller(c, pairs, origins, found)
     differing = {pair.path for pair, _ in origins}
     first = origins[0][1].order if origins else math.inf
@@ -99,6 +102,7 @@ def judge_forward(
                 stage.rows.append(_output_row(c, pair, (i, j, how), worst, places, differing, first, note))
         if pair.obstacle and pair.obstacle not in c.notes_of(pair.path):
             c.notes_of(pair.path).append(pair.obstacle)
+    stage.rows += [apart_row(inner, places[id(inner)]) for inner in apart if id(inner) in places]
     if origins:
         pair, origin = origins[0]
         c.fail(stage, pair.path, origin.where, neutral(origin.judgement.note) or note)
@@ -114,6 +118,40 @@ def judge_forward(
             index = stage.rows.index(row)
             stage.rows[index] = replace(row, status=states.DIFFERS)
             c.fail(stage, "", "", "the run differs, although every module agrees on the inputs of the reference")
+
+
+def _move_into(c: Comparison, origins: list[tuple[Pair, Origin]], found: dict[int, dict[str, Judgement]]) -> None:
+    """Replaces the first origin by a call within it that gets other rows on each side, if it differs on equal ones.
+
+    A recorded reference cannot compute such a call alone.
+    """
+    pair, _ = origins[0]
+    for inner in pair.apart if c.computes_reference else ():
+        found[inner.b.number] = replay(c, inner, gradients=False)
+        own = culprit.first_output(inner, found[inner.b.number])
+        if own is not None and own.judgement.is_over and own.order < origins[0][1].order:
+            origins[0] = inner, own
+
+
+def apart_row(pair: Pair, origin: Origin) -> Row:
+    """Returns the row of a call that gets other rows on each side: of its replay, as its runs cannot be compared."""
+    found = origin.judgement
+    return Row(
+        pair.path,
+        "gradient of output" if origin.name.startswith(("input ", "gradient:")) else pair.b.output_label(0),
+        pair.b.outputs[0].array.shape,
+        states.DIFFERS,
+        found.ratio,
+        found.error,
+        found.noise,
+        found.scale,
+        found.ratio,
+        origin.label,
+        origin.where,
+        neutral(found.note),
+        pair.b.call,
+        pair.b.number,
+    )
 
 
 def _move_to_caller(
