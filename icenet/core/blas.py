@@ -21,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,7 @@ _GET_THREADS = ("openblas_get_num_threads", "mkl_get_max_threads")
 """What OpenBLAS and the MKL inside torch export. The number holds for the process."""
 
 
+@lru_cache
 def num_threads() -> int | None:
     """Returns the number of threads of the library that `load` found; None if it cannot be read or set."""
     get, settable = _function(_GET_THREADS), _function(_SET_THREADS)
@@ -232,6 +234,7 @@ def set_num_threads(threads: int) -> None:
     function = _function(_SET_THREADS)
     if function is not None:
         function(ctypes.c_int(threads))
+        num_threads.cache_clear()
 
 
 def _function(names: Sequence[str]) -> Any:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from icenet import nn as mlx_ops
+from icenet.core import blas
 from icenet.core.config import TransformerConfig
 from icenet.models import TransformerModel as MLXTransformerModel
 from icenet.nn import cpu_products as mlx_products
@@ -26,6 +27,7 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions are tested on each processor that has them, not only where they are faster."""
     monkeypatch.setattr(cpu_products, "IS_FASTER", cpu_products.HAS_FUNCTIONS)
     monkeypatch.setattr(mlx_products, "_is_faster", lambda: True)
+    monkeypatch.setattr(blas, "num_threads", lambda: 2)
 
 
 def generating(inputs: int, outputs: int, bias: bool) -> Any:
@@ -130,6 +132,12 @@ def test_other_products_of_mlx_are_one_operation(monkeypatch: pytest.MonkeyPatch
         assert not mlx_products.can_compute(mx.zeros((2, 256)), weight)
         assert not mlx_products.can_compute(mx.zeros((2, 2048)), mx.zeros((1024, 2048)))
         assert not mlx_products.can_compute(mx.zeros((1, 1023)), mx.zeros((1024, 1023)))
+        assert mlx_products.can_compute(mx.zeros((1, 2048)), mx.zeros((1024, 2048)))
+        monkeypatch.setattr(blas, "num_threads", lambda: 1)
+        assert mlx_products.can_compute(mx.zeros((1, 1024)), mx.zeros((1024, 1024)))
+        assert not mlx_products.can_compute(x, weight)
+        assert not mlx_products.can_compute(mx.zeros((1, 2048)), mx.zeros((1024, 2048)))
+        assert mlx_products.can_compute(mx.zeros((2, 512)), weight)
         monkeypatch.setattr(mlx_products, "_is_faster", lambda: False)
         assert not mlx_products.can_compute(x, weight)
 
