@@ -75,12 +75,20 @@ def _functions(source: Source) -> dict[str, Callable[..., mx.array]]:
         numbers = numbers if scale is None else numbers * scale
         return (numbers if loc is None else numbers + loc).astype(dtype or mx.float32)
 
+    def laplace(shape: Any = (), dtype: Any = mx.float32, loc: float = 0.0, scale: float = 1.0) -> mx.array:
+        least = 2.0**-23 - 1  # as `torch.distributions.Laplace`
+        numbers = draw("uniform", shape) * (1 - least) + least
+        return (loc - scale * mx.sign(numbers) * mx.log1p(-mx.abs(numbers))).astype(dtype or mx.float32)
+
     def gumbel(shape: Any = (), dtype: Any = mx.float32) -> mx.array:
         return (-mx.log(-mx.log(_positive(draw("gumbel", shape))))).astype(dtype or mx.float32)
 
-    def categorical(logits: mx.array, axis: int = -1) -> mx.array:
+    def categorical(logits: mx.array, axis: int = -1, shape: Any = None, num_samples: int | None = None) -> mx.array:
         logits = mx.moveaxis(logits, axis, -1)
-        return mx.argmax(logits - mx.log(-mx.log(_positive(draw("categorical", logits.shape)))), axis=-1)
+        if num_samples is not None:
+            logits = mx.repeat(logits[..., None, :], num_samples, -2)
+        drawn = logits.shape if shape is None else (*shape, logits.shape[-1])
+        return mx.argmax(logits - mx.log(-mx.log(_positive(draw("categorical", drawn)))), axis=-1)
 
     def randint(low: Any, high: Any, shape: Any = (), dtype: Any = mx.int32) -> mx.array:
         low, high = mx.array(low), mx.array(high)
@@ -90,7 +98,7 @@ def _functions(source: Source) -> dict[str, Callable[..., mx.array]]:
         order = mx.argsort(draw("permutation", (x if isinstance(x, int) else x.shape[axis],)))
         return order if isinstance(x, int) else mx.take(x, order, axis)
 
-    named = (bernoulli, uniform, normal, gumbel, categorical, randint, permutation)
+    named = (bernoulli, uniform, normal, laplace, gumbel, categorical, randint, permutation)
     return {function.__name__: function for function in named}
 
 

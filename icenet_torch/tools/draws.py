@@ -73,13 +73,19 @@ def _functions(source: Source) -> dict[Any, Callable[..., Any]]:
         return -torch.log(_exponential(drawn_like("categorical", x)))
 
     def multinomial(x: Tensor, count: int, replacement: bool = False) -> Tensor:
-        if count != 1:
-            return aten.multinomial(x, count, replacement)
-        return (x.log() + gumbels(x)).argmax(-1, keepdim=True)
+        if count == 1:
+            return (x.log() + gumbels(x)).argmax(-1, keepdim=True)
+        if replacement:
+            rows = x[..., None, :].expand(*x.shape[:-1], count, x.shape[-1])
+            return (rows.log() + gumbels(rows)).argmax(-1)
+        return (x.log() + gumbels(x)).topk(count, -1).indices  # distributed as one after the other
 
     def integers(low: int, high: int, shape: Any, dtype: Any = None, device: Any = None) -> Tensor:
         numbers = draw("randint", shape, torch.float32, device)
         return ((numbers * (high - low)).floor() + low).clamp(max=high - 1).to(dtype or torch.int64)
+
+    def integers_like(x: Tensor, low: int, high: int, dtype: Any = None, **_: Any) -> Tensor:
+        return integers(low, high, x.shape, dtype or x.dtype, x.device)
 
     def order(n: int, dtype: Any = None, device: Any = None) -> Tensor:
         return draw("permutation", (n,), torch.float32, device).argsort(stable=True).to(dtype or torch.int64)
@@ -118,6 +124,14 @@ def _functions(source: Source) -> dict[Any, Callable[..., Any]]:
         aten.randint.low: lambda low, high, size, dtype=None, device=None, **_: integers(
             low, high, size, dtype, device
         ),
+        **dict.fromkeys(
+            (aten.randint_like.default, aten.randint_like.generator),
+            lambda x, high, **o: integers_like(x, 0, high, **o),
+        ),
+        **dict.fromkeys((aten.randint_like.low_dtype, aten.randint_like.low_generator_dtype), integers_like),
+        aten.random_.to: lambda x, high: x.copy_(integers_like(x, 0, high)),
+        getattr(aten.random_, "from"): lambda x, low, high: x.copy_(integers_like(x, low, high)),
+        aten.log_normal_.default: lambda x, mean=1.0, std=2.0: x.copy_((drawn_like("normal", x) * std + mean).exp()),
         aten.randperm.default: lambda n, dtype=None, device=None, **_: order(n, dtype, device),
     }
 

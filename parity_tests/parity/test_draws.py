@@ -212,3 +212,110 @@ def test_normal_numbers_of_a_shape_are_replaced_and_complex_ones_are_not() -> No
         order = torch.randperm(20)  # of equal numbers, as in MLX
     assert normal.tolist() == [1.5] * 3 and order.tolist() == list(range(20))
     assert z.dtype == like.dtype == torch.complex64
+
+
+def chosen(x: mx.array, indices: mx.array) -> mx.array:
+    return mx.take_along_axis(x, mx.stop_gradient(indices), -1)
+
+
+SEVERAL: dict[str, tuple[Any, Any, Any]] = {
+    "randint_like": (
+        lambda x: x * mx.random.randint(0, 3, x.shape),
+        lambda x: x * torch.randint_like(x, 3),
+        lambda x: x * mx.random.randint(0, 4, x.shape),
+    ),
+    "randint_like from": (
+        lambda x: x * mx.random.randint(-2, 3, x.shape),
+        lambda x: x * torch.randint_like(x, -2, 3),
+        lambda x: x * mx.random.randint(-3, 3, x.shape),
+    ),
+    "random_": (
+        lambda x: x * mx.random.randint(0, 5, x.shape),
+        lambda x: x * torch.empty_like(x).random_(5),
+        lambda x: x * mx.random.randint(0, 6, x.shape),
+    ),
+    "random_ from": (
+        lambda x: x * mx.random.randint(1, 5, x.shape),
+        lambda x: x * torch.empty_like(x).random_(1, 5),
+        lambda x: x * mx.random.randint(0, 5, x.shape),
+    ),
+    "log_normal_": (
+        lambda x: x * mx.exp(mx.random.normal(x.shape, scale=0.5)),
+        lambda x: x * torch.empty_like(x).log_normal_(0.0, 0.5),
+        lambda x: x * mx.random.normal(x.shape, scale=0.5),
+    ),
+    "multinomial": (
+        lambda x: chosen(x, mx.random.categorical(x, num_samples=4)),
+        lambda x: x.gather(-1, x.softmax(-1).multinomial(4, replacement=True)),
+        lambda x: chosen(x, mx.random.categorical(-x, num_samples=4)),
+    ),
+    "multinomial without replacement": (
+        lambda x: chosen(x, mx.argsort(-(x + mx.random.gumbel(x.shape)), -1)[:, :2]),
+        lambda x: x.gather(-1, x.softmax(-1).multinomial(2)),
+        lambda x: chosen(x, mx.argsort(x + mx.random.gumbel(x.shape), -1)[:, :2]),
+    ),
+    "Laplace": (
+        lambda x: x + mx.random.laplace(x.shape, scale=0.5),
+        lambda x: x + torch.distributions.Laplace(torch.zeros_like(x), 0.5).rsample(),
+        lambda x: x + mx.random.laplace(x.shape, scale=0.4),
+    ),
+}
+"""By name: code of MLX, that of PyTorch, and MLX's with a mistake."""
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_numbers_of_other_distributions_are_equal(name: str) -> None:
+    right, theirs, wrong = SEVERAL[name]
+    width = 2 if name == "multinomial without replacement" else 4
+    for ours in (right, wrong):
+        pair = (
+            Net(lambda m, x, ours=ours: m.out(m.noise(m.fc(x))), fc=M.Linear(6, 4), out=M.Linear(width, 3),
+                noise=Net(lambda m, x, ours=ours: ours(x) if m.training else x)),
+            TorchNet(lambda m, x: m.out(m.noise(m.fc(x))), fc=T.Linear(6, 4), out=T.Linear(width, 3),
+                     noise=TorchNet(lambda m, x: theirs(x) if m.training else x)),
+        )  # fmt: skip
+        report = compare(*pair, draw(5, 6), copy_weights=True)
+        assert report.passed == (ours is right), report.verdict
+        assert "not compared" not in report.verdict
+        assert report.passed or report.verdict.startswith("differs in noise; output is off by"), report.verdict
+
+
+@pytest.mark.parametrize("name", ["geometric_", "cauchy_"])
+def test_numbers_that_mlx_has_no_function_for_name_their_module(name: str) -> None:
+    ours, theirs = (
+        net(lambda m, x: m.out(m.noise(x)), noise=noise, out=out)
+        for net, noise, out in (
+            (Net, Net(lambda m, x: x * mx.random.uniform(shape=x.shape) if m.training else x), M.Linear(6, 3)),
+            (
+                TorchNet,
+                TorchNet(lambda m, x: x * getattr(torch.empty_like(x), name)(0.3) if m.training else x),
+                T.Linear(6, 3),
+            ),
+        )
+    )
+    report = compare(ours, theirs, draw(5, 6), copy_weights=True)
+    assert report.passed and "the training mode of noise itself was not compared" in report.verdict, report.verdict
+
+
+def test_equal_numbers_have_the_distribution_that_the_code_asks_for() -> None:
+    rng, p = np.random.default_rng(0), np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+
+    def source(distribution: str, shape: tuple[int, ...]) -> Any:
+        return rng.standard_normal(shape, np.float32) if distribution == "normal" else rng.random(shape, np.float32)
+
+    with our_draws.replaced(source), their_draws.replaced(source):
+        rows = torch.from_numpy(p).repeat(2, 1)
+        several = rows.multinomial(20000, replacement=True)
+        others = rows[:1].repeat(20000, 1).multinomial(2)
+        ours = mx.random.categorical(mx.log(mx.array(np.stack([p, p]))), num_samples=20000)
+        shaped = mx.random.categorical(mx.log(mx.array(np.stack([p, p]))), shape=(20000, 2))
+        laplace = np.array(mx.random.laplace((20000,), loc=1.0, scale=0.5))
+        numbers = torch.empty(20000).log_normal_(0.5, 0.25).log()
+    assert several.shape == ours.shape == (2, 20000) and shaped.shape == (20000, 2)
+    for found in (several.numpy(), np.array(ours), np.array(shaped)):
+        assert np.allclose(np.bincount(found.reshape(-1)) / found.size, p, atol=0.01)
+    assert (others[:, 0] != others[:, 1]).all()
+    second = [sum(p[i] * p[j] / (1 - p[i]) for i in range(4) if i != j) for j in range(4)]
+    assert np.allclose(np.bincount(others[:, 1].numpy()) / 20000, second, atol=0.015)
+    assert abs(laplace.mean() - 1) < 0.02 and abs(np.abs(laplace - 1).mean() - 0.5) < 0.02
+    assert abs(numbers.mean() - 0.5) < 0.01 and abs(numbers.std() - 0.25) < 0.01
