@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from icenet.core.errors import PortError
 from icenet.core.porting.record import Graph
 from icenet_torch.porting import losses, recurrent, sizes, traceable, whole
-from icenet_torch.porting.failures import broken, is_data_dependent
+from icenet_torch.porting.failures import broken
 from icenet_torch.porting.reader import Reader
 
 _library = torch.library.Library("icenet_port", "DEF")
@@ -105,6 +105,7 @@ def _program(
             (None, None),
         ]
     first: Exception | None = None
+    found: tuple[Any, Any, list[str]] | None = None
     for shapes, budget in tries:
         deadline = None if budget is None else time.process_time() + budget
         try:
@@ -121,14 +122,24 @@ def _program(
             ):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if not _reads_numbers(program):
                 return program, shapes, functions
+            found = found or (program, shapes, functions)
         except Exception as error:  # whatever a user's forward raises
             if not isinstance(error, _TooSlow):
                 first = first or error
-            if is_data_dependent(error) or isinstance(error, PortError):
+            if isinstance(error, PortError):
                 break  # other sizes change nothing
+    if found is not None:
+        return found
     assert first is not None
     raise broken(first) from None
+
+
+def _reads_numbers(program: Any) -> bool:
+    """Returns whether a size comes from a value: of the inputs, or of `torch.tensor(size)`, if the size is open."""
+    reads = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+    return any(node.target in reads for node in program.graph.nodes)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 `torch.export` fixes the number of steps of `torch.linspace`, the size of `F.affine_grid` and the window of a pool,
 because they are no symbolic numbers in its schemas, and `len(x)`, because Python's is a number. Here they are
-operations that take them, a pool over a whole image is an adaptive pool, and `len(x)` is `x.shape[0]`.
+operations that take them, a pool over a whole image is an adaptive pool, and `len(x)` is `x.shape[0]`. The quotient
+of two sizes by `torch.div` is a tensor whose value an export knows, if the sizes are fixed.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _len(value: Any) -> Any:
 @contextlib.contextmanager
 def open_sizes() -> Iterator[None]:
     """Replaces the functions while the context is open."""
-    linspace, affine_grid = torch.linspace, F.affine_grid
+    linspace, affine_grid, divide = torch.linspace, F.affine_grid, torch.div
     pools = {name: getattr(F, name) for name in _ADAPTIVE}
 
     def with_open_steps(start: Any, end: Any, steps: Any = None, **options: Any) -> torch.Tensor:
@@ -88,14 +89,20 @@ def open_sizes() -> Iterator[None]:
             return made
         return affine_grid(theta, size, align_corners)
 
-    torch.linspace = with_open_steps  # type: ignore[assignment]
+    def of_numbers(input: Any, other: Any, *, rounding_mode: str | None = None, **options: Any) -> torch.Tensor:
+        sizes = all(type(item) is int or isinstance(item, torch.SymInt) for item in (input, other))
+        if sizes and rounding_mode is not None and not options and input >= 0 and other > 0:
+            return torch.tensor(input // other)  # an export knows the value
+        return divide(input, other, rounding_mode=rounding_mode, **options)
+
+    torch.linspace, torch.div = with_open_steps, of_numbers  # type: ignore[assignment]
     F.affine_grid = with_open_size
     for name, pool in pools.items():
         setattr(F, name, _pool(pool, _ADAPTIVE[name], int(name[-2])))
     try:
         yield
     finally:
-        torch.linspace, F.affine_grid = linspace, affine_grid
+        torch.linspace, torch.div, F.affine_grid = linspace, divide, affine_grid
         for name, pool in pools.items():
             setattr(F, name, pool)
 

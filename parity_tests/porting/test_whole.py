@@ -1,4 +1,4 @@
-"""Ports of what PyTorch exports with help only: the inverse STFT, grouped products, and sizes that are fixed."""
+"""Ports of what PyTorch exports with help only: the inverse STFT, grouped products, sizes that are tensors."""
 
 from __future__ import annotations
 
@@ -86,3 +86,48 @@ def test_a_module_whose_only_argument_is_a_size_that_is_fixed() -> None:
     module, x = FixedSize(), torch.randn(3, 6)
     model, _ = ported(module, x)
     close(model(mx.array(x.numpy())), module(x))
+
+
+class SizesAsTensors(nn.Module):
+    """Sizes that go through a tensor, as in DeBERTa and Longformer, are those of the example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        span = torch.tensor(min(x.shape[1], 8))
+        parts = x.reshape(x.shape[0], torch.div(x.shape[1], 2, rounding_mode="trunc"), 2, 4)
+        return parts.sum(2), self.table[8 - span : 8 + span]
+
+
+def test_a_size_that_is_a_tensor() -> None:
+    module = SizesAsTensors()
+    model, _ = ported(module, torch.randn(2, 6, 4))
+    x = torch.randn(5, 6, 4)  # the batch is open
+    for ours, theirs in zip(model(mx.array(x.numpy())), module(x), strict=True):
+        close(ours, theirs)
+
+
+class UnreadHead(nn.Module):
+    """A head whose result is not returned, as an auxiliary one without labels, updates its statistics in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.head = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.head(x)
+        return self.layer(x)
+
+
+def test_statistics_of_a_module_whose_result_is_not_read() -> None:
+    module, x = UnreadHead(), torch.randn(6, 4)
+    model, _ = ported(module, x)
+    model.train()(mx.array(x.numpy()))
+    module.train()(x)
+    for number in (1, 3):
+        theirs = module.head[number]
+        close(model.head[number].running_mean, theirs.running_mean)
+        close(model.head[number].running_var, theirs.running_var)

@@ -53,6 +53,7 @@ def collapse_layers(graph: Graph, allowed: dict[str, Layer] | None = None) -> tu
         and not isinstance(candidates[call.path], WrittenLayer)
         and not _is_whole(graph, call, candidates[call.path], uses, entered[call.path])
     }
+    refused |= _unread_norms(graph, root, candidates)
     layers = {path: layer for path, layer in candidates.items() if path not in refused}
     for path, layer in (allowed or {}).items():
         if isinstance(layer, Attention) and path in layers:
@@ -83,6 +84,14 @@ def collapse_layers(graph: Graph, allowed: dict[str, Layer] | None = None) -> tu
     own = {path: layer for path, layer in layers.items() if path in called or not layer.is_stateless}
     updates = {path: value for path, value in graph.updates.items() if path.rpartition(".")[0] not in own}
     return replace(graph, nodes=nodes, updates=updates), own
+
+
+def _unread_norms(graph: Graph, root: Call, candidates: dict[str, Layer]) -> set[str]:
+    """Returns the batch norms whose result nothing reads: of these only the running statistics are computed."""
+    changed = {path.rpartition(".")[0] for path in graph.updates}
+    norms = changed & {path for path, layer in candidates.items() if layer.constructor == "nn.BatchNorm"}
+    used = used_values(graph) if norms else set()
+    return {call.path for call in root.calls() if call.path in norms and used.isdisjoint(refs(call.results))}
 
 
 def _activations(
