@@ -402,12 +402,14 @@ class Mismatch:
         where: Where in that module, between which of its calls.
         note: The shapes.
         child: Path in `b` of the module that gets it; empty for an output.
+        order: Position in the order of the computation.
     """
 
     path: str
     where: str
     note: str
     child: str = ""
+    order: float = 0.0
 
 
 def first_mismatch(pairs: list[Pair]) -> Mismatch | None:
@@ -421,7 +423,8 @@ def first_mismatch(pairs: list[Pair]) -> Mismatch | None:
             if note:
                 name = relative(event.path, parent.path) if parent is not None else ""
                 where = f"{f'between {before} and' if before else 'before'} {name}" if parent is not None else ""
-                return Mismatch(parent.path if parent is not None else "", where, note, event.path)
+                path = parent.path if parent is not None else ""
+                return Mismatch(path, where, note, event.path, event.number - 0.5)
         last = ""
         for child in event.children:
             found = visit(child, event if pair is not None else parent, last if pair is not None else before)
@@ -429,7 +432,8 @@ def first_mismatch(pairs: list[Pair]) -> Mismatch | None:
                 return found
             last = relative(child.path, event.path) if id(child) in by_event else last
         if pair is not None and (note := _output_mismatch(pair)):
-            return Mismatch(event.path, f"after {last}" if last else "", note)
+            order = max(inner.number for inner in event.walk()) + 0.5
+            return Mismatch(event.path, f"after {last}" if last else "", note, order=order)
         return None
 
     root = next(iter(pairs), None)

@@ -55,11 +55,42 @@ def find_numbers(trial: Trial) -> str:
         with _changed(theirs, attribute, new):
             if trial.explains(trial.replay()):
                 return text
+    if text := _number_within(trial):
+        return text
     with contextlib.ExitStack() as stack:
         for attribute, new, _ in found:
             stack.enter_context(_changed(theirs, attribute, new))
         if len(found) > 1 and trial.explains(trial.replay()):
             return "; ".join(text for _, _, text in found)
+    return ""
+
+
+def _number_within(trial: Trial) -> str:
+    """Returns which attribute of the modules within a layer of both frameworks has another value in all of them."""
+    if not trial.pair.is_opaque:
+        return ""
+    sides = [
+        {
+            path[len(own) + 1 :]: module
+            for path, module in side.modules.items()
+            if path.startswith(f"{own}." if own else "")
+        }
+        for side, own in ((trial.c.a, trial.pair.a.path), (trial.c.reference, trial.pair.path))
+    ]
+    changes: dict[str, list[tuple[Any, str, Any]]] = {}
+    for path in sides[0].keys() & sides[1].keys():
+        own, other = attributes(sides[0][path]), attributes(sides[1][path])
+        for name, (attribute, old) in other.items():
+            new = own[name][1] if name in own else old
+            if type(new) is type(old) and new != old:
+                text = f"{_SHOWN.get(name, name)} is {_text(new)} in a, {_text(old)} in b"
+                changes.setdefault(text, []).append((sides[1][path], attribute, new))
+    for text, places in changes.items():
+        with contextlib.ExitStack() as stack:
+            for place in places:
+                stack.enter_context(_changed(*place))
+            if trial.explains(trial.replay()):
+                return text
     return ""
 
 

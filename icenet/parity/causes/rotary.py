@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.parity.calls.events import Event
@@ -14,8 +16,7 @@ from icenet.parity.causes.numbers import attributes
 from icenet.parity.causes.trial import Trial
 from icenet.parity.trace import Value
 
-if TYPE_CHECKING:
-    pass
+Array = npt.NDArray[Any]
 
 
 def bases(trial: Trial) -> list[float]:
@@ -85,6 +86,115 @@ def find_rotary(trial: Trial) -> str:
                 if trial.explains(trial.replay(values=values)):
                     return f"rotary positions of {text}"
     return ""
+
+
+def find_partial(trial: Trial) -> str:
+    """Returns whether rotary positions turn another part of each head, or positions at another scale.
+
+    Queries and keys are turned as in `a` and then back by the angles of the reference, before that turns them.
+    """
+    if not trial.is_forward or not _turns(trial):
+        return ""
+    places = trial.pair.input_places()
+    floats = [
+        index
+        for index, ((source, _), value) in enumerate(zip(places, trial.given.values, strict=True))
+        if source is not None and value.is_float and value.array.ndim in (3, 4)
+    ]
+    held = _held(trial)
+    for indices in _queries_and_keys(trial, floats):
+        arrays = [trial.given.values[index].array for index in indices]
+        if arrays[0].ndim != arrays[1].ndim or arrays[0].shape[:-1] != arrays[1].shape[:-1]:
+            continue
+        width = math.gcd(*(array.shape[-1] for array in arrays))
+        sizes = [size for size in range(4, width + 1, 2) if width % size == 0] if arrays[0].ndim == 3 else [width]
+        for size, theta, is_half in itertools.product(reversed(sizes), held.bases, held.halves):
+            for own, other in _dimensions(size, held.dims):
+                turns = _Turn(other, theta, is_half, 1.0), _Turn(own, theta, is_half, 1.0)
+                if trial.explains(trial.replay(values=_moved(trial, indices, size, *turns))):
+                    return f"rotary positions turn {own} of the {size} values of a head in a, {other} in b"
+            scales = (held.scale,) if held.scale != 1 else (0.5, 0.25, 0.125, 2.0, 4.0, 8.0)
+            for scale in scales:
+                turns = _Turn(size, theta, is_half, 1.0), _Turn(size, theta, is_half, scale)
+                if trial.explains(trial.replay(values=_moved(trial, indices, size, *turns))):
+                    return f"rotary positions are multiplied by {scale:g} in a, relative to those of b"
+    return ""
+
+
+def _queries_and_keys(trial: Trial, indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns the inputs that may be queries and keys: those of such a name, or else the first two."""
+    places = trial.pair.input_places()
+
+    def named(letter: str) -> list[int]:
+        sources = ((index, places[index][0]) for index in indices)
+        return [i for i, source in sources if source and source.path.rpartition(".")[2].lower().startswith(letter)]
+
+    found = [pair for pair in itertools.product(named("q"), named("k")) if pair[0] != pair[1]]
+    return found[:1] or list(itertools.combinations(indices[:2], 2))
+
+
+class _Turn(NamedTuple):
+    """Rotary positions: how many values of a head they turn, their base, whether halves, and a scale of positions."""
+
+    dims: int
+    theta: float
+    is_half: bool
+    scale: float
+
+
+class _Held(NamedTuple):
+    """What the layers of rotary positions within the module of `a` hold, or else what is usual."""
+
+    bases: list[float]
+    halves: tuple[bool, ...]
+    dims: int | None
+    scale: float
+
+
+def _held(trial: Trial) -> _Held:
+    prefix = f"{trial.pair.a.path}." if trial.pair.a.path else ""
+    held = [module for path, module in trial.c.a.modules.items() if f"{path}.".startswith(prefix)]
+    values = [attributes(module) for module in held]
+    layer = next((found for found in values if {"dims", "traditional", "theta"} <= found.keys()), None)
+    if layer is None:
+        return _Held((bases(trial) or [10000.0])[:2], (True, False), None, 1.0)
+    number = {name: layer[name][1] for name in ("dims", "traditional", "theta")}
+    scale = layer["scale"][1] if "scale" in layer else 1.0
+    return _Held([float(number["theta"])], (not number["traditional"],), int(number["dims"]), float(scale))
+
+
+def _dimensions(size: int, own: int | None) -> list[tuple[int, int]]:
+    """Returns the numbers of values that may be turned in `a` and in `b`, of the values of a head."""
+    usual = [n for n in dict.fromkeys((size, size // 2, size // 4, size * 3 // 4)) if n >= 2 and n % 2 == 0]
+    return [(a, b) for a in ([own] if own is not None else usual) for b in usual if a != b and a <= size]
+
+
+def _moved(trial: Trial, indices: Sequence[int], size: int, back: _Turn, forward: _Turn) -> list[Value]:
+    """Returns the inputs of the call with queries and keys that are turned by one turn, and back by the other."""
+    values = list(trial.given.values)
+    for index in indices:
+        array = np.asarray(values[index].array, np.float64)
+        heads = array.reshape(*array.shape[:2], -1, size) if array.ndim == 3 else array
+        axis = 1 if array.ndim == 3 else 2
+        heads = _rotated(_rotated(heads, axis, forward, 1), axis, back, -1)
+        values[index] = Value(np.ascontiguousarray(heads.reshape(array.shape)), values[index].dtype)
+    return values
+
+
+def _rotated(heads: Array, axis: int, turn: _Turn, sign: int) -> Array:
+    """Returns heads [..., E] turned by the positions along an axis."""
+    frequencies = turn.theta ** (-np.arange(0, turn.dims, 2) / turn.dims)
+    angles = sign * turn.scale * np.arange(heads.shape[axis])[:, None] * frequencies
+    shape = [1] * heads.ndim
+    shape[axis], shape[-1] = angles.shape
+    cos, sin = (function(angles).reshape(shape) for function in (np.cos, np.sin))
+    half = turn.dims // 2
+    first, second = (slice(0, half), slice(half, turn.dims)) if turn.is_half else (slice(0, turn.dims, 2),) * 2
+    second = second if turn.is_half else slice(1, turn.dims, 2)
+    x, y = heads[..., first], heads[..., second]
+    found = heads.copy()
+    found[..., first], found[..., second] = x * cos - y * sin, x * sin + y * cos
+    return found
 
 
 def _turns(trial: Trial) -> bool:

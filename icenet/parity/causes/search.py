@@ -8,8 +8,10 @@ order       axes, halves, a direction or a shift of the array that differs
 sums        an array that is added, left out, multiplied by a number, or taken in the place of another one
 functions   variants of the functions that the reference calls (`icenet_torch.tools.variants`): GELU, masks, scales,
             padding, variance, pooling, TF32, eps as a number in the code; casts to fp32 that are left out
-rotary      the base of the angles of rotary positions, and the values that they turn together
-weights     the order of gates and projections, a bias that is not used
+rotary      the base of the angles of rotary positions, the values that they turn together, and how many they turn
+weights     the order of gates and projections, a bias that is not used, 1 + weight, tied weights
+integers    integers and booleans: an offset of positions, an inverted mask
+shapes      operations that change a shape, if the shapes of both sides differ
 passed      what a module passes to one that it calls: an argument of one side only, another mask (before the others)
 optimizers  options of an optimizer, for a difference of its updates
 """
@@ -22,26 +24,41 @@ from icenet.parity import align
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.causes.calls import find_calls, find_dropout, find_mode
 from icenet.parity.causes.functions import find_casts, find_functions, find_mask, find_statistics
+from icenet.parity.causes.integers import find_integers
 from icenet.parity.causes.numbers import (
     find_numbers,
     find_options,
 )
 from icenet.parity.causes.order import find_direction, find_order
-from icenet.parity.causes.rotary import find_angles, find_rotary
+from icenet.parity.causes.rotary import find_angles, find_partial, find_rotary
 from icenet.parity.causes.sums import find_parts, find_scale, find_sums
 from icenet.parity.causes.trial import Trial
-from icenet.parity.causes.weights import find_weights
+from icenet.parity.causes.weights import find_offset, find_tied, find_weights
 from icenet.parity.state import Comparison
 from icenet.parity.yardstick import Judgement
 
 _SEARCHES = (
-    *(find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_rotary, find_functions),
-    *(find_scale, find_sums, find_weights, find_options, find_direction, find_casts, find_calls),
+    *(find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_rotary, find_partial),
+    *(
+        find_offset,
+        find_functions,
+        find_scale,
+        find_sums,
+        find_weights,
+        find_tied,
+        find_options,
+        find_direction,
+        find_casts,
+    ),
+    find_calls,
 )
 """The searches for the cause of a wrong output, in their order."""
-_BACKWARD = (find_numbers, find_sums, find_functions, find_weights, find_casts, find_scale, find_calls)
+_BACKWARD = (find_numbers, find_sums, find_offset, find_functions, find_weights, find_casts, find_scale, find_calls)
 """Those for the cause of a wrong gradient."""
-_COMPUTED = (find_statistics, find_functions, find_rotary, find_angles, find_weights, find_casts)
+_COMPUTED = (
+    *(find_statistics, find_functions, find_rotary, find_angles, find_partial),
+    *(find_weights, find_offset, find_tied, find_casts),
+)
 """Those in which the reference computes something else, which a recorded one cannot."""
 
 
@@ -53,8 +70,10 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
         trial = Trial(comparison, pair, judgements)
     except (align.ReplayError, KeyError):  # a result that one side lacks
         return ""
-    if not trial.exact[trial.name].is_float or trial.name not in trial.ours:
+    if trial.name not in trial.ours:
         return ""
+    if not trial.exact[trial.name].is_float:
+        return find_integers(trial)
     for search in _SEARCHES if trial.is_forward else _BACKWARD:
         if search in _COMPUTED and not comparison.computes_reference:
             continue

@@ -79,6 +79,13 @@ def find_parts(trial: Trial) -> str:
             for name in ("mean", "max", "sum", "min"):
                 if trial.explains_array(getattr(array, name)(axis=axis)):
                     return f"the {name} over axis {axis} of {label} is taken in a"
+        if array.ndim == len(shape) + 2:  # of images
+            for axes in itertools.combinations(range(1, array.ndim), 2):
+                if tuple(size for axis, size in enumerate(array.shape) if axis not in axes) != shape:
+                    continue
+                for name in ("mean", "max", "sum", "min"):
+                    if trial.explains_array(getattr(array, name)(axis=axes)):
+                        return f"the {name} over the axes {axes[0]} and {axes[1]} of {label} is taken in a"
     indices = [index for index, value in enumerate(trial.given.values) if value.is_float]
     for i, j in list(itertools.combinations(indices, 2))[:20]:
         if trial.given.values[i].array.shape == trial.given.values[j].array.shape and labels[i] != labels[j]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from icenet.parity.causes.trial import Trial
 from icenet.parity.state import Comparison
+from icenet.parity.trace import Value
 
 if TYPE_CHECKING:
     pass
@@ -59,6 +60,51 @@ def find_weights(trial: Trial) -> str:
     finally:
         pair.parameters = before
     return ""
+
+
+def find_offset(trial: Trial) -> str:
+    """Returns whether one side adds 1 to the weight of a norm, as the models of Gemma do."""
+    if trial.c.reference.backend != "torch":
+        return ""
+    weights = trial.c.reference.own_arrays(trial.pair.path)
+    vectors = [name for name, array in weights.items() if array.ndim == 1 and "bias" not in name]
+    for name in [name for name in vectors if name in trial.c.reference.parameters_within(trial.pair.path)]:
+        for by, text in ((1, f"1 + {name} in a, {name} in b"), (-1, f"{name} in a, 1 + {name} in b")):
+            if trial.explains(_with_weights(trial, {name: weights[name] + by})):
+                return f"{text}, as in a norm of Gemma"
+    return ""
+
+
+def find_tied(trial: Trial) -> str:
+    """Returns which parameter `a` takes in place of another one, such as that of an embedding for the output."""
+    c, pair = trial.c, trial.pair
+    if c.reference.backend != "torch" or not trial.is_forward:
+        return ""
+    prefix = f"{pair.path}." if pair.path else ""
+    held, ours = c.reference.weights(), c.a.weights()
+    theirs = {name: held[prefix + name] for name in c.reference.parameters_within(pair.path)}
+    only = {name: array for name, array in ours.items() if name not in c.parameter_names}
+    for name, array in theirs.items():
+        if array.ndim < 2:
+            continue
+        for others, side in ((theirs, "b"), (only, "a")):
+            for other, taken in others.items():
+                if taken.shape != array.shape or taken is array or np.array_equal(taken, array):
+                    continue
+                if trial.explains(_with_weights(trial, {name: np.asarray(taken)})):
+                    if side == "b":
+                        return f"a takes {other} where b takes {name}"
+                    return f"{other} is a parameter of its own in a, {name} in b (tied weights)"
+    return ""
+
+
+def _with_weights(trial: Trial, weights: Mapping[str, Array]) -> dict[str, Value]:
+    """Returns what the reference computes with other parameters, by path within the module."""
+    before, trial.pair.parameters = trial.pair.parameters, list(weights)
+    try:
+        return trial.replay(weights)
+    finally:
+        trial.pair.parameters = before
 
 
 def find_untied(c: Comparison, path: str) -> str:

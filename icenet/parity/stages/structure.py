@@ -18,6 +18,7 @@ from icenet.parity.calls.runs import Draws, check_draws, run_training, with_equa
 from icenet.parity.calls.sides import ModuleError
 from icenet.parity.calls.targets import AmbiguousAxes
 from icenet.parity.causes.numbers import shape_numbers
+from icenet.parity.causes.shapes import find_shapes
 from icenet.parity.inputs import Inputs
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
@@ -152,7 +153,7 @@ def _paired(
         numbers = shape_numbers(c, mismatch.child if mismatch.where else mismatch.path)
         c.report.cause = (
             f"{relative(mismatch.child, mismatch.path)}: {numbers}" if mismatch.where and numbers else numbers
-        )
+        ) or find_shapes(c, runs, mismatch)
         row = Row(mismatch.path, "shape", status=states.DIFFERS, ratio=math.inf, note=mismatch.note)
         stage.rows.append(replace(row, where=mismatch.where))
         raise StageFailed

@@ -6,11 +6,24 @@ module under test does. In the texts, `a` is the module under test and `b` the r
 
 from __future__ import annotations
 
-from icenet_torch.tools.variants import activations, attention, images, masks, norms, operations, rotary
+from icenet_torch.tools.variants import (
+    activations,
+    alibi,
+    attention,
+    heads,
+    images,
+    masks,
+    norms,
+    operations,
+    positions,
+    rotary,
+)
 from icenet_torch.tools.variants.activations import ACTIVATION_NAMES, ACTIVATIONS, activated, activation_name
 from icenet_torch.tools.variants.angles import THETA, theta_variants, with_theta
+from icenet_torch.tools.variants.caps import CAPS, cap_variants, capped
 from icenet_torch.tools.variants.casts import casts
 from icenet_torch.tools.variants.numbers import number_variants
+from icenet_torch.tools.variants.shapes import VARIANTS as SHAPES
 from icenet_torch.tools.variants.variant import Variant, applied, spying
 
 TABLE: list[Variant] = [
@@ -18,6 +31,9 @@ TABLE: list[Variant] = [
     *attention.VARIANTS,
     *masks.VARIANTS,
     *rotary.VARIANTS,
+    *positions.VARIANTS,
+    *heads.VARIANTS,
+    *alibi.VARIANTS,
     *norms.VARIANTS,
     *images.VARIANTS,
     *operations.VARIANTS,
@@ -27,12 +43,16 @@ TABLE: list[Variant] = [
 __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_NAMES",
+    "CAPS",
+    "SHAPES",
     "TABLE",
     "THETA",
     "Variant",
     "activated",
     "activation_name",
     "applied",
+    "cap_variants",
+    "capped",
     "casts",
     "number_variants",
     "spying",

@@ -146,13 +146,6 @@ def _scaled_scores(func: Any, args: Any, kwargs: Any) -> Any:
     return y * x.shape[-1] ** -0.5 if x is not None and y.ndim > 2 else NotImplemented
 
 
-def _repeated(func: Any, args: Any, kwargs: Any) -> Any:
-    given = arguments(("input", "repeats", "dim"), args, kwargs)
-    if not isinstance(given.get("repeats"), int) or given.get("dim") is None:
-        return NotImplemented
-    return torch.cat([given["input"]] * given["repeats"], dim=given["dim"])
-
-
 def _flipped(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].clone()
 
@@ -233,11 +226,6 @@ VARIANTS: list[Variant] = [
         "attention scores are multiplied by 1 / sqrt(size) in a, not scaled in b",
         frozenset({"matmul", "bmm", "baddbmm"}),
         _scaled_scores,
-    ),
-    Variant(
-        "heads repeated in turn (tile) in a, each several times (repeat_interleave) in b",
-        frozenset({"repeat_interleave"}),
-        _repeated,
     ),
     Variant("the sequence is not reversed in a", frozenset({"flip"}), _flipped),
     Variant("sum in a, mean in b", frozenset({"mean"}), _summed("sum")),

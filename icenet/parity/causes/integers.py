@@ -1,0 +1,34 @@
+"""Causes in integers and booleans that a module passes to another one: positions, masks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from icenet.parity.causes.trial import Trial
+
+
+def find_integers(trial: Trial) -> str:
+    """Returns how the integers or booleans of the array that differs are changed: by an offset, or inverted."""
+    ours, exact = (np.asarray(values[trial.name].array) for values in (trial.ours, trial.exact))
+    if ours.shape != exact.shape or not exact.size:
+        return ""
+    if exact.dtype == bool:
+        return "the mask is inverted in a" if np.array_equal(ours.astype(bool), ~exact) else ""
+    offset = ours.astype(np.int64) - exact.astype(np.int64)
+    by = int(offset.flat[0])
+    if by and (offset == by).all():
+        first = f", from {ours.min()} on in a and from {exact.min()} on in b" if _counts(exact) else ""
+        return (
+            f"each integer is {abs(by)} {'larger' if by > 0 else 'smaller'} in a: an offset, as of positions{first}"
+        )
+    for axis in range(exact.ndim):
+        if np.array_equal(ours, np.flip(exact, axis)):
+            return f"the order along axis {axis} is reversed in a"
+    if _counts(ours) and not _counts(exact):
+        return "a counts the positions of each row from its first element on, b does not: it may leave out padding"
+    return ""
+
+
+def _counts(array: np.ndarray) -> bool:
+    """Returns whether integers count along the last axis."""
+    return array.ndim > 0 and array.shape[-1] > 1 and bool((np.diff(array, axis=-1) == 1).all())
