@@ -37,5 +37,6 @@ for command in (  # in the order of the help
     bench_training.memory_command,
     bench_training.step_command,
     bench_training.dropout_command,
+    bench_training.port_command,
 ):
     bench.add_command(command)

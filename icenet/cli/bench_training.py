@@ -1,4 +1,4 @@
-"""`icenet bench train`, `guide`, `cpu`, `memory`, `step` and `dropout`."""
+"""`icenet bench train`, `guide`, `cpu`, `memory`, `step`, `dropout` and `port`."""
 
 from __future__ import annotations
 
@@ -250,3 +250,43 @@ def dropout_command(rounds: int, backend: str | None, device: str | None, as_jso
     from icenet.commands.bench import dropout
 
     show(dropout.run(backend, device, rounds, notify(as_json)), as_json)
+
+
+def _ported_models(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    from icenet.commands.bench.port import MODELS
+
+    return names(ctx, parameter, value, list(MODELS), "model") or list(MODELS)
+
+
+@command(
+    "port",
+    epilog=examples(
+        "icenet bench port",
+        "icenet bench port --model resnet50 --batch 64 --length 224 --precision bf16 --device gpu",
+    ),
+)
+@click.option(
+    "--model", "models", callback=_ported_models, metavar="LIST", help="Models: resnet50, gpt2. Default: both."
+)
+@click.option("--batch", type=click.IntRange(1), help="Rows of a batch. Default: more on a GPU.")
+@click.option("--length", type=click.IntRange(1), help="Tokens of a row, or height and width of the images.")
+@click.option("--layers", type=click.IntRange(1), default=12, show_default=True, help="Layers of GPT-2.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="The dtype of the weights and the arithmetic of both.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Number of repetitions.")
+@device_option
+@json_option
+def port_command(as_json: bool, **options: Any) -> None:
+    """Time ports next to IceNet's own models.
+
+    Ports torchvision's ResNet-50 and the GPT-2 of transformers, with random weights, to MLX by icenet.port. IceNet's
+    own models get the same weights. The proof of a port takes minutes.
+    """
+    from icenet.commands.bench import port
+
+    show(port.run(**options, notify=notify(as_json)), as_json)

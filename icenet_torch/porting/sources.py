@@ -40,7 +40,8 @@ def instance(made: Any, target: str) -> nn.Module:
     return module
 
 
-def _package(name: str) -> Any:
+def package(name: str) -> Any:
+    """Imports a package that IceNet does not need by itself; an error says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -49,7 +50,7 @@ def _package(name: str) -> Any:
 
 def torchvision(name: str) -> tuple[nn.Module, None]:
     """Returns a model of torchvision with random weights."""
-    models = _package("torchvision.models")
+    models = package("torchvision.models")
     try:
         return models.get_model(name, weights=None), None
     except (ValueError, KeyError) as error:
@@ -58,9 +59,9 @@ def torchvision(name: str) -> tuple[nn.Module, None]:
 
 def timm(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Returns a model of timm with random weights, and an example image."""
-    package = _package("timm")
+    timm_package = package("timm")
     try:
-        model = package.create_model(name, pretrained=False)
+        model = timm_package.create_model(name, pretrained=False)
     except RuntimeError as error:
         raise UsageError(f"timm:{name}: {error}") from None
     size = model.default_cfg.get("input_size", (3, 224, 224))
@@ -69,13 +70,13 @@ def timm(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def transformers(folder: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Returns the model of a folder of Hugging Face, and example inputs. No code of the folder is run."""
-    package = _package("transformers")
+    library = package("transformers")
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise UsageError(f"transformers:{folder}: {path} has no config.json")
-    config = package.AutoConfig.from_pretrained(path, local_files_only=True)
+    config = library.AutoConfig.from_pretrained(path, local_files_only=True)
     names = getattr(config, "architectures", None) or []
-    kind = next((getattr(package, name) for name in names if hasattr(package, name)), package.AutoModel)
+    kind = next((getattr(library, name) for name in names if hasattr(library, name)), library.AutoModel)
     model = kind.from_pretrained(path, local_files_only=True, dtype=torch.float32)
     return model, example_of(model)
 

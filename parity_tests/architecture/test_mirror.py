@@ -18,6 +18,7 @@ TORCH_FILES = {
     "nn.kernels",  # Triton kernels; MLX has its kernels in nn.random
     "tools.state_dict",  # a PyTorch state dict needs no engine
     *("tools.maxima", "tools.sums"),  # the noise is measured in PyTorch
+    "tools.originals",  # what is ported
     "tools.variants",  # the causes of a difference are tried on PyTorch
 }
 """Modules and packages of PyTorch without a counterpart, and why."""
@@ -28,6 +29,7 @@ MLX_FILES = {
     "nn.recurrent_loops",  # PyTorch's own functions compute whole sequences
     "nn.recurrent_host",  # PyTorch's functions use vector instructions
     "nn.cuda",  # sources of CUDA kernels; those of PyTorch are in Triton
+    "tools.ports",  # of modules of PyTorch
     "engine.compiled",  # PyTorch captures the passes of a step
     "nn.training_kernels",  # CUDA kernels of MLX; PyTorch's operations are these, or it has them in nn.kernels
 }
