@@ -15,12 +15,12 @@ from icenet.core.porting.graph.calls import Call, Item
 from icenet.core.porting.graph.writes import index_of
 from icenet.core.porting.kinds import Helpers
 from icenet.core.porting.record import WHOLE, Argument, Node, Place, Ref, Tensor, refs
-from icenet.core.porting.source import simplify
+from icenet.core.porting.source import simplify, sizes
 from icenet.core.porting.source.lines import Body, Line
 from icenet.core.porting.source.loops import ELEMENT, RANGE, roll
+from icenet.core.porting.source.size_variables import SizeVariables
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import MODULE, Values
-from icenet.core.porting.source.variables import Variables
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.table.base import Operation
 from icenet.core.porting.table.writes import written_at
@@ -40,18 +40,14 @@ _GIVEN = re.compile(r"[\w.\[\]'\"]+$|(?!put\()\w+\(|self[\w.\[\]'\"]*\(")
 _JOIN = re.compile(r"\b(?:stack|cat|concat|concatenate)\(\s*(\w+)\s*[,)]")
 
 
-class Frame(Variables):
+class Frame(SizeVariables):
     """Writes the body of one call."""
 
     def __init__(self, structure: Structure, graph: Values, call: Call, parameters: list[str] | None = None) -> None:
         super().__init__(structure, graph, call)
         self.parameters = parameters or []
         """The names of the parameters in the other mode."""
-        self.lines: list[Line] = []
-        self.sizes: dict[str, str] = {}
         self.unpacked: set[str] = set()
-        self.pinned: set[str] = set()
-        """Tensors whose sizes are read later."""
         self.made: set[str] = set()
         """Values that a variable holds, and no other one: no arguments, attributes or results of a function."""
         self.joined: dict[str, Place] = {}
@@ -70,13 +66,6 @@ class Frame(Variables):
         for index, item in enumerate(self.items):
             for name in self.used_by(item):
                 self.last_use[name] = index
-        names, defined = [name for _, name in parameters], graph.definers(self.items)
-        for index, item in enumerate(self.items):
-            for name in self.used_by(item):
-                if graph.size(name) is not None and not (isinstance(item, Node) and item.op.startswith("sym.")):
-                    for source in graph.sources_of_size(name, index, names, defined) or ():
-                        self.last_use[source] = max(self.last_use.get(source, -1), index + 1)
-                        self.pinned.add(source)
         outputs = list(refs(graph.graph.output_tree)) if is_root else results
         for name in (*outputs, *final):
             self.last_use[name] = len(self.items)
@@ -100,6 +89,7 @@ class Frame(Variables):
         self.collect()
         self.scope = {name for _, name in parameters}
         self.open_sizes(parameters)
+        self.pin_sizes([name for _, name in parameters])
         self.lines += [Line(f"{variable} = []") for variable in self.collected]
         for index, item in enumerate(self.items):
             self.position, start = index, len(self.lines)
@@ -118,6 +108,7 @@ class Frame(Variables):
             self.lines.append(Line(f"return {self.output(graph.graph.output_tree)}"))
         elif results:
             self.lines.append(Line("return " + ", ".join(self.expression(Ref(name)) for name in results)))
+        self.unpack_sizes()
         lines = roll(self.lines, self.list_names)
         for line in lines:
             line.code = RANGE.sub(self.elements, line.code)
@@ -155,44 +146,6 @@ class Frame(Variables):
             self.lines.append(Line(code, depth=(len(line) - len(code)) // 4))
         return found
 
-    def open_sizes(self, parameters: list[tuple[str, str]]) -> None:
-        """Names the open sizes of the arguments that are used more than once."""
-        used = Counter(
-            str(self.graph.size(name))
-            for item in self.items
-            if isinstance(item, Node)
-            for name in refs(item.args)
-            if self.graph.size(name) is not None and item.base != "sym.sym_size"
-        )
-        for _, value in parameters:
-            tensor = self.graph.tensors.get(value)
-            if not isinstance(tensor, Tensor):
-                continue
-            found = {
-                axis: str(size)
-                for axis, size in enumerate(tensor.shape)
-                if isinstance(size, str)
-                and size in self.structure.symbols
-                and used[size] > 0
-                and size not in self.sizes
-            }
-            if sum(used[size] for size in found.values()) < 2:
-                continue
-            names = []
-            for axis in range(max(tensor.ndim, 1)):
-                name = self.structure.symbols[found[axis]] if axis in found else "_"
-                if name != "_":
-                    self.sizes[found[axis]] = name
-                    self.names[name] = f"size {name}"
-                    self.last_use[f"size {name}"] = len(self.items) + 1
-                names.append(name)
-            text = self.text[value]
-            if tensor.ndim == 1 or len(names) - names.count("_") == 1:
-                axis = next(axis for axis, name in enumerate(names) if name != "_")
-                self.lines.append(Line(f"{names[axis]} = {text}.shape[{axis}]"))
-            else:
-                self.lines.append(Line(f"{', '.join(names)} = {text}.shape"))
-
     def elements(self, match: re.Match[str]) -> str:
         """Returns a list, or the part of it over which a loop runs."""
         text, start, stop = match[1], int(match[2]), int(match[3])
@@ -224,35 +177,11 @@ class Frame(Variables):
         """Returns the source of a module that is called: an attribute, or an argument of this call."""
         return self.expression(Ref(MODULE + path))
 
-    def size_expression(self, name: str, expression: str) -> str:
-        """Returns the source of a size: an axis of a value that is known here, or arithmetic of sizes."""
-        if expression in self.sizes:
-            return self.sizes[expression]
-        if re.fullmatch(r"\d+", expression):
-            return expression
-        for value in self.text:
-            tensor = self.graph.tensors.get(value)
-            variable = self.text[value]
-            if isinstance(tensor, Tensor) and self.names.get(variable) == value:
-                sizes = list(map(str, tensor.shape))
-                if expression in sizes:
-                    return f"{variable}.shape[{sizes.index(expression)}]"
-        node = self.graph.by_name.get(name)
-        if node is not None and node.op.startswith("sym.") and node.op != "sym.sym_size":
-            return self.operation(node)
-        for part, tensor in self.graph.tensors.items():  # an expression such as 2*s0 of a symbol that is known
-            if part in self.text and isinstance(tensor, Tensor) and self.text[part].isidentifier():
-                if self.names.get(self.text[part]) != part:
-                    continue
-                for axis, size in enumerate(tensor.shape):
-                    if isinstance(size, str) and size.isidentifier() and re.search(rf"\b{size}\b", expression):
-                        source = re.sub(rf"\b{size}\b", f"{self.text[part]}.shape[{axis}]", expression)
-                        if not re.search(r"\bs\d+\b|\bu\d+\b", source):
-                            return source
-        raise PortError(f"{self.call.path or 'the module'}: the size {expression} is not known where it is used")
-
     def operation(self, node: Node) -> str:
         name = node.base
+        table = self.table_of(node)
+        if table:
+            return f"{table}.as_linear({self.expression(node.args['input'])})"
         if name == "layer":
             return f"{self.module(node.args['path'])}({self.expression(node.args['self'])})"
         if name in ("recurrent", "attention"):
@@ -264,6 +193,16 @@ class Frame(Variables):
         is_training = self.graph.graph.training
         operation = Operation(node, self.expression, self.graph.tensors.get, self.structure.used_helpers, is_training)
         return found(operation)
+
+    def table_of(self, node: Node) -> str:
+        """Returns the source of the embedding whose weight a linear layer has, empty for another operation."""
+        weight = node.args.get("weight") if node.base == "linear" and node.args.get("bias") is None else None
+        array = self.graph.graph.arrays.get(weight.name) if isinstance(weight, Ref) else None
+        layer = self.structure.layers.get(array.path.rpartition(".")[0]) if array is not None else None
+        if not isinstance(weight, Ref) or layer is None or layer.constructor != "nn.Embedding":
+            return ""
+        text = self.expression(weight)
+        return text.removesuffix(".weight") if text.endswith(".weight") else ""
 
     def output(self, value: Any) -> str:
         if isinstance(value, Ref):
@@ -485,5 +424,5 @@ class Frame(Variables):
     def assign(self, variable: str, text: str, out: Any) -> None:
         comment = ""
         if isinstance(out, Tensor):
-            comment = self.structure.shape_comment(out)
+            comment = sizes.shape_comment(out, self.symbols)
         self.lines.append(Line(f"{variable} = {text}", comment))

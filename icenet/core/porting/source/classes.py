@@ -266,7 +266,14 @@ def class_source(item: Class) -> str:
         shape = None
         for line in body.lines:
             code = wrapped(line.code, 8 + 4 * line.depth)
-            if line.comment and line.comment != shape and len(code[-1]) + len(line.comment) + 4 <= WIDTH:
+            said = line.comment[1:-1] + "," * ("," not in line.comment)
+            is_said = f"({said})" in line.code  # x.reshape(B, T, 32)
+            if (
+                line.comment
+                and line.comment != shape
+                and not is_said
+                and len(code[-1]) + len(line.comment) + 4 <= WIDTH
+            ):
                 code[-1] += f"  # {line.comment}"
             shape = line.comment or shape
             lines += code

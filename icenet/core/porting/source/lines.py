@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from icenet.core.porting.record import Array
 from icenet.core.porting.table.base import mlx_dtype
 
@@ -40,7 +42,11 @@ class Body:
 
 
 def lists(line: str) -> str:
-    """Writes a list of equal constructors with `range`."""
+    """Writes a list of equal constructors with `range`, also within a dict."""
+    found = re.fullmatch(r"([^\[\]{}]* = )?\{(.*)\}", line)
+    if found is not None:
+        pairs = [part.partition(": ") for part in split(found[2])]
+        return f"{found[1] or ''}{{{', '.join(f'{key}: {lists(value)}' for key, _, value in pairs)}}}"
     match = re.fullmatch(r"([^\[\]]* = )?(Sequential\()?\[(.*)\](?(2)\))", line)
     if match is None:
         return line
@@ -154,4 +160,6 @@ def initial(array: Array, fill: float | None) -> str:
             return f"mx.random.normal({shape}{dtype}, scale=0.02)"
     if fill == 1:
         return f"mx.ones({shape}{dtype})"
+    if fill and array.tensor.dtype == "float32":
+        fill = float(str(np.float32(fill)))  # 1e-6, not the number that float32 has for it
     return f"mx.full({shape}, {fill}{dtype})" if fill else f"mx.zeros({shape}{dtype})"

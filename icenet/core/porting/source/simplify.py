@@ -33,7 +33,26 @@ def text(tree: ast.AST) -> str:
         found = found.replace(name, inner)
     if isinstance(tree, (ast.If, ast.For)) and len(tree.body) == 1 and isinstance(tree.body[0], ast.Pass):
         found = found.splitlines()[0]
-    return _double_quotes(found)
+    return _double_quotes(_short(found))
+
+
+_FLOAT = re.compile(r"(?<![\w.\"'])(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+)(?![\w.])")
+_POWER = re.compile(r"(?<![\w.\])}] )\b([A-Za-z_][\w.]*|\d+) \*\* \(?(-?[A-Za-z_\d][\w.]*)\)?(?![\w.(\[])")
+
+
+def _short(code: str) -> str:
+    """Writes 1e-06 as 1e-6, 1000000.0 as 1e6, and a power of simple operands without spaces."""
+
+    def number(match: re.Match[str]) -> str:
+        value = float(match[0])
+        short = re.sub(
+            r"e([+-]?)0*", lambda m: "e" + m[1].replace("+", ""), f"{value:g}" if value >= 1e6 else match[0]
+        )
+        return short if float(short) == value and len(short) < len(match[0]) else match[0]
+
+    parts = re.split(r"(\"[^\"]*\"|'[^']*')", code)  # strings stay as they are
+    parts[::2] = [_POWER.sub(r"\1**\2", _FLOAT.sub(number, part)) for part in parts[::2]]
+    return "".join(parts)
 
 
 class _Generators(ast.NodeTransformer):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from icenet.core.porting.graph.calls import Call, Item
-from icenet.core.porting.record import WHOLE, Node
+from icenet.core.porting.record import WHOLE, Node, refs
 from icenet.core.porting.source.loops import kind
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import Values
@@ -34,7 +35,10 @@ class Statements:
     def flatten(self, call: Call) -> Iterator[Item]:
         for item in call.items:
             if isinstance(item, Call) and self.structure.is_inlined(item.path):
-                yield from self.flatten(item)
+                results = list(refs(item.results))
+                for inner in self.flatten(item):
+                    is_result = isinstance(inner, Node) and results == [inner.name] and item.place is not None
+                    yield replace(inner, place=item.place) if is_result and isinstance(inner, Node) else inner
             else:
                 yield item
 

@@ -11,7 +11,7 @@ from icenet.core.porting.kinds import Helpers
 from icenet.core.porting.layers.mlx_layers import Layer
 from icenet.core.porting.layers.recurrent import Recurrent
 from icenet.core.porting.names import flat, new_names
-from icenet.core.porting.record import WHOLE, Array, Graph, Node, Ref, Tensor, refs
+from icenet.core.porting.record import WHOLE, Array, Graph, Node, Ref, refs
 from icenet.core.porting.source.lines import initial
 from icenet.core.porting.table.base import mlx_dtype
 
@@ -97,7 +97,11 @@ class Structure:
         for root in roots:
             self.find_passed(root, ())
         self.methods: dict[str, str] = {}
-        self.symbols = self.name_symbols(graph)
+        recurrent = [layer for layer in layers.values() if isinstance(layer, Recurrent)]
+        self.is_time_first = bool(recurrent) and not any(
+            layer.options & {"batch_first", "unbatched"} for layer in recurrent
+        )
+        """Whether sequences are [T, B, C]."""
         self.sequences = self.find_sequences([source for source in (graph, train) if source and not trace])
 
     def role(self, array: Array) -> tuple[str, str]:
@@ -295,39 +299,6 @@ class Structure:
     def method(self, call: Call) -> str:
         """Returns the method of a call, such as `.call_2`; empty for `__call__`."""
         return self.methods.get(call.entered, "")
-
-    def name_symbols(self, graph: Graph) -> dict[str, str]:
-        """Returns names of the open sizes, for comments."""
-        names: dict[str, str] = {}
-        recurrent = [layer for layer in self.layers.values() if isinstance(layer, Recurrent)]
-        is_time_first = any(not layer.options & {"batch_first", "unbatched"} for layer in recurrent)
-        for ref in graph.inputs:
-            shape = graph.tensors[ref.name].shape
-            letters = {4: "BCHW", 3: "BTC", 2: "BT", 1: "B", 5: "BCDHW"}.get(len(shape), "")
-            if len(shape) == 3 and isinstance(shape[1], int) and isinstance(shape[2], str):
-                letters = "BCT"  # of a sequence whose channels, which alone have a fixed number, are first
-            elif is_time_first and len(shape) in (2, 3):
-                letters = "TBC"
-            if len(letters) > 3 and isinstance(shape[1], str) and isinstance(shape[-1], int):
-                letters = f"B{letters[2:]}C"  # of images with their channels last, which alone have a fixed number
-            for letter, size in zip(letters, shape, strict=False):
-                if isinstance(size, str) and size not in names:
-                    taken = set(names.values())
-                    names[size] = letter if letter not in taken else f"{letter}{len(names)}"
-        return names
-
-    def shape_comment(self, tensor: Tensor) -> str:
-        """Returns a shape with the names of its sizes; an empty string if an expression of them is long."""
-        sizes = []
-        for size in tensor.shape:
-            text = str(size)
-            for symbol, name in self.symbols.items():
-                text = re.sub(rf"\b{symbol}\b", name, text)
-            text = text[1:-1] if re.fullmatch(r"\([^()]*\)", text) else text
-            if len(text) >= 14:
-                return ""
-            sizes.append(text)
-        return f"[{', '.join(sizes)}]"
 
 
 def called_path(item: Node | Call) -> str:

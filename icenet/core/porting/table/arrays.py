@@ -40,7 +40,9 @@ def ones(n: Operation) -> str:
 
 @entry("full", "new_full")
 def full(n: Operation) -> str:
-    return f"mx.full({sizes_of(n)}, {fill_value(n, n.args['fill_value'])}, mx.{mlx_dtype(n.out.dtype)})"
+    value = n.args["fill_value"]
+    dtype = "" if isinstance(value, float) else f", mx.{mlx_dtype(n.out.dtype)}"
+    return f"mx.full({sizes_of(n)}, {fill_value(n, value)}{dtype or dtype_option(n)})"
 
 
 @entry("scalar_tensor")

@@ -41,7 +41,18 @@ def index(n: Operation) -> str:
         return n.call("masked_index", n["self"], n.source(indices))
     while indices and indices[-1] is None:
         indices = indices[:-1]
-    return f"{n.atom('self')}[{', '.join(':' if item is None else n.source(item) for item in indices)}]"
+    parts = [":" if item is None else n.source(item) for item in indices]
+    if len(parts) - parts.count(":") == 1:
+        parts[-1] = _slice(parts[-1]) or parts[-1]
+    return f"{n.atom('self')}[{', '.join(parts)}]"
+
+
+def _slice(index: str) -> str:
+    """Returns the slice of an index of one constant, x[:, [-1]]; empty for another one."""
+    match = re.fullmatch(r"mx\.array\(\[(-?\d+)\], mx\.int64\)", index)
+    if match is None:
+        return ""
+    return f"{match[1]}:{'' if match[1] == '-1' else int(match[1]) + 1}"
 
 
 @entry("index_put", "_index_put_impl", "_unsafe_index_put")

@@ -378,7 +378,7 @@ def diag_embed(n: Operation) -> str:
 
 @entry("tril", "triu")
 def tril(n: Operation) -> str:
-    diagonal = f", {n['diagonal']}" if n.args["diagonal"] != 0 else ""
+    diagonal = f", k={n['diagonal']}" if n.args["diagonal"] != 0 else ""
     return f"mx.{n.node.base}({n['self']}{diagonal})"
 
 

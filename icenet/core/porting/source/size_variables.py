@@ -1,0 +1,136 @@
+"""The variables of the sizes in one call of a module."""
+
+from __future__ import annotations
+
+import re
+
+from icenet.core.errors import PortError
+from icenet.core.porting.graph.calls import Call
+from icenet.core.porting.record import Node, Tensor, refs
+from icenet.core.porting.source import sizes
+from icenet.core.porting.source.lines import Line
+from icenet.core.porting.source.structure import Structure
+from icenet.core.porting.source.values import Values
+from icenet.core.porting.source.variables import Variables
+
+
+class SizeVariables(Variables):
+    """Gives sizes of the arguments to variables: `B, T, _ = x.shape`."""
+
+    def __init__(self, structure: Structure, graph: Values, call: Call) -> None:
+        super().__init__(structure, graph, call)
+        self.lines: list[Line] = []
+        self.sizes: dict[str, str] = {}
+        """The variable of each size that has one, by its expression."""
+        self.symbols: dict[str, str] = {}
+        """The names of the sizes of the arguments, by their expressions."""
+        self.unpackings: list[tuple[Line, str, list[str]]] = []
+        """The statements that give these sizes to variables, with the array and the name of each axis."""
+        self.pinned: set[str] = set()
+        """Tensors whose sizes are read later."""
+
+    def open_sizes(self, parameters: list[tuple[str, str]]) -> None:
+        """Names the open sizes of the arguments that are used more than once, or after another value has the name."""
+        reads: dict[str, list[int]] = {}
+        for index, item in enumerate(self.items):
+            for name in refs(item.args) if isinstance(item, Node) and item.base != "sym.sym_size" else ():
+                if self.graph.size(name) is not None:
+                    reads.setdefault(str(self.graph.size(name)), []).append(index)
+        targets = {
+            name
+            for item in self.items
+            if item.place is not None and not (isinstance(item, Node) and item.op.startswith("sym."))
+            for name in item.place.targets
+        }
+        tensors = {value: self.graph.tensors.get(value) for _, value in parameters}
+        shapes = [tensor.shape for tensor in tensors.values() if isinstance(tensor, Tensor)]
+        taken = targets | {hint for hint, _ in parameters}
+        self.symbols = sizes.named(shapes, taken, self.structure.is_time_first)
+        for value, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                continue
+            found = {
+                axis: size
+                for axis, size in enumerate(tensor.shape)
+                if isinstance(size, str) and size in self.symbols and reads.get(size) and size not in self.sizes
+            }
+            last = max((index for index, item in enumerate(self.items) if value in self.used_by(item)), default=-1)
+            late = any(index > last for size in found.values() for index in reads[size])
+            is_replaced = late and self.is_replaced(value, max(max(reads[size]) for size in found.values()))
+            if sum(len(reads[size]) for size in found.values()) < 2 and not is_replaced:
+                continue
+            names = []
+            for axis in range(max(tensor.ndim, 1)):
+                name = self.symbols[found[axis]] if axis in found else "_"
+                if name != "_":
+                    self.sizes[found[axis]] = name
+                    self.names[name] = f"size {name}"
+                    self.last_use[f"size {name}"] = len(self.items) + 1
+                names.append(name)
+            line = Line("")
+            self.lines.append(line)
+            self.unpackings.append((line, self.text[value], names))
+
+    def pin_sizes(self, parameters: list[str]) -> None:
+        """Keeps the variables from which sizes without a variable are read."""
+        defined = self.graph.definers(self.items)
+        for index, item in enumerate(self.items):
+            for name in self.used_by(item):
+                size = self.graph.size(name)
+                if size is None or size in self.sizes or (isinstance(item, Node) and item.op.startswith("sym.")):
+                    continue
+                for source in self.graph.sources_of_size(name, index, parameters, defined) or ():
+                    self.last_use[source] = max(self.last_use.get(source, -1), index)
+                    self.pinned.add(source)
+
+    def is_replaced(self, value: str, end: int) -> bool:
+        """Returns whether the original assigns another value to the variable of an argument, up to an item."""
+        places = [item.place for item in self.items[: end + 1]]
+        return any(place is not None and self.text[value] in place.targets for place in places)
+
+    def unpack_sizes(self) -> None:
+        """Writes the statements that give sizes to variables, those that are read."""
+        for line, text, names in self.unpackings:
+            words = {word for other in self.lines if other is not line for word in re.findall(r"\w+", other.code)}
+            kept = [name if name in words else "_" for name in names]
+            used = [axis for axis, name in enumerate(kept) if name != "_"]
+            if not used:
+                self.lines = [other for other in self.lines if other is not line]
+            elif len(used) == 1:
+                line.code = f"{kept[used[0]]} = {text}.shape[{used[0]}]"
+            else:
+                line.code = f"{', '.join(kept)} = {text}.shape"
+
+    def size_expression(self, name: str, expression: str) -> str:
+        """Returns the source of a size: an axis of a value that is known here, or arithmetic of sizes."""
+        if expression in self.sizes:
+            return self.sizes[expression]
+        if re.fullmatch(r"\d+", expression):
+            return expression
+        computed = self.graph.by_name.get(name)
+        if computed is not None and computed.base == "sym.mul" and {*expression.split("*")} <= self.sizes.keys():
+            return self.operation(computed)  # H * W
+        for value in self.text:
+            tensor = self.graph.tensors.get(value)
+            variable = self.text[value]
+            if isinstance(tensor, Tensor) and self.names.get(variable) == value:
+                shape = list(map(str, tensor.shape))
+                if expression in shape:
+                    return f"{variable}.shape[{shape.index(expression)}]"
+        node = self.graph.by_name.get(name)
+        if node is not None and node.op.startswith("sym.") and node.op != "sym.sym_size":
+            return self.operation(node)
+        for part, tensor in self.graph.tensors.items():  # an expression such as 2*s0 of a symbol that is known
+            if part in self.text and isinstance(tensor, Tensor) and self.text[part].isidentifier():
+                if self.names.get(self.text[part]) != part:
+                    continue
+                for axis, size in enumerate(tensor.shape):
+                    if isinstance(size, str) and size.isidentifier() and re.search(rf"\b{size}\b", expression):
+                        source = re.sub(rf"\b{size}\b", f"{self.text[part]}.shape[{axis}]", expression)
+                        if not re.search(r"\bs\d+\b|\bu\d+\b", source):
+                            return source
+        raise PortError(f"{self.call.path or 'the module'}: the size {expression} is not known where it is used")
+
+    def operation(self, node: Node) -> str:
+        """Returns the source of an operation."""
+        raise NotImplementedError
