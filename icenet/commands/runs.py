@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from icenet.core.errors import IceNetError, UsageError
-from icenet.core.files import identity
+from icenet.core.listing import identity
 from icenet.core.report.console import new_console, print_line
 from icenet.core.report.metrics import MetricsLog, plain
 from icenet.core.report.progress import short_number

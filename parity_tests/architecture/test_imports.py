@@ -26,7 +26,7 @@ import icenet
 
 LAYERS = [
     ["core.errors", "core.garbage_collection", "core.threads", "core.processor", "core.allocator", "core.dtypes"],
-    ["core.rng", "core.files", "core.blas"],
+    ["core.rng", "core.files", "core.listing", "core.blas"],
     ["core.config", "core.tokenizers", "core.porting"],
     ["core.report"],
     ["core.backends"],

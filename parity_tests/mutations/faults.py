@@ -851,7 +851,7 @@ FAULTS: list[Fault] = [
     # ---- data that is not what it seems -------------------------------------------------------------------------
     Fault(
         "the folder of a run is a part of a text",
-        "icenet/core/files.py",
+        "icenet/core/listing.py",
         "if not enter_runs and folder",
         "if enter_runs and folder",
         ["core/data/test_text.py::test_runs_below_a_source_are_left_out"],
@@ -1330,7 +1330,7 @@ FAULTS: list[Fault] = [
     # ---- layers and models -----------------------------------------------------------------------------------
     Fault(
         "the forget and input gates of MLX's LSTM are swapped",
-        "icenet/nn/recurrent.py",
+        "icenet/nn/recurrent_loops.py",
         "        i, f, g, o = mx.split(gates[-1], 4, axis=-1)  # [B, H] each",
         "        f, i, g, o = mx.split(gates[-1], 4, axis=-1)  # [B, H] each",
         ["models/test_recurrent_kernels.py::test_on_a_cpu"],
@@ -1351,28 +1351,28 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "derivatives of forward mode of MLX's recurrent layers are zero",
-        "icenet/nn/recurrent.py",
+        "icenet/nn/recurrent_loops.py",
         "            function.jvp(derivative_of(loop))\n",
         "            pass\n",
         ["models/test_recurrent_kernels.py::test_functions_that_mlx_transforms"],
     ),
     Fault(
         "the reset and update gates of MLX's GRU are swapped",
-        "icenet/nn/recurrent.py",
+        "icenet/nn/recurrent_loops.py",
         "        r, z = mx.split(gates[-1], 2, axis=-1)  # [B, H] each",
         "        z, r = mx.split(gates[-1], 2, axis=-1)  # [B, H] each",
         ["models/test_recurrent_kernels.py::test_on_a_cpu"],
     ),
     Fault(
         "an LSTM's gradient does not pass the cell state on",
-        "icenet/nn/recurrent.py",
+        "icenet/nn/recurrent_loops.py",
         "dc = dc * carried_c[step]",
         "dc = dc * 0",
         ["models/test_recurrent_kernels.py::test_on_a_cpu"],
     ),
     Fault(
         "padding moves the state of MLX's LSTM",
-        "icenet/nn/recurrent.py",
+        "icenet/nn/recurrent_loops.py",
         "h = where(step_mask, o * tanh_cs[-1], h)",
         "h = o * tanh_cs[-1]",
         ["models/test_recurrent_kernels.py::test_on_a_cpu"],
@@ -1393,7 +1393,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "gradients of gradients of MLX's recurrent layers take the gates as constants",
-        "icenet/nn/recurrent.py",
+        "icenet/nn/recurrent_loops.py",
         "        gradient.vjp(second)\n",
         "",
         ["models/test_recurrent_kernels.py::test_a_gradient_of_a_gradient"],
@@ -1891,14 +1891,14 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "a folder is listed again for each link to it",
-        "icenet/core/files.py",
+        "icenet/core/listing.py",
         "if found in seen:\n            on_skip(LINKED_TWICE, folder",
         "if False:\n            on_skip(LINKED_TWICE, folder",
         ["core/data/test_text.py::test_a_folder_is_listed_once_although_a_link_leads_back_to_it"],
     ),
     Fault(
         "a file is read again for each link to it",
-        "icenet/core/files.py",
+        "icenet/core/listing.py",
         "elif name in found:",
         "elif False:",
         ["core/data/test_text.py::test_a_file_is_read_once_whatever_leads_to_it"],

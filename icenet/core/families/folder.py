@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from icenet.core import files as file_system
+from icenet.core import listing
 from icenet.core.config import Config, GenerationConfig, TransformerConfig
 from icenet.core.errors import ConfigError, DataError, FileError, WeightsError
 from icenet.core.families import FAMILIES, Family, family_of, gguf, sentence_transformers, vision
@@ -192,7 +193,7 @@ def _family(values: Mapping[str, Any]) -> Family | None:
 
 
 def _open_folder(path: Path) -> _Source:
-    if (link := file_system.link_out_of(path, _READ)) is not None:
+    if (link := listing.link_out_of(path, _READ)) is not None:
         raise ConfigError(
             f"{link}: is a link to {link.resolve()}, out of the folder; replace it by a copy if you trust it"
         )

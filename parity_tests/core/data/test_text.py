@@ -27,7 +27,7 @@ import pytest
 from helpers import is_one_line, source_code, start_python, tiny
 
 from icenet.cli.main import main
-from icenet.core import files, rng
+from icenet.core import files, listing, rng
 from icenet.core.config import DataConfig
 from icenet.core.data.datasets import open_dataset
 from icenet.core.data.text import left_out, prepare, reading
@@ -172,7 +172,7 @@ def test_runs_below_a_source_are_left_out(tmp_path: Path) -> None:
         assert [document.name for document in found.documents] == ["a.txt"]
         assert found.left_out.names == {left_out.RUNS: ["runs/x"]}
     assert len(find_source(str(tmp_path / "runs" / "x")).documents) == 3  # named itself
-    assert files.is_run([run_folder.RECORD, "config.yaml"]) and not files.is_run(["config.yaml", "notes.txt"])
+    assert listing.is_run([run_folder.RECORD, "config.yaml"]) and not listing.is_run(["config.yaml", "notes.txt"])
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from icenet.core.data.images.decode import SUFFIXES
 from icenet.core.errors import DataError
-from icenet.core.files import identity, is_run
+from icenet.core.listing import identity, is_run
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from icenet.core import files
+from icenet.core import listing
 
 BINARY = "binary files, left out"
 EMPTY = "empty files"
@@ -29,13 +29,13 @@ NEEDS_SKIP = frozenset({NOT_UTF8, DAMAGED, JSON_ARRAYS, UNREADABLE, BAD_LINES, N
 """Reasons that are errors unless `data.errors` is skip."""
 
 OF_LISTING = {
-    files.LINKED_TWICE: LINKED_TWICE,
-    files.BROKEN_LINK: BROKEN_LINKS,
-    files.NOT_A_FILE: SPECIAL,
-    files.RUN: RUNS,
-    files.UNREADABLE: UNREADABLE,
+    listing.LINKED_TWICE: LINKED_TWICE,
+    listing.BROKEN_LINK: BROKEN_LINKS,
+    listing.NOT_A_FILE: SPECIAL,
+    listing.RUN: RUNS,
+    listing.UNREADABLE: UNREADABLE,
 }
-"""The reasons of `icenet.core.files`, for a text source."""
+"""The reasons of `icenet.core.listing`, for a text source."""
 
 _KEPT = 20
 _SHOWN = 3

@@ -16,7 +16,8 @@ from typing_extensions import Self
 
 from icenet.core.data.text.left_out import FOLDERS, OF_LISTING, LeftOut
 from icenet.core.errors import DataError
-from icenet.core.files import UNREADABLE, distinct_files, path_hint, walk_folders
+from icenet.core.files import path_hint
+from icenet.core.listing import UNREADABLE, distinct_files, walk_folders
 
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 """Suffixes of JSON lines: each line is an object, and a document is the text under one of its keys."""
