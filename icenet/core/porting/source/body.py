@@ -258,6 +258,8 @@ class Frame(SizeVariables):
         self.text[node.name] = variable
         if node.op not in WHOLE and not _GIVEN.match(text):
             self.made.add(node.name)
+        else:
+            self.give(text)
         if trace:
             self.lines.append(Line(f"_record({node.name!r}, {variable})"))
 
@@ -284,6 +286,11 @@ class Frame(SizeVariables):
         """Returns whether the expression of a value, in its simplest form, may be an array that has another name."""
         code = self.operation(self.graph.by_name[name])
         return _GIVEN.match(simplify.text(simplify.simplified(code))) is not None
+
+    def give(self, text: str) -> None:
+        """Notes that an expression may be an array that it has as an argument, which then has two names."""
+        for word in re.findall(r"[A-Za-z_]\w*", text):
+            self.made.discard(self.names.get(word, ""))
 
     def written_value(self, src: Ref) -> str:
         """Returns the source of values that are written; they need not have the shape of the part."""
@@ -381,6 +388,7 @@ class Frame(SizeVariables):
         given = ", ".join(self.expression(Ref(name)) for _, name in self.graph.parameters(call))
         method = self.structure.method(call)
         text = f"{self.module(call.path)}{method}({given})"
+        self.give(text)
         if not results:
             self.lines.append(Line(text))
             return

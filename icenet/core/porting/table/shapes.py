@@ -428,7 +428,7 @@ def ravel(n: Operation) -> str:
 @entry("as_strided", "as_strided_copy")
 def as_strided(n: Operation) -> str:
     offset = n.get("storage_offset", 0)
-    return f"mx.as_strided({n['self']}, {n['size']}, {n['stride']}, {n.source(offset)})"
+    return f"mx.as_strided(mx.contiguous({n['self']}), {n['size']}, {n['stride']}, {n.source(offset)})"
 
 
 @entry("channel_shuffle", "native_channel_shuffle")
