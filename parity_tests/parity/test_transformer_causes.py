@@ -234,6 +234,65 @@ def test_a_soft_cap_of_scores() -> None:
     assert "a soft cap, 5 * tanh(x / 5), of the scores in a" in verdict(pair, draw(2, 6, 16, scale=4))
 
 
+def relative(x: Any, lib: Any, sign: int) -> Any:
+    """Returns the buckets of relative positions, as T5 has them."""
+    i = lib.arange(x.shape[1])
+    return lib.clip(i[None] - i[:, None] if sign > 0 else i[:, None] - i[None], -3, 3) + 3
+
+
+def test_the_sign_of_relative_positions() -> None:
+    pair = net(
+        lambda m, x: m.v(mx.softmax(m.bias(relative(x, mx, -1))[..., 0], axis=-1) @ x),
+        lambda m, x: m.v(m.bias(relative(x, torch, 1))[..., 0].softmax(-1) @ x),
+        bias=Pair(M.Embedding(7, 1), T.Embedding(7, 1)), v=linear(8, 8),
+    )  # fmt: skip
+    assert "the other sign of a difference in a" in verdict(pair, draw(2, 6, 8))
+
+
+FUNCTIONS: list[tuple[Function, Function, str]] = [
+    (lambda x: x[:, 3:9], lambda x: x[:, :6], "a slice, as of a table of positions, begins 3 later in a"),
+    (lambda x: x[:, -1:].mean(axis=1), lambda x: x.mean(1), "position"),
+    (lambda x: (x + x * x).mean(axis=1), lambda x: (x + x * x)[:, 0], "the mean in a, one position in b"),
+    (lambda x: mx.abs(x), lambda x: x**2, "the absolute value in a, the square in b"),
+    (lambda x: x / 2, lambda x: x / 8**0.5, "a scale is 2 in a, 2.82843 (the square root of 8) in b"),
+    (lambda x: x * (1.0 - x), lambda x: x * (1.3 - x), "a number is 1 in a, 1.3 in b"),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "words"), FUNCTIONS)
+def test_functions_in_the_code(ours: Function, theirs: Function, words: str) -> None:
+    pair = net(
+        lambda m, x: m.down(ours(m.up(x))), lambda m, x: m.down(theirs(m.up(x))), up=linear(8, 8), down=linear(8, 4)
+    )
+    assert words in verdict(pair, draw(2, 9, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"align_corners": True}, "align_corners of grid_sample is False in a"),
+        ({"align_corners": False, "padding_mode": "border"}, "padding_mode of grid_sample is zeros in a"),
+    ],
+)
+def test_options_of_grid_sample(options: dict[str, Any], words: str) -> None:
+    """Both sides are of PyTorch: MLX has no such function."""
+
+    class Sampled(T.Module):
+        def __init__(self, **given: Any) -> None:
+            super().__init__()
+            self.conv, self.given = T.Conv2d(3, 4, 1), given
+
+        def forward(self, x: Any, grid: Any) -> Any:
+            return F.grid_sample(self.conv(x), grid, **self.given)
+
+    theirs = Sampled(**options)
+    ours = Sampled(align_corners=False)
+    grid = np.random.default_rng(0).uniform(-1.2, 1.2, (2, 4, 4, 2)).astype(np.float32)
+    given = {"x": draw(2, 3, 6, 6), "grid": grid}
+    report = compare(ours, theirs, given, copy_weights=True, stages=["forward"], layout="same")
+    assert words in report.cause, report.verdict
+
+
 # ---- embeddings ---------------------------------------------------------------------------------------------
 
 
@@ -259,7 +318,7 @@ def test_rows_of_a_table_that_begin_at_another_number() -> None:
         lambda m, ids: m.out(m.tok(ids) + m.pos.weight[2 : 2 + ids.shape[1]]),
         tok=embedding(20), pos=embedding(12), out=linear(8, 8),
     )  # fmt: skip
-    words = "the rows of the table begin 2 earlier in a: an offset, as of positions"
+    words = "a slice, as of a table of positions, begins 2 earlier in a"
     assert words in verdict(pair, tokens(2, 6, below=20))
 
 

@@ -53,8 +53,10 @@ def find_functions(trial: Trial) -> str:
         if not own_sites:
             continue
         for only in (None, *(own_sites if 1 < len(own_sites) <= _MOST_SITES else ())):
-            with variants.applied(variant, only):
+            with variants.applied(variant, only) as mode:
                 new = trial.replay()
+            if not mode.has_changed and only is None:  # it fits no call
+                break
             if new and trial.explains(new):
                 ratio = trial.ratio(new)
                 accepted.append((ratio, index, _text(variant, only, calls)))

@@ -79,6 +79,14 @@ def find_parts(trial: Trial) -> str:
             for name in ("mean", "max", "sum", "min"):
                 if trial.explains_array(getattr(array, name)(axis=axis)):
                     return f"the {name} over axis {axis} of {label} is taken in a"
+        for mask_label, mask in zip(labels, trial.given.values, strict=True):
+            weights = np.asarray(mask.array, np.float64)
+            if array.ndim == 3 and weights.shape == array.shape[:2] and set(np.unique(weights)) == {0.0, 1.0}:
+                total = np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+                if trial.explains_array(np.einsum("btd,bt->bd", array, weights) / total):
+                    return (
+                        f"the mean over axis 1 of {label} is taken in a, of the elements of the mask ({mask_label})"
+                    )
         if array.ndim == len(shape) + 2:  # of images
             for axes in itertools.combinations(range(1, array.ndim), 2):
                 if tuple(size for axis, size in enumerate(array.shape) if axis not in axes) != shape:
@@ -115,6 +123,10 @@ def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
                     axes[-1 if array.shape[0] == shape[-1] else 1] = array.shape[0]
                     label = f"{relative(child.path, trial.pair.path)}.{name}"
                     found.append((label, np.broadcast_to(array.reshape(axes), shape)))
+        for name, array in trial.c.reference.own_arrays(trial.pair.path).items():
+            rows = array[0] if array.ndim > 2 and array.shape[0] == 1 else array  # a table for all rows of a batch
+            if rows.ndim > 1 and shape[-rows.ndim :] == rows.shape:
+                found.append((name, np.broadcast_to(np.asarray(array, np.float64), shape)))
         for (source, _), value in zip(trial.pair.input_places(), trial.given.values, strict=True):
             found.append((_label(trial.pair, source), np.asarray(value.array, np.float64)))
     elif trial.given.cotangents is not None:

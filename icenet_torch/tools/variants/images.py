@@ -39,6 +39,16 @@ def _interpolated(mode: str) -> Run:
     return run
 
 
+def _sampled(option: str, value: Any) -> Run:
+    """Returns the variant of grid_sample with another option."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        given = arguments(("input", "grid", "mode", "padding_mode", "align_corners"), args, kwargs)
+        return NotImplemented if given.get(option) == value else func(**{**given, option: value})
+
+    return run
+
+
 _PAD = ("input", "pad", "mode", "value")
 
 
@@ -105,6 +115,8 @@ _POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "boolean_dispatch"
 """The last two are names of the functions that PyTorch calls."""
 _AVERAGES = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"})
 
+_SAMPLES = frozenset({"grid_sample"})
+
 VARIANTS: list[Variant] = [
     *(
         Variant(
@@ -113,6 +125,15 @@ VARIANTS: list[Variant] = [
             _aligned(flag),
         )
         for flag in (True, False)
+    ),
+    *(
+        Variant(f"{option} of grid_sample is {value} in a, another in b", _SAMPLES, _sampled(option, value))
+        for option, values in (
+            ("align_corners", (True, False)),
+            ("padding_mode", ("zeros", "border", "reflection")),
+            ("mode", ("bilinear", "nearest")),
+        )
+        for value in values
     ),
     *(
         Variant(f"interpolation mode {mode} in a, another in b", frozenset({"interpolate"}), _interpolated(mode))

@@ -50,13 +50,15 @@ def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> l
                 candidates = (old * old, math.sqrt(abs(old)), 1.0, -old, 1 / old, 2 * old, old / 2)
                 if abs(old) < 1:  # the scale of an attention, of the width of all heads in place of that of one
                     candidates += tuple(old / math.sqrt(heads) for heads in (2, 4, 8, 12, 16))
+                else:
+                    candidates += tuple(old * heads**power for heads in (2, 4, 8, 12, 16) for power in (-0.5, 0.5))
                 what = "a scale"
             elif name in ("leaky_relu", "elu", "celu", "softplus"):
                 candidates, what = (0.01, 0.1, 0.2, 0.3, 0.5, 1.0), "the slope or alpha"
             elif name in BOUNDED:
                 candidates, what = (), "a bound"
-            elif name in ("mul", "add", "sub"):
-                candidates, what = (), "a number"
+            elif name in ("mul", "add", "sub", "rsub", "radd"):
+                candidates, what = (0.0, 1.0, 2.0) if name != "mul" else (), "a number"
             else:
                 continue
             for new in (*candidates, *others):

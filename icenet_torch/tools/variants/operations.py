@@ -139,6 +139,25 @@ def _squared(func: Any, args: Any, kwargs: Any) -> Any:
     return _unchanged(func, args, kwargs).square()
 
 
+def _absolute(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0].abs() if len(args) == 2 and args[1] == 2 else NotImplemented
+
+
+def _transposed(func: Any, args: Any, kwargs: Any) -> Any:
+    """Transposes the first factor of a product, if it is a square."""
+    x = args[0]
+    return (
+        func(x.transpose(-1, -2), *args[1:], **kwargs)
+        if x.ndim > 1 and x.shape[-1] == x.shape[-2]
+        else NotImplemented
+    )
+
+
+def _exchanged(func: Any, args: Any, kwargs: Any) -> Any:
+    both = len(args) == 2 and all(isinstance(item, torch.Tensor) for item in args)
+    return func(args[1], args[0], **kwargs) if both else NotImplemented
+
+
 def _scaled_scores(func: Any, args: Any, kwargs: Any) -> Any:
     """Multiplies a product of queries and keys by 1 / sqrt(size)."""
     y = func(*args, **kwargs)
@@ -222,6 +241,9 @@ VARIANTS: list[Variant] = [
     Variant("a roll is left out in a", frozenset({"roll"}), _unchanged),
     Variant("exp is left out in a", frozenset({"exp"}), _unchanged),
     Variant("the square in a, the absolute value in b", frozenset({"abs"}), _squared),
+    Variant("the other sign of a difference in a", frozenset({"sub", "rsub"}), _exchanged),
+    Variant("the absolute value in a, the square in b", frozenset({"pow"}), _absolute),
+    Variant("the first factor of a product is transposed in a", frozenset({"matmul", "mm", "bmm"}), _transposed),
     Variant(
         "attention scores are multiplied by 1 / sqrt(size) in a, not scaled in b",
         frozenset({"matmul", "bmm", "baddbmm"}),
@@ -231,6 +253,8 @@ VARIANTS: list[Variant] = [
     Variant("sum in a, mean in b", frozenset({"mean"}), _summed("sum")),
     Variant("maximum in a, mean in b", frozenset({"mean"}), _summed("amax")),
     Variant("mean in a, sum in b", frozenset({"sum"}), _summed("mean")),
+    Variant("argmax in a, argmin in b", frozenset({"argmin"}), _summed("argmax")),
+    Variant("argmin in a, argmax in b", frozenset({"argmax"}), _summed("argmin")),
     Variant("a quotient is left out in a", frozenset({"div", "truediv"}), _left_out),
     *(
         Variant(f"a {what} is left out in a", frozenset({name, f"i{name}"}), run)

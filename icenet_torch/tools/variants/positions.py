@@ -1,10 +1,8 @@
-"""Rows of a table of positions that begin at another number."""
+"""Rows of a table, ids and slices that begin at another number, as positions do; another position that is taken."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import torch
 
 from icenet_torch.tools.variants.variant import Run, Variant, arguments
 
@@ -25,19 +23,15 @@ def _rows_moved(by: int) -> Run:
     def run(func: Any, args: Any, kwargs: Any) -> Any:
         x, index = args
         items = index if isinstance(index, tuple) else (index,)
-        axes = [i for i, item in enumerate(items) if isinstance(item, slice) and item != slice(None)]
-        if len(axes) != 1 or any(item is Ellipsis or item is None for item in items) or not _is_table(x):
+        cut = [i for i, item in enumerate(items) if isinstance(item, slice) and item != slice(None)]
+        if len(cut) != 1 or any(not isinstance(item, (slice, type(Ellipsis))) for item in items):
             return NotImplemented
-        new = tuple(moved(item, x.shape[i]) if i in axes else item for i, item in enumerate(items))
-        return NotImplemented if new[axes[0]] is items[axes[0]] else func(x, new)
+        is_last = any(item is Ellipsis for item in items[: cut[0]])
+        item = moved(items[cut[0]], x.shape[cut[0] - len(items) if is_last else cut[0]])
+        new = (*items[: cut[0]], item, *items[cut[0] + 1 :])
+        return NotImplemented if item is items[cut[0]] else func(x, new)
 
     return run
-
-
-def _is_table(x: torch.Tensor) -> bool:
-    """Returns whether a tensor is that of a module: a parameter or a buffer, of two axes or with a first one of 1."""
-    rows = x[0] if x.ndim == 3 and x.shape[0] == 1 else x
-    return x.is_leaf and rows.ndim == 2 and x.is_floating_point()
 
 
 def _ids_moved(by: int) -> Run:
@@ -48,7 +42,8 @@ def _ids_moved(by: int) -> Run:
         ids = given["input"]
         if not ids.numel() or int(ids.min()) + by < 0 or int(ids.max()) + by >= len(given["weight"]):
             return NotImplemented
-        return func(ids + by, given.pop("weight"), *args[2:], **{k: v for k, v in kwargs.items() if k not in given})
+        rest = {name: item for name, item in kwargs.items() if name not in given}
+        return func(ids + by, given["weight"], *args[2:], **rest)
 
     return run
 
@@ -57,12 +52,53 @@ def _text(by: int) -> str:
     return f"{abs(by)} {'later' if by > 0 else 'earlier'}"
 
 
+def _pooled(kind: str) -> Run:
+    """Returns the variant of a single position that is taken: another one, or what all of them give."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        x, index = args
+        items = index if isinstance(index, tuple) else (index,)
+        axes = [i for i, item in enumerate(items) if isinstance(item, int) and not isinstance(item, bool)]
+        if len(axes) != 1 or axes[0] == 0 or any(not isinstance(item, (int, slice)) for item in items):
+            return NotImplemented
+        if kind in ("first", "last"):
+            return func(x, (*items[: axes[0]], 0 if kind == "first" else -1, *items[axes[0] + 1 :]))
+        whole = func(x, tuple(slice(None) if isinstance(item, int) else item for item in items))
+        return whole.mean(axes[0]) if kind == "mean" else whole.amax(axes[0])
+
+    return run
+
+
+def _taken(position: int) -> Run:
+    """Returns the variant of a mean over an axis that takes one position."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        given = arguments(("input", "dim", "keepdim"), args, kwargs)
+        if not isinstance(given.get("dim"), int) or given.get("keepdim"):
+            return NotImplemented
+        return given["input"].select(given["dim"], position)
+
+    return run
+
+
 _STEPS = [number * sign for number in range(1, _MOST + 1) for sign in (-1, 1)]
 
 VARIANTS: list[Variant] = [
     *(
+        Variant(f"{text} in a, one position in b", frozenset({"getitem"}), _pooled(kind))
+        for kind, text in (("mean", "the mean"), ("max", "the maximum"))
+    ),
+    *(
+        Variant(f"the {kind} position in a, another one in b", frozenset({"getitem"}), _pooled(kind))
+        for kind in ("first", "last")
+    ),
+    *(
+        Variant(f"the {text} position in a, the mean in b", frozenset({"mean"}), _taken(position))
+        for text, position in (("first", 0), ("last", -1))
+    ),
+    *(
         Variant(
-            f"the rows of the table begin {_text(by)} in a: an offset, as of positions",
+            f"a slice, as of a table of positions, begins {_text(by)} in a",
             frozenset({"getitem"}),
             _rows_moved(by),
         )

@@ -55,10 +55,10 @@ class FunctionCall(NamedTuple):
 
 
 @contextlib.contextmanager
-def applied(variant: Variant, only: Site | None = None) -> Iterator[None]:
+def applied(variant: Variant, only: Site | None = None) -> Iterator[Applied]:
     """Applies a variant to all calls of its functions, or to those of one site, while the context is open."""
-    with _Applied(variant, only):
-        yield
+    with Applied(variant, only) as mode:
+        yield mode
 
 
 @contextlib.contextmanager
@@ -81,9 +81,16 @@ class _Spy(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Applied(TorchFunctionMode):
+class Applied(TorchFunctionMode):
+    """The mode in which functions are replaced.
+
+    Attributes:
+        has_changed: Whether it has replaced a call.
+    """
+
     def __init__(self, variant: Variant, only: Site | None) -> None:
         super().__init__()
+        self.has_changed = False
         self._variant, self._only = variant, only
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,6 +98,7 @@ class _Applied(TorchFunctionMode):
         if name_of(func) in self._variant.names and (self._only is None or self._only == _site()):
             found = self._variant.run(func, args, kwargs)
             if found is not NotImplemented:
+                self.has_changed = True
                 return found
         return func(*args, **kwargs)
 
