@@ -37,6 +37,8 @@ def arrays(seed: int) -> Arrays:
     return {name: draw.standard_normal((3, 5)).astype(np.float32) for name in ("a.weight", "b.0.bias")}
 
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 STATE = {"loss_scale": {"scale": 1.0, "good_steps": 0}, "data": "x"}
 
 

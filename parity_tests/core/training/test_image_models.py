@@ -23,6 +23,8 @@ from icenet.core.training.trainer import Trainer
 for _name in ("torch", "mlx", "transformers"):
     pytest.importorskip(_name)
 importlib.import_module("icenet.blas")  # before mlx.core
+
+pytestmark = pytest.mark.usefixtures("no_plots")
 torch: Any = importlib.import_module("torch")
 transformers: Any = importlib.import_module("transformers")
 

@@ -27,6 +27,8 @@ from icenet.parity.yardstick import Samples
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 
 def trained(folder: Path, *overrides: str) -> Path:
     """Returns a run of two steps."""

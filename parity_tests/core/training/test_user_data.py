@@ -22,6 +22,8 @@ pytest.importorskip("torch")
 pytest.importorskip("mlx")
 importlib.import_module("icenet.blas")
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 DATA = """
 import numpy as np
 
