@@ -240,6 +240,19 @@ def relative(x: Any, lib: Any, sign: int) -> Any:
     return lib.clip(i[None] - i[:, None] if sign > 0 else i[:, None] - i[None], -3, 3) + 3
 
 
+def test_the_codes_that_are_farthest() -> None:
+    def codes(m: Any, x: Any, argmin: Function) -> Any:
+        table = m.codes.weight
+        return m.codes(argmin((x * x).sum(-1)[..., None] + (table * table).sum(-1) - 2 * (x @ table.T)))
+
+    pair = net(
+        lambda m, x: codes(m, x, lambda d: mx.argmax(d, axis=-1)),
+        lambda m, x: codes(m, x, lambda d: d.argmin(-1)),
+        codes=embedding(10),
+    )
+    assert "argmax in a, argmin in b" in verdict(pair, draw(3, 5, 8))
+
+
 def test_the_sign_of_relative_positions() -> None:
     pair = net(
         lambda m, x: m.v(mx.softmax(m.bias(relative(x, mx, -1))[..., 0], axis=-1) @ x),

@@ -207,9 +207,25 @@ def _turns(trial: Trial) -> bool:
         return True
     if any("cos" in name or "sin" in name or "freq" in name for name in trial.pair.b.names):
         return True
-    with backends.module("torch", "tools.variants").spying() as calls:
+    variants = backends.module("torch", "tools.variants")
+    if any(
+        source is None and _is_table(value)
+        for (source, _), value in zip(trial.pair.input_places(), trial.given.values, strict=True)
+    ):
+        return True
+    with variants.spying() as calls:
         trial.replay()
     return bool({"cos", "sin", "polar", "view_as_complex"} & {call.name for call in calls})
+
+
+def _is_table(value: Value) -> bool:
+    """Returns whether an array is a table of angles, their cosines or sines, also of several next to each other."""
+    array = np.asarray(value.array)
+    if not value.is_float or array.ndim < 2 or array.size > 1 << 20:
+        return False
+    with_theta = backends.module("torch", "tools.variants").with_theta
+    parts = [array, *(np.moveaxis(array, -2, 0) if array.ndim > 2 and array.shape[-2] <= 4 else ())]
+    return any(part.size and with_theta(part, 10000.0) is not None for part in parts)
 
 
 def _paths(event: Event) -> list[str]:

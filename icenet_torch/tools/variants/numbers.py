@@ -32,6 +32,8 @@ def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> l
             shown = (math.exp(abs(new)), math.exp(abs(old))) if what == "theta" and abs(old) < 100 else (new, old)
             root = tuple(map(_root, shown)) if what == "a scale" else ("", "")
             text = f"{what} is {shown[0]:.6g}{root[0]} in a, {shown[1]:.6g}{root[1]} in b"
+            if what == "a number" and new == 0 and "sub" not in name:
+                text = f"{old:.6g} is not added in a"
             found.setdefault((name, old, new), Variant(text, frozenset({name}), replacing(old, new)))
 
     for name, args, kwargs, _ in calls:
