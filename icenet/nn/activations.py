@@ -11,6 +11,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
+from icenet.core.nn.activation import check_activation
 from icenet.core.nn.classes import change_classes
 from icenet.nn import training_kernels
 from icenet.nn.arrays import Array, on_cpu
@@ -18,7 +19,19 @@ from icenet.nn.exact import channel_sums
 
 
 def activation(name: str, x: Array) -> Array:
-    """Applies an activation elementwise: gelu (exact), gelu_tanh (approximate), relu or silu."""
+    """Applies an activation elementwise.
+
+    Args:
+        name: gelu (exact), gelu_tanh (approximate), relu or silu.
+        x: `[...]`, of any floating dtype.
+
+    Returns:
+        `[...]` in the dtype of x.
+
+    Raises:
+        UsageError: The name is unknown.
+    """
+    check_activation(name)
     if training_kernels.is_worthwhile(x):
         return training_kernels.activation(name, x)
     return _with_operations(name, x)
@@ -37,12 +50,18 @@ def _with_operations(name: str, x: Array) -> Array:
 
 
 def gated_activation(name: str, gate: Array, x: Array) -> Array:
-    """Returns activation(gate) * x, in one kernel on a GPU."""
+    """Returns activation(gate) * x, in one kernel on a GPU.
+
+    Args:
+        name: As in `activation`.
+        gate, x: `[...]`, of one shape and dtype, which the result has too.
+    """
     return activation(name, gate) * x if on_cpu() else _compiled_gate(name)(gate, x)
 
 
 @lru_cache
 def _compiled_gate(name: str) -> Callable[[Array, Array], Array]:
+    check_activation(name)
     compiled: Callable[[Array, Array], Array] = mx.compile(
         lambda gate, x: _with_operations(name, gate) * x, shapeless=True
     )

@@ -21,6 +21,13 @@ def checkpoint(block: nn.Module, *inputs: object) -> Any:
     Both passes use the same dropout masks. Only the first one updates buffers, such as running
     statistics.
 
+    Args:
+        block: The module.
+        inputs: Its arguments: arrays, or other values that it takes.
+
+    Returns:
+        What the block returns.
+
     Raises:
         UsageError: The block draws from MLX's generator, whose state cannot be restored for the backward pass.
     """

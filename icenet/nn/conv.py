@@ -137,10 +137,16 @@ def _to_stride_1(x: Array, weight: Array, stride: int, padding: int) -> tuple[Ar
 
 
 def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
-    """Returns the maximum of each window of images `[B, H, W, C]`.
+    """Returns the maximum of each window of images.
 
     Among equal maxima (zeros after a ReLU) the first receives the gradient, as in PyTorch. MLX's own pooling divides
     the gradient among them.
+
+    Args:
+        x: `[B, H, W, C]`, of any floating dtype.
+        size: Height and width of a window.
+        stride: Distance of two windows, in both axes.
+        padding: Pixels of -infinity at each edge.
     """
     if training_kernels.has_kernels():
         return training_kernels.max_pool(x, size, stride, padding)

@@ -16,7 +16,14 @@ from icenet.nn.quantized import QuantizedLayer, to_quantized
 
 
 class Router(Linear):
-    """A linear layer without bias that scores experts, in fp32: in half precision many scores would be equal."""
+    """A linear layer without bias that scores experts, in fp32: in half precision many scores would be equal.
+
+    x `[..., D]` of any floating dtype to scores `[..., E]` in fp32.
+
+    Args:
+        width: D.
+        count: E, the number of experts.
+    """
 
     can_quantize = False  # it is small, and its scores decide which weights are read
 
@@ -105,6 +112,10 @@ class Experts(nn.Module):
 
     If there are more rows than experts, they are sorted by expert, so that each weight is read once. In training they
     always are, because the gradient of unsorted ones has the size of a weight for each row.
+
+    Args:
+        plan: Sizes and activation of each network.
+        experts: The number of experts.
     """
 
     def __init__(self, plan: FeedForwardPlan, experts: ExpertsPlan) -> None:

@@ -16,11 +16,11 @@ from icenet.nn.quantized import QuantizedLayer, quantization_of, quantized_produ
 
 
 class Linear(nn.Linear):
-    """A linear layer, x W^T + b, in the dtype of x.
+    """A linear layer, x W^T + b: x `[..., in]` to `[..., out]`, in the dtype of x.
 
     Args:
         in_features: Size of the last axis of the input.
-        out_features: Size of the last axis of the output.
+        out_features: Size of the last axis of the output. The weight is `[out, in]`, the bias `[out]`.
         bias: Whether the layer has a bias.
         init_scale: Factor of the weight's initial values (see `icenet.core.models.init`).
     """
@@ -40,7 +40,12 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.get("bias"), self._generates)
 
     def prepare_generation(self, original: Linear, dtype: Dtype) -> None:
-        """See `icenet.core.generation.copies`: casts the weight once and not at each token."""
+        """See `icenet.core.generation.copies`: casts the weight once and not at each token.
+
+        Args:
+            original: The layer of the model of which this one is the copy.
+            dtype: Dtype of the activations.
+        """
         self._generates = True
         self.weight = cast_for_products(original.weight, dtype)
         if "bias" in original:
@@ -177,7 +182,12 @@ _JOINED: dict[type, type[Projections]] = {Linear: Projections, QuantizedLinear: 
 
 
 def join(layers: Sequence[nn.Module], dtype: Dtype) -> Projections | None:
-    """Returns several linear layers of the same input as one; None if they are not of one class and dtype."""
+    """Returns several linear layers of the same input as one; None if they are not of one class and dtype.
+
+    Args:
+        layers: The layers, with the same number of inputs.
+        dtype: Dtype of the activations.
+    """
     joined = _JOINED.get(type(layers[0]))
     if joined is None or any(type(layer) is not type(layers[0]) for layer in layers):
         return None
@@ -195,7 +205,12 @@ def _add_bias(y: Array, bias: Array | None) -> Array:
 
 
 class Embedding(CheckedEmbedding):
-    """A table of vectors: ids int `[...]` to `[..., D]`."""
+    """A table of vectors: ids int `[...]` to `[..., D]`, in the dtype of the table.
+
+    Args:
+        num_embeddings: Number of rows V of the weight `[V, D]`.
+        dims: D.
+    """
 
     can_quantize = True
     quantized_type: type[QuantizedLayer]
@@ -212,7 +227,12 @@ class Embedding(CheckedEmbedding):
         return linear(x, self._output_weight, generates=True)
 
     def prepare_generation(self, original: Embedding, dtype: Dtype) -> None:
-        """See `icenet.core.generation.copies`: casts the weight of `as_linear` once and not at each token."""
+        """See `icenet.core.generation.copies`: casts the weight of `as_linear` once and not at each token.
+
+        Args:
+            original: The layer of the model of which this one is the copy.
+            dtype: Dtype of the activations.
+        """
         self._output_weight = cast_for_products(original.weight, dtype)
 
 
@@ -238,7 +258,11 @@ Embedding.quantized_type = QuantizedEmbedding
 
 
 class Bias(nn.Module):
-    """A bias, x + b, in the dtype of x: that of a projection whose weight belongs to another layer."""
+    """A bias, x + b, in the dtype of x: that of a projection whose weight belongs to another layer.
+
+    Args:
+        features: Size of the last axis of x and of b.
+    """
 
     layer_kind = "linear"
 

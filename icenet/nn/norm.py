@@ -19,7 +19,14 @@ from icenet.nn.arrays import Array, is_half, on_cpu
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalization over the last axis (Ba et al., 2016), with statistics in fp32."""
+    """Layer normalization over the last axis (Ba et al., 2016), with statistics in fp32.
+
+    y = (x - mean) / sqrt(variance + eps) * weight + bias: x `[..., D]` to `[..., D]`, in the dtype of x.
+
+    Args:
+        dims: D, the size of weight and bias.
+        eps: Added to the variance.
+    """
 
     def __init__(self, dims: int, eps: float = 1e-5) -> None:
         super().__init__(dims, eps)
@@ -33,8 +40,10 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """Root mean square normalization over the last axis (Zhang and Sennrich, 2019), with statistics in fp32.
 
+    y = x / sqrt(mean(x^2) + eps) * weight: x `[..., D]` to `[..., D]`, in the dtype of x.
+
     Args:
-        dims: Width of the last axis.
+        dims: D, the size of the weight.
         eps: Added to the mean of the squares.
         offset: Multiply by 1 + weight, as in Gemma; the initial weight is zero.
     """
@@ -64,7 +73,12 @@ def _uses_kernel(x: Array, weight: Array) -> bool:
 
 
 def make_norm(plan: NormPlan, dims: int) -> LayerNorm | RMSNorm:
-    """Returns a new normalization layer over `dims` values."""
+    """Returns a new normalization layer over the last axis.
+
+    Args:
+        plan: Kind of the layer and its eps.
+        dims: Size of the last axis.
+    """
     return RMSNorm(dims, plan.eps, plan.offset) if plan.kind == "rms_norm" else LayerNorm(dims, plan.eps)
 
 
@@ -74,6 +88,9 @@ class BatchNorm2d(nn.BatchNorm):
     In training, the running statistics move by a tenth towards the mean and the unbiased variance of the batch.
     A call takes what follows in a block, which one kernel computes together with the norm on CUDA: images to add to
     the result, and the name of an activation.
+
+    Args:
+        channels: C, the size of weight, bias and running statistics, which are fp32.
     """
 
     running_mean: Array

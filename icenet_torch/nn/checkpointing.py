@@ -18,6 +18,13 @@ def checkpoint(block: nn.Module, *inputs: object) -> Any:
 
     Both passes use the same random numbers. Only the first one updates buffers, such as running
     statistics.
+
+    Args:
+        block: The module.
+        inputs: Its arguments: arrays, or other values that it takes.
+
+    Returns:
+        What the block returns.
     """
     dropouts = [module for module in block.modules() if isinstance(module, KeyedCalls)]
     calls = count_calls(dropouts)

@@ -59,7 +59,14 @@ def conv2d(x: Array, weight: Array, stride: int, padding: int, bias: Array | Non
 
 
 def max_pool(x: Array, size: int, stride: int, padding: int) -> Array:
-    """Returns the maximum of each window of images `[B, C, H, W]`. The first of equal maxima gets the gradient."""
+    """Returns the maximum of each window of images. The first of equal maxima gets the gradient.
+
+    Args:
+        x: `[B, C, H, W]`, of any floating dtype.
+        size: Height and width of a window.
+        stride: Distance of two windows, in both axes.
+        padding: Pixels of -infinity at each edge.
+    """
     return F.max_pool2d(x, size, stride, padding)
 
 

@@ -16,7 +16,14 @@ from icenet_torch.nn.linear import Linear, linear
 
 
 class Router(Linear):
-    """A linear layer without bias that scores experts, in fp32: in half precision many scores would be equal."""
+    """A linear layer without bias that scores experts, in fp32: in half precision many scores would be equal.
+
+    x `[..., D]` of any floating dtype to scores `[..., E]` in fp32.
+
+    Args:
+        width: D.
+        count: E, the number of experts.
+    """
 
     can_quantize = False  # it is small, and its scores decide which weights are read
 
@@ -95,6 +102,10 @@ class Experts(nn.Module):
     experts. Elsewhere a prompt or a training step sorts the tokens by expert and multiplies the rows of each. This
     needs the number of rows on the host, so that it cannot be captured. A decoding step takes the weights of the
     experts that it uses, or with many sequences multiplies all tokens with all experts, which reads each weight once.
+
+    Args:
+        plan: Sizes and activation of each network.
+        experts: The number of experts.
     """
 
     def __init__(self, plan: FeedForwardPlan, experts: ExpertsPlan) -> None:

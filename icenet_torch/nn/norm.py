@@ -17,7 +17,14 @@ from icenet_torch.nn.arrays import Array, is_half, on_cpu
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalization over the last axis (Ba et al., 2016), with statistics in fp32."""
+    """Layer normalization over the last axis (Ba et al., 2016), with statistics in fp32.
+
+    y = (x - mean) / sqrt(variance + eps) * weight + bias: x `[..., D]` to `[..., D]`, in the dtype of x.
+
+    Args:
+        dims: D, the size of weight and bias.
+        eps: Added to the variance.
+    """
 
     def __init__(self, dims: int, eps: float = 1e-5) -> None:
         super().__init__(dims, eps)
@@ -30,8 +37,10 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """Root mean square normalization over the last axis (Zhang and Sennrich, 2019), with statistics in fp32.
 
+    y = x / sqrt(mean(x^2) + eps) * weight: x `[..., D]` to `[..., D]`, in the dtype of x.
+
     Args:
-        dims: Width of the last axis.
+        dims: D, the size of the weight.
         eps: Added to the mean of the squares.
         offset: Multiply by 1 + weight, as in Gemma; the initial weight is zero.
     """
@@ -50,7 +59,12 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(plan: NormPlan, dims: int) -> LayerNorm | RMSNorm:
-    """Returns a new normalization layer over `dims` values."""
+    """Returns a new normalization layer over the last axis.
+
+    Args:
+        plan: Kind of the layer and its eps.
+        dims: Size of the last axis.
+    """
     return RMSNorm(dims, plan.eps, plan.offset) if plan.kind == "rms_norm" else LayerNorm(dims, plan.eps)
 
 
@@ -60,6 +74,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     In training, the running statistics move by a tenth towards the mean and the unbiased variance of the batch.
     Unlike PyTorch's own layer it does not count batches. A call takes what follows in a block, as on MLX, where one
     kernel computes both: images to add to the result, and the name of an activation.
+
+    Args:
+        channels: C, the size of weight, bias and running statistics, which are fp32.
     """
 
     momentum: float

@@ -157,6 +157,8 @@ class LSTM(Recurrent):
 
     i, f, o = sigmoid(W_ih x + W_hh h + b), g = tanh(the same); c' = f * c + i * g; h' = o * tanh(c').
     The rows of the gates are in the order i, f, g, o.
+
+    Args and shapes are those of `Recurrent`.
     """
 
     gates = 4
@@ -171,6 +173,8 @@ class GRU(Recurrent):
 
     r, z = sigmoid(W_ih x + W_hh h + b); n = tanh(W_in x + b_n + r * (W_hn h + b_hn)); h' = (1 - z) * n + z * h.
     The rows of the gates are in the order r, z, n. `bias_hn` `[H]` is a second bias of n, inside the reset gate.
+
+    Args and shapes are those of `Recurrent`.
     """
 
     gates = 3
@@ -189,7 +193,12 @@ class GRU(Recurrent):
 
 
 class RNN(Recurrent):
-    """Simple recurrent network (Elman, 1990): h' = tanh(W_ih x + W_hh h + b), or relu in place of tanh."""
+    """Simple recurrent network (Elman, 1990): h' = tanh(W_ih x + W_hh h + b), or relu in place of tanh.
+
+    Args:
+        input_size, hidden_size, bidirectional: As in `Recurrent`.
+        activation: tanh or relu.
+    """
 
     gates = 1
 

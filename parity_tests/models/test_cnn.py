@@ -492,6 +492,14 @@ def test_relu_has_no_gradient_at_zero() -> None:
     assert leaf.grad.tolist() == np.array(ours).tolist() == [0, 0, 0, 1]
 
 
+@pytest.mark.parametrize(("package", "x"), [(icenet.nn, mx.ones(2)), (icenet_torch.nn, torch.ones(2))])
+def test_an_unknown_activation_is_an_error(package: Any, x: Any) -> None:
+    for call in (lambda: package.activation("swish", x), lambda: package.gated_activation("swish", x, x)):
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert is_one_line(str(caught.value), "swish", "silu")
+
+
 @pytest.mark.parametrize("shape", [(4, 5, 3, 6), (1, 1, 2, 3), (16, 32, 32, 4)])
 def test_batch_norm_equals_pytorchs(shape: tuple[int, ...]) -> None:
     """Outputs, gradients and statistics of two steps, then evaluation; MLX is judged by the yardstick."""
