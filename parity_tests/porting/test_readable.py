@@ -77,3 +77,54 @@ def test_a_class_has_the_names_of_its_own_sizes() -> None:
     assert "self.table.as_linear(x[:, -1:])" in source
     for ours, theirs in zip(model(mx.array(a.numpy()), mx.array(b.numpy())), module(a, b), strict=True):
         close(ours, theirs)
+
+
+class Heads(nn.Module):
+    """Parts of one statement, one that a later statement names, and variables with the names of functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part.view(part.shape[0], -1, 2, 2) for part in qkv)
+        a, b = q[..., :1], k[..., 1:]
+        a, b = b + v.mean(), a
+        std = a * b
+        attention = std.exp() + std
+        return attention / (1 + attention)
+
+
+def test_variables_have_the_names_of_the_original() -> None:
+    module, x = Heads(), torch.randn(2, 3, 4)
+    model, source = ported(module, x)
+    close(model(mx.array(x.numpy())), module(x))
+    assert "q, k, v = mx.split(self.qkv(x), 3, axis=-1)" in source
+    assert "a, b = q[..., :1], k[..., 1:]" in source
+    assert "std = " in source and "attention = mx.exp(std) + std" in source, source
+
+
+class Causal(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            x, x, x, dropout_p=0.1 if self.training else 0.0, is_causal=True
+        )
+
+
+def test_a_branch_for_a_mask_that_is_always_made_is_folded() -> None:
+    _, source = ported(Causal(), torch.randn(2, 2, 5, 4))
+    assert "mask = mx.tril" in source and "mask is None" not in source
+
+
+class Thirds(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b, c = x.chunk(3, dim=1)
+        return (a - b).cumsum(1) + c.sum()
+
+
+def test_parts_of_an_open_size() -> None:
+    model, _ = ported(Thirds(), torch.randn(2, 8))
+    for length in (8, 11):
+        x = torch.randn(2, length)
+        close(model(mx.array(x.numpy())), Thirds()(x))

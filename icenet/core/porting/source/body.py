@@ -16,7 +16,7 @@ from icenet.core.porting.graph.writes import index_of
 from icenet.core.porting.kinds import Helpers
 from icenet.core.porting.record import WHOLE, Argument, Node, Place, Ref, Tensor, refs
 from icenet.core.porting.source import simplify, sizes
-from icenet.core.porting.source.lines import Body, Line
+from icenet.core.porting.source.lines import Body, Line, tuples
 from icenet.core.porting.source.loops import ELEMENT, RANGE, roll
 from icenet.core.porting.source.size_variables import SizeVariables
 from icenet.core.porting.source.structure import Structure
@@ -109,7 +109,8 @@ class Frame(SizeVariables):
         elif results:
             self.lines.append(Line("return " + ", ".join(self.expression(Ref(name)) for name in results)))
         self.unpack_sizes()
-        lines = roll(self.lines, self.list_names)
+        places = [item.place for item in self.items if item.place is not None]
+        lines = tuples(roll(self.lines, self.list_names), {place.chain: place.targets for place in places})
         for line in lines:
             line.code = RANGE.sub(self.elements, line.code)
         return Body(signature, lines, results)

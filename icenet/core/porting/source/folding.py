@@ -71,6 +71,9 @@ class Folder(ast.NodeTransformer):
         found: dict[str, Kind | None] = dict.fromkeys(name for part in parts for name in _stored(ast.AST, part))
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             found[statement.targets[0].id] = kinds.of_expression(statement.value, known)
+            is_array = isinstance(statement.value, ast.Call) and ast.unparse(statement.value.func).startswith("mx.")
+            self.not_none = self.not_none - {statement.targets[0].id}
+            self.not_none |= {statement.targets[0].id} if is_array else set()
         elif ast.unparse(statement) == "a, b = pair(a, b)":
             first, second = known.get("a"), known.get("b")
             if first is not None and second is not None:
@@ -154,11 +157,13 @@ class Folder(ast.NodeTransformer):
         value = self.truth(node.test)
         if value is None:
             node.test = self.reduced(node.test)
-            before = dict(self.kinds)
+            before, given = dict(self.kinds), set(self.not_none)
             node.body = self.block(node.body)
+            self.not_none = set(given)
             self.kinds = before
             node.orelse = self.block(node.orelse)
             self.kinds = before
+            self.not_none = given - _stored(ast.If, node)
             chosen = self.chosen(node.test)
             if chosen is not None and isinstance(node.body[-1], ast.Return) and not node.orelse:
                 rest = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,10 @@ from icenet.core.porting.table.base import mlx_dtype
 
 WIDTH = 112
 """Longest line."""
+_SHORT = 30
+"""Longest part of a statement with several variables."""
+_TUPLE = 88
+"""Longest statement with several variables."""
 
 
 @dataclass
@@ -39,6 +43,39 @@ class Body:
     def key(self) -> str:
         """Returns the text without comments, by which equal bodies are found."""
         return "\n".join([", ".join(self.parameters), *("    " * line.depth + line.code for line in self.lines)])
+
+
+def tuples(lines: list[Line], targets: dict[Any, tuple[str, ...]]) -> list[Line]:
+    """Joins the parts of a statement of the original with several variables: `q, k, v = qkv[0], qkv[1], qkv[2]`.
+
+    Args:
+        lines: The statements.
+        targets: The variables of each statement of the original, by what `Line.origin` has.
+    """
+    found: list[Line] = []
+    index = 0
+    while index < len(lines):
+        count = len(targets.get(lines[index].origin, ()))
+        part = lines[index : index + count]
+        pairs = [line.code.split(" = ", 1) for line in part]
+        is_plain = all(len(pair) == 2 and pair[0].isidentifier() and len(pair[1]) <= _SHORT for pair in pairs)
+        names = [pair[0] for pair in pairs]
+        wanted = list(targets.get(lines[index].origin, ()))
+        if count < 2 or not is_plain or [re.sub(r"_\d+$", "", name) for name in names] != wanted:
+            found.append(lines[index])
+            index += 1
+            continue
+        same = all(line.origin == part[0].origin and line.depth == part[0].depth for line in part)
+        code = f"{', '.join(names)} = {', '.join(pair[1] for pair in pairs)}"
+        set_before = [set(names[:number]) & set(re.findall(r"\w+", pair[1])) for number, pair in enumerate(pairs)]
+        if not same or any(set_before) or len(code) > _TUPLE:
+            found.append(lines[index])
+            index += 1
+            continue
+        comments = {line.comment for line in part}
+        found.append(replace(part[0], code=code, comment=comments.pop() if len(comments) == 1 else ""))
+        index += count
+    return found
 
 
 def lists(line: str) -> str:

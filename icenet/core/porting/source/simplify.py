@@ -29,6 +29,15 @@ def text(tree: ast.AST) -> str:
     is_tuple = isinstance(tree, ast.Return) and isinstance(tree.value, ast.Tuple) and len(tree.value.elts) > 1
     if is_tuple and len(found) <= WIDTH - 8:  # in brackets it has several lines
         found = f"return {found[len('return (') : -1]}"
+    is_pair = isinstance(tree, ast.Assign) and isinstance(tree.value, ast.Tuple) and len(tree.value.elts) > 1
+    if (
+        is_pair
+        and isinstance(tree, ast.Assign)
+        and isinstance(tree.targets[0], ast.Tuple)
+        and len(found) <= WIDTH - 8
+    ):
+        target = ast.unparse(tree.targets[0]).removeprefix("(").removesuffix(")")
+        found = f"{target} = {ast.unparse(tree.value)[1:-1]}"
     for name, inner in reversed(generators.found.items()):
         found = found.replace(name, inner)
     if isinstance(tree, (ast.If, ast.For)) and len(tree.body) == 1 and isinstance(tree.body[0], ast.Pass):

@@ -110,8 +110,21 @@ class Variables(Statements):
             if self.is_final(users[0], name):
                 return self.target_of(users[0], name)
 
+    def becomes_later(self, item: Node) -> str:
+        """Returns the variable of what a later statement with several variables makes of a part alone."""
+        users = self.users.get(item.name, [])
+        if len(users) != 1 or not isinstance(users[0], Node) or users[0].place is None:
+            return ""
+        if self.is_same_statement(users[0], item) or len(users[0].place.targets) < 2:
+            return ""
+        return self.target_of(users[0], users[0].name) or self.becomes(users[0])
+
     def hint(self, item: Item, name: str) -> str:
         place = item.place
+        if isinstance(item, Node) and item.op == "item" and place is not None and len(place.targets) == 1:
+            part = self.becomes_later(item)  # qkv = x.chunk(3), and then q, k, v = map(f, qkv)
+            if part:
+                return part
         if isinstance(item, Node) and item.op == "layer":
             found = self.element_name(item, name, item.args["self"].name)
             if found:

@@ -16,6 +16,7 @@ from icenet.core.porting.source.body import Frame
 from icenet.core.porting.source.classes import MARK, Class, Instance, class_source, resolve
 from icenet.core.porting.source.lines import Body
 from icenet.core.porting.source.modes import either
+from icenet.core.porting.source.renaming import free_names
 from icenet.core.porting.source.simplify import Constructors, simplified, text
 from icenet.core.porting.source.specialize import Calls, specialized
 from icenet.core.porting.source.structure import Structure, member
@@ -134,6 +135,10 @@ class _Writer:
             for name, given in layer.functions().items():
                 calls.given.setdefault(name, []).append(given)
         functions = specialized(self.structure.used_helpers, calls)
+        names = {item.name for code in functions for item in ast.parse(code).body if hasattr(item, "name")}
+        by_line = {id(line): tree for line, tree in statements}
+        for body in (body for item in classes for body in item.bodies):
+            free_names(body, [by_line[id(line)] for line in body.lines if id(line) in by_line], names)
         for line, tree in statements:
             line.code = text(tree)
         return functions

@@ -18,7 +18,7 @@ def view(n: Operation) -> str:
         return f"mx.view({n['self']}, mx.{mlx_dtype(n.out.dtype)})"
     sizes: Any = n.args.get("size", n.args.get("shape"))
     source = n.tensor("self")
-    if source is not None and len(sizes) == len(source.shape) and tuple(sizes) == tuple(source.shape):
+    if source is not None and tuple(n.out.shape) == tuple(source.shape):
         return n["self"]
     return f"{n.atom('self')}.reshape({shape_source(n, sizes)})" if sizes else f"{n.atom('self')}.reshape(())"
 
@@ -186,6 +186,9 @@ def chunk(n: Operation) -> str:
     sizes = [out.shape[dim] for out in outs]
     if len(set(sizes)) == 1:
         return f"mx.split({n['self']}, {len(outs)}, axis={n['dim']})"
+    if not all(isinstance(size, int) for size in sizes):
+        size = f"-(-{n.atom('self')}.shape[{dim}] // {n['chunks']})"  # rounded up
+        return n.call("split_sizes", n["self"], size, repr(dim))
     return f"mx.split({n['self']}, {_ends(sizes)}, axis={n['dim']})"
 
 
