@@ -226,6 +226,59 @@ def transformers_models() -> dict[str, Callable[[], Made]]:
         "Mamba": lambda: t.MambaForCausalLM(t.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2)),
     }
 
+    tiny = {"layer_norm_eps": 1e-5, "pad_token_id": 0, **text}
+    decoder = {"use_cache": False, **text}
+    stages4 = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "image_size": 64}
+    heads = {"num_key_value_heads": 1}
+    of_gpt = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "use_cache": False}
+    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    waves = {"conv_dim": [16] * 2, "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
+    waves |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0, "layerdrop": 0}
+    others: dict[str, dict[str, Any]] = {
+        "Albert": {"embedding_size": 16, **tiny},
+        "BigBird": {"attention_type": "original_full", **tiny},
+        "Bloom": {"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 2, "use_cache": False},
+        "CodeGen": {**of_gpt, "n_head": 4, "rotary_dim": 4},
+        "ConvBert": {"embedding_size": 16, **tiny},
+        "ConvNext": stages4,
+        "CTRL": {**of_gpt, "dff": 64},
+        "Deberta": {**relative, **tiny},
+        "DebertaV2": {**relative, **tiny},
+        "DeiT": vision,
+        "Electra": {"embedding_size": 16, **tiny},
+        "Falcon": decoder,
+        "FNet": tiny,
+        "Funnel": {"vocab_size": 50, "block_sizes": [1, 1], "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64},
+        "Gemma2": {"head_dim": 16, "sliding_window": 8, **heads, **decoder},
+        "GPTJ": {**of_gpt, "rotary_dim": 8},
+        "GPTNeoX": decoder,
+        "Hubert": {**waves, **small},
+        "LayoutLM": {"max_2d_position_embeddings": 64, **tiny},
+        "Mixtral": {"num_local_experts": 4, **heads, **decoder},
+        "ModernBert": {"pad_token_id": 0, "global_attn_every_n_layers": 2, "local_attention": 4, **text},
+        "Mpt": {"vocab_size": 50, "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 32, "use_cache": False},
+        "Olmo2": {**heads, **decoder},
+        "Phi": decoder,
+        "PoolFormer": stages4,
+        "Qwen2": {**heads, **decoder},
+        "RegNet": {"embedding_size": 8, "groups_width": 8, **stages4},
+        "RemBert": {"input_embedding_size": 16, "output_embedding_size": 16, **tiny},
+        "Rwkv": {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "use_cache": False},
+        "Splinter": tiny,
+        "SqueezeBert": {"embedding_size": 32, "q_groups": 2, "k_groups": 2, "v_groups": 2, **tiny},
+        "WavLM": {**waves, **small},
+        "XLNet": {"vocab_size": 50, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64, "use_mems_eval": False},
+        "Yolos": {"num_detection_tokens": 4, "use_mid_position_embeddings": False, **vision, "image_size": [32, 32]},
+    }
+
+    def other(name: str) -> nn.Module:
+        config = getattr(t, f"{name}Config")(**others[name])
+        made: nn.Module = getattr(t, f"{name}{'Base' if name == 'Funnel' else ''}Model")(config)
+        return made
+
+    for name in others:
+        made[name] = lambda name=name: other(name)  # type: ignore[misc]
+
     def make(name: str) -> Made:
         model = made[name]()
         return model, (), example_of(model)
