@@ -128,3 +128,20 @@ def test_parts_of_an_open_size() -> None:
     for length in (8, 11):
         x = torch.randn(2, length)
         close(model(mx.array(x.numpy())), Thirds()(x))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.weight = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight[:, None, None] * self.conv(x)
+
+
+def test_a_vector_of_channels_needs_no_axes_before_channels_that_are_last() -> None:
+    module, x = Scaled().eval(), torch.randn(2, 3, 4, 5)
+    model, source = ported(module, x)
+    close(model(mx.array(x.numpy())), module(x))
+    assert "self.weight * self.conv(" in source or "= self.weight * " in source, source
+    assert "self.weight[" not in source

@@ -52,6 +52,8 @@ class _Pass:
         self.frame = 0
         self.viewed: dict[str, tuple[int, str, list[Any]]] = {}
         """The call, the source and the shape of values that are reshapes."""
+        self.source: dict[str, tuple[int, str]] = {}
+        """The call and the source of values that have its elements in the same order."""
         self.new_tensors: dict[str, Any] = dict(graph.tensors)
         self.users: dict[str, list[Node]] = {}
         """The operations that read each value."""
@@ -228,10 +230,21 @@ class _Pass:
             self.emit(node, self.plain_all(node.args))
 
     def note_view(self, node: Node, args: dict[str, Any]) -> None:
-        """Notes the shape of a reshape."""
+        """Notes the shape of a reshape, and the source of what has its elements in the same order."""
+        if node.base in ("view", "reshape", "_unsafe_view", "unsqueeze"):
+            self.source[node.name] = (self.frame, args["self"].name)
         if node.base in ("view", "reshape", "_unsafe_view"):
             shape = list(args.get("shape", args.get("size", [])))
             self.viewed[node.name] = (self.frame, args["self"].name, shape)
+
+    def with_shape(self, name: str, shape: list[Any]) -> str | None:
+        """Returns a value or what it is a view of, the one that has a shape: weight for weight[:, None, None]."""
+        frame = self.frame
+        while list(self.shape(name)) != shape or name in self.order:
+            frame, name = self.source.get(name, (-1, ""))
+            if frame != self.frame:
+                return None
+        return name
 
     def others(self, node: Node) -> list[str]:
         return [
@@ -293,8 +306,9 @@ class _Pass:
             if sum(size != 1 for size in shape) <= 1 and all(isinstance(size, int) for size in moved):
                 while moved and moved[0] == 1:  # broadcasting adds the axes
                     moved.pop(0)
-                if list(tensor.shape) == moved:
-                    return Ref(name)
+                held = self.with_shape(name, moved)
+                if held is not None:
+                    return Ref(held)
                 self.nodes.append(
                     Node(
                         new,
