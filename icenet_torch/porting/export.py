@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError
 from icenet.core.porting.record import Graph
-from icenet_torch.porting import losses, recurrent, sizes, traceable, whole
+from icenet_torch.porting import attentions, losses, recurrent, sizes, traceable, whole
 from icenet_torch.porting.failures import broken
 from icenet_torch.porting.reader import Reader
 
@@ -54,6 +54,7 @@ def export(
     with _same_attributes(module):
         module.train(training)
         program, shapes, functions = _program(module, args, kwargs, dynamic)
+    attentions.simplify_attentions(program)
     graph = Reader(module, program, args, kwargs, training).read()
     graph.functions = functions
     return graph, program, shapes
