@@ -21,6 +21,7 @@ from icenet.core.porting.source.sizes import named, shape_comment
         ("y = x + 1e-06", "y = x + 1e-6"),
         ("y = mx.where(m, -1000000000.0, x)", "y = mx.where(m, -1e9, x)"),
         ("y = x * 8 ** -0.5", "y = x * 8**-0.5"),
+        ("y = [int(b**v) for v in f(x ** (-n))]", "y = [int(b**v) for v in f(x**-n)]"),
         ("y = (x + 1) ** 0.3", "y = (x + 1) ** 0.3"),
         ("y = f(x) ** 0.3", "y = f(x) ** 0.3"),
         ("y = f('at 1e-06')", 'y = f("at 1e-06")'),

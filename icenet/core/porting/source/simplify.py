@@ -46,7 +46,9 @@ def text(tree: ast.AST) -> str:
 
 
 _FLOAT = re.compile(r"(?<![\w.\"'])(?:\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+)(?![\w.])")
-_POWER = re.compile(r"(?<![\w.\])}] )\b([A-Za-z_][\w.]*|\d+) \*\* \(?(-?[A-Za-z_\d][\w.]*)\)?(?![\w.(\[])")
+_POWER = re.compile(
+    r"(?<![\w.\])}] )\b([A-Za-z_][\w.]*|\d+) \*\* (?:\((-?[A-Za-z_\d][\w.]*)\)|([A-Za-z_\d][\w.]*))(?![\w.(\[])"
+)
 
 
 def _short(code: str) -> str:
@@ -60,7 +62,7 @@ def _short(code: str) -> str:
         return short if float(short) == value and len(short) < len(match[0]) else match[0]
 
     parts = re.split(r"(\"[^\"]*\"|'[^']*')", code)  # strings stay as they are
-    parts[::2] = [_POWER.sub(r"\1**\2", _FLOAT.sub(number, part)) for part in parts[::2]]
+    parts[::2] = [_POWER.sub(r"\1**\2\3", _FLOAT.sub(number, part)) for part in parts[::2]]
     return "".join(parts)
 
 
