@@ -28,7 +28,8 @@ def fits_fp16(reference: Mapping[str, Array], others: Sequence[Mapping[str, Arra
     """Returns whether gradients are far enough from the limit of fp16, if the reference's are multiplied by `scale`.
 
     Whether a gradient near the limit overflows depends on the last bit, so it shows no difference between backends.
-    Training reduces the scale of the loss then. Values that are not finite at each scale are a difference.
+    Training reduces the scale of the loss then. One side alone may overflow: MLX computes the derivative of `silu` in
+    fp16, PyTorch in fp32. Values that are not finite at each scale are a difference.
     """
     largest = max((float(np.abs(array).max(initial=0)) for array in reference.values()), default=0.0)
     finite = (np.isfinite(array).all() for arrays in others for array in arrays.values())
