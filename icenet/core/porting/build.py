@@ -14,6 +14,7 @@ from icenet.core.porting.graph.formulas import with_activations
 from icenet.core.porting.graph.functional import make_functional, with_exact_gradients, without_copies
 from icenet.core.porting.graph.layout import channels_last
 from icenet.core.porting.graph.masks import with_hiding_masks
+from icenet.core.porting.graph.norms import with_rms_norms
 from icenet.core.porting.graph.writes import joined_writes
 from icenet.core.porting.layers import attention
 from icenet.core.porting.layers.attention import Attention
@@ -141,8 +142,8 @@ def plan(
 
 
 def _simple(graph: Graph) -> Graph:
-    """Returns a graph as a person would write it: without copies, with known activations, and with whole indices."""
-    return joined_writes(with_activations(without_copies(graph)))
+    """Returns a graph as a person would write it: without copies, with known formulas, and with whole indices."""
+    return joined_writes(with_rms_norms(with_activations(without_copies(graph))))
 
 
 def _in_both(layers: dict[str, Layer], train: dict[str, Layer], graph: Graph) -> dict[str, Layer]:

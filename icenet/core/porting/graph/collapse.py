@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from icenet.core.porting.graph.calls import Call, tree
 from icenet.core.porting.graph.formulas import activation_of
 from icenet.core.porting.graph.functional import used_values
 from icenet.core.porting.graph.masks import hiding_masks
+from icenet.core.porting.graph.norms import norm_of
 from icenet.core.porting.layers import attention
 from icenet.core.porting.layers.attention import Attention, attention_of
 from icenet.core.porting.layers.mlx_layers import Layer, WrittenLayer, layer_of
@@ -38,7 +40,7 @@ def collapse_layers(graph: Graph, allowed: dict[str, Layer] | None = None) -> tu
             if allowed is not None and path not in allowed:
                 continue
             candidates[path] = layer
-    candidates |= _activations(graph, root, candidates, allowed)
+    candidates |= _formulas(graph, root, candidates.keys() | foreign, allowed)
     uses = _outside_uses(graph, root)
     whole: dict[str, list[Node]] = {}
     refused = _whole_recurrent(graph, root, candidates, uses, whole)
@@ -94,17 +96,18 @@ def _unread_norms(graph: Graph, root: Call, candidates: dict[str, Layer]) -> set
     return {call.path for call in root.calls() if call.path in norms and used.isdisjoint(refs(call.results))}
 
 
-def _activations(
-    graph: Graph, root: Call, known: dict[str, Layer], allowed: dict[str, Layer] | None
+def _formulas(
+    graph: Graph, root: Call, known: AbstractSet[str], allowed: dict[str, Layer] | None
 ) -> dict[str, Layer]:
-    """Returns the layers of the modules that are an activation of mlx.nn in each of their calls."""
+    """Returns the layers of the modules that are an activation or a norm of mlx.nn in each of their calls."""
     owners = {array.path.rpartition(".")[0] for array in graph.arrays.values()}
     found: dict[str, list[Layer | None]] = {}
     for call in root.calls():
         path = call.path
-        is_free = path not in known and path not in owners and not graph.modules[path].children
+        is_free = path not in known and not graph.modules[path].children
         if path and is_free and (allowed is None or path in allowed):
-            found.setdefault(path, []).append(activation_of(call))
+            layer = norm_of(graph, call) if path in owners else activation_of(call)
+            found.setdefault(path, []).append(layer)
     return {
         path: layers[0]
         for path, layers in found.items()
