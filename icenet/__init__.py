@@ -136,7 +136,7 @@ def load(
         from icenet.core.config import custom
         from icenet.core.errors import CheckpointError
         from icenet.core.models.inference import build_for_inference, quantized
-        from icenet.core.training.open_model import (
+        from icenet.core.runs.open_model import (
             WITH_WEIGHTS,
             image_facts,
             open_averaged,
@@ -186,8 +186,8 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
     from icenet.core.config import user_code, written, yaml_file
     from icenet.core.families import sentence_transformers
     from icenet.core.models.build import check_config
+    from icenet.core.runs import saved_model
     from icenet.core.tokenizers.base import TOKENIZER_FILE
-    from icenet.core.training import saved_model
 
     _check_model(model, "save")
     folder = files.user_path(path, "save")
@@ -291,7 +291,7 @@ def chat(
     """
     from icenet.core import files
     from icenet.core.generation.chat import chat_text
-    from icenet.core.training.open_model import check_chat_template
+    from icenet.core.runs.open_model import check_chat_template
 
     if isinstance(model, (str, Path)):
         check_chat_template(files.user_path(model, "chat"), messages, template_options)

@@ -10,10 +10,15 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 RENAMED = {
-    "icenet.core.checkpoint": "icenet.core.training.checkpoint",
+    "icenet.core.checkpoint": "icenet.core.runs.checkpoint",
     "icenet.core.convert": "icenet.core.weights.convert",
     "icenet.core.recurrent_weights": "icenet.core.weights.torch_rnn",
     "icenet.core.trainer": "icenet.core.training.trainer",
+    "icenet.core.training.checkpoint": "icenet.core.runs.checkpoint",
+    "icenet.core.training.early_stopping": "icenet.core.runs.early_stopping",
+    "icenet.core.training.open_model": "icenet.core.runs.open_model",
+    "icenet.core.training.run_folder": "icenet.core.runs.run_folder",
+    "icenet.core.training.saved_model": "icenet.core.runs.saved_model",
     "icenet.probe": "icenet.tools.probe",
     "icenet_torch.probe": "icenet_torch.tools.probe",
 }

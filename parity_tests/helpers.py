@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from icenet.core.config import Config, ModelConfig
 from icenet.core.report.metrics import MetricsLog
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.training.trainer import Result, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

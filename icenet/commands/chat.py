@@ -15,8 +15,8 @@ from icenet.commands.generate import load_model, name_unused
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.generation.prompt_cache import CacheError, can_go_back
 from icenet.core.report import streams
+from icenet.core.runs.open_model import check_chat_template
 from icenet.core.tokenizers.chat import render
-from icenet.core.training.open_model import check_chat_template
 
 HELP = """\
 /reset   begin a new conversation

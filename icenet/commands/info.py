@@ -10,7 +10,7 @@ from icenet.core import backends
 from icenet.core.config import Config, presets
 from icenet.core.engine import parameter_groups
 from icenet.core.report.console import new_console
-from icenet.core.training import open_model
+from icenet.core.runs import open_model
 from icenet.core.weights.packed import Quantization, describe, packed_of
 
 

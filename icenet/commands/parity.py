@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from icenet.commands.overrides import option, warn_of_replaced
 from icenet.core.report.console import stderr_console
-from icenet.core.training import open_model
+from icenet.core.runs import open_model
 from icenet.parity.report import Report
 from icenet.parity.run import run
 

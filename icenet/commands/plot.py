@@ -17,7 +17,7 @@ from icenet.core.data.datasets import sequence_length
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.report import canvas
 from icenet.core.report.metrics import MetricsLog
-from icenet.core.training.run_folder import run_of
+from icenet.core.runs.run_folder import run_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

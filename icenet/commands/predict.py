@@ -22,8 +22,8 @@ from icenet.core.errors import CheckpointError, ConfigError, DataError, NonFinit
 from icenet.core.families import folder, vision
 from icenet.core.families.keys import Values
 from icenet.core.report.console import new_console
-from icenet.core.training import checkpoint
-from icenet.core.training.open_model import open_averaged, open_trained, warn_of_changed_code
+from icenet.core.runs import checkpoint
+from icenet.core.runs.open_model import open_averaged, open_trained, warn_of_changed_code
 from icenet.core.weights import hub
 from icenet.core.weights.files import DEFAULT_NAME
 

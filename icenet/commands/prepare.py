@@ -17,9 +17,9 @@ from icenet.core.data.text.reading import Reader, UnusableFileError
 from icenet.core.data.text.sources import Source, find_source
 from icenet.core.errors import DataError, IceNetError, UsageError
 from icenet.core.report.bar import Bar
+from icenet.core.runs import checkpoint
 from icenet.core.tokenizers.huggingface import HFTokenizer
 from icenet.core.tokenizers.library import library
-from icenet.core.training import checkpoint
 from icenet.core.training.signals import Stopped
 
 EOT_TOKEN = "<|endoftext|>"

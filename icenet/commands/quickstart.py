@@ -22,9 +22,9 @@ from icenet.core.errors import BackendError, IceNetError, UsageError
 from icenet.core.report import canvas, plots
 from icenet.core.report.console import new_console
 from icenet.core.report.metrics import MetricsLog
-from icenet.core.training import run_folder
-from icenet.core.training.checkpoint import newest as newest_checkpoint
-from icenet.core.training.checkpoint import path_of
+from icenet.core.runs import run_folder
+from icenet.core.runs.checkpoint import newest as newest_checkpoint
+from icenet.core.runs.checkpoint import path_of
 from icenet.core.training.trainer import Interrupted, Trainer
 from icenet.parity import yardstick
 from icenet.parity.curves import CurveJudgement, judge_curve

@@ -23,9 +23,9 @@ from icenet.core.report.console import new_console, print_line
 from icenet.core.report.metrics import MetricsLog, plain
 from icenet.core.report.progress import short_number
 from icenet.core.report.streams import printable
-from icenet.core.training import run_folder
-from icenet.core.training.checkpoint import list_checkpoints
-from icenet.core.training.early_stopping import EarlyStopping
+from icenet.core.runs import run_folder
+from icenet.core.runs.checkpoint import list_checkpoints
+from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.weights import safetensors as tensor_file
 from icenet.core.weights.layout import STATISTICS
 

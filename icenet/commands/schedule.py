@@ -15,7 +15,7 @@ from icenet.core.engine.parameter_groups import assign, gather
 from icenet.core.errors import UsageError
 from icenet.core.report import canvas
 from icenet.core.report.console import new_console, print_line
-from icenet.core.training import open_model
+from icenet.core.runs import open_model
 from icenet.core.training.schedule import decay_start, learning_rate, length
 
 _POINTS = 1000

@@ -8,7 +8,7 @@ from pathlib import Path
 from icenet.commands.overrides import option, warn_of_replaced
 from icenet.core.config import Config
 from icenet.core.report.console import new_console
-from icenet.core.training.run_folder import default_folder
+from icenet.core.runs.run_folder import default_folder
 from icenet.core.training.trainer import Result, Trainer
 
 

@@ -25,7 +25,7 @@ def identity(path: str | Path, status: os.stat_result | None = None) -> object:
 
 
 def is_run(names: Collection[str]) -> bool:
-    """Returns whether a folder that contains these names is the folder of a run (see `training.run_folder`)."""
+    """Returns whether a folder that contains these names is the folder of a run (see `core.runs.run_folder`)."""
     return "config.yaml" in names and ("run.json" in names or {"metrics.jsonl", "checkpoints"} <= set(names))
 
 

@@ -36,6 +36,7 @@ LAYERS = [
     ["core.families"],
     ["core.engine"],
     ["core.data"],
+    ["core.runs"],
     ["core.training"],
     ["core.conversion"],
     ["parity"],

@@ -16,8 +16,8 @@ from icenet.commands.predict import predict, softmax
 from icenet.core.data.datasets import dataset_for
 from icenet.core.data.images.augment import normalize
 from icenet.core.errors import CheckpointError, NonFiniteError
-from icenet.core.training import checkpoint
-from icenet.core.training.open_model import open_averaged
+from icenet.core.runs import checkpoint
+from icenet.core.runs.open_model import open_averaged
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
 

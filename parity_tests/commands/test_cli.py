@@ -32,7 +32,7 @@ import icenet as api
 from icenet.cli.main import cli, main
 from icenet.commands import doctor
 from icenet.core.config import Config, json_schema
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weights
 

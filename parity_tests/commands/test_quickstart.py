@@ -12,7 +12,7 @@ from helpers import icenet, is_one_line, losses, same_bits, state, tree, write_t
 from icenet.cli.main import main
 from icenet.commands import quickstart
 from icenet.core.errors import UsageError
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 
 pytest.importorskip("mlx")
 pytest.importorskip("torch")

@@ -20,7 +20,7 @@ from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import IceNetError
 from icenet.core.report.metrics import MetricsLog
-from icenet.core.training.run_folder import locked
+from icenet.core.runs.run_folder import locked
 from icenet.core.training.trainer import Trainer
 
 

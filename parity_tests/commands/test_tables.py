@@ -16,7 +16,7 @@ from icenet.commands.runs import list_runs
 from icenet.commands.schedule import GroupRow, ScheduleReport
 from icenet.commands.train import print_result
 from icenet.core.report.console import new_console
-from icenet.core.training.early_stopping import EarlyStopping
+from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.training.trainer import Result
 
 NAME = "encoder.blocks.0." + "a_very_long_name_of_a_layer_" * 4 + "weight"

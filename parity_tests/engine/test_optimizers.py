@@ -22,7 +22,7 @@ from icenet.core.distributed import processes
 from icenet.core.engine.optimizer import orthogonalize
 from icenet.core.engine.parameter_groups import Group, assign, gather
 from icenet.core.errors import CheckpointError, ConfigError
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.trainer import Trainer
 from icenet.parity.curves import CurveJudgement, judge_curve

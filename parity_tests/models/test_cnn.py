@@ -26,7 +26,7 @@ from icenet.commands.convert import convert_model
 from icenet.core import backends, rng
 from icenet.core.config import CNNConfig, Config, ModelConfig, cnn_plan, presets
 from icenet.core.errors import ConfigError, UsageError
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
 from icenet.parity.curves import judge_curve

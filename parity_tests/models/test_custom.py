@@ -37,7 +37,7 @@ import icenet as front_door
 from icenet.cli.main import main
 from icenet.core.config import Config, CustomConfig, custom, user_code
 from icenet.core.errors import BackendError, ConfigError, IceNetError, UsageError, WeightsError
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
 from icenet.parity.curves import judge_curve

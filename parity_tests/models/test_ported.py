@@ -21,7 +21,7 @@ from icenet.core.config import Config, custom, user_code
 from icenet.core.errors import BackendError, FileError, IceNetError, UsageError
 from icenet.core.models.build import class_of
 from icenet.core.models.twins import compare_with_twin
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.training.trainer import Trainer
 
 TEXT = """

@@ -20,7 +20,7 @@ from icenet.core.config import Config
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.families import FAMILIES, folder
 from icenet.core.families.weights import family_tensors
-from icenet.core.training.open_model import open_target
+from icenet.core.runs.open_model import open_target
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.packed import Quantization, packed_of
 from icenet.parity.yardstick import judge

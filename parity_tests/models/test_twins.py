@@ -19,7 +19,7 @@ import icenet as front_door
 from icenet.core.config import Config, custom
 from icenet.core.errors import CheckpointError, UsageError, WeightsError
 from icenet.core.models import twins
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.weights import files as weight_files
 from icenet.parity.curves import judge_curve
 from icenet.parity.engines import build

@@ -38,7 +38,7 @@ from icenet.commands.convert import convert_model
 from icenet.core import rng
 from icenet.core.config import FAMILIES, Config, ImageModelConfig, ModelConfig, cnn_plan
 from icenet.core.engine import Batch
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.weights import files as weight_files
 from icenet.parity.engines import Engines, build
 from icenet.parity.report import Report

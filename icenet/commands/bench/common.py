@@ -19,7 +19,7 @@ from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.report.console import new_console
-from icenet.core.training.run_folder import versions
+from icenet.core.runs.run_folder import versions
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -22,9 +22,9 @@ from icenet.core.data.images.files import ArrayImages, ImageSource
 from icenet.core.data.text.packed import TextDataset
 from icenet.core.engine import Batch
 from icenet.core.errors import UsageError
+from icenet.core.runs.run_folder import versions
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.training.prefetch import Prefetch
-from icenet.core.training.run_folder import versions
 
 BATCHES = 4
 """Number of different batches, which are trained on in turn."""

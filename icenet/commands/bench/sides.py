@@ -33,7 +33,7 @@ from icenet.core.generation.speculative import make_decoder
 from icenet.core.generation.streaming import stream_tokens
 from icenet.core.models.inference import build_for_inference
 from icenet.core.report import resident_memory
-from icenet.core.training.run_folder import versions
+from icenet.core.runs.run_folder import versions
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from icenet.core.config import Config, presets, yaml_file
 from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.errors import CheckpointError, ConfigError, IceNetError, UsageError
 from icenet.core.families import folder
-from icenet.core.training import saved_model
-from icenet.core.training.open_model import open_target
+from icenet.core.runs import saved_model
+from icenet.core.runs.open_model import open_target
 from icenet.core.weights.safetensors import Spec
 
 _LLAMA = {

@@ -81,7 +81,7 @@ def expand(
 def _image_keys(path: Path, written: Collection[str]) -> dict[str, Any]:
     """Returns the keys of `data` that read images as the model at a path does, but for those that the user wrote."""
     try:
-        facts = importlib.import_module("icenet.core.training.open_model").image_facts(path)
+        facts = importlib.import_module("icenet.core.runs.open_model").image_facts(path)
         keys: dict[str, Any] = {} if facts is None else facts.data_keys()
     except ConfigError as error:
         _log.warning(f"data.preprocessor: that of {path} is not used: {error}")
@@ -113,7 +113,7 @@ def _find(path: str, folder: Path) -> Path:
 
 def _model_at(path: Path) -> dict[str, Any]:
     """Returns the model at a path. The module that opens it is above the configuration, so it is imported by name."""
-    opened = importlib.import_module("icenet.core.training.open_model")
+    opened = importlib.import_module("icenet.core.runs.open_model")
     config, weights = opened.open_trained(path, "model.path", warn=False)  # training.init_from opens it again
     if is_custom(config.model.type):  # naming its weights is not trusting its code
         raise ConfigError(

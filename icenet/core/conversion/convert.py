@@ -12,9 +12,9 @@ from icenet.core.config import Config, ImageModelConfig
 from icenet.core.conversion import export
 from icenet.core.errors import UsageError
 from icenet.core.families import folder, sentence_transformers, torchvision
+from icenet.core.runs import checkpoint, saved_model
+from icenet.core.runs.open_model import image_facts, open_averaged
 from icenet.core.tokenizers import tokenizer_files
-from icenet.core.training import checkpoint, saved_model
-from icenet.core.training.open_model import image_facts, open_averaged
 from icenet.core.weights import hub
 from icenet.core.weights.convert import Conversion, convert, destination_file, refuse_existing
 from icenet.core.weights.files import DEFAULT_NAME

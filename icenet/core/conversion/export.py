@@ -17,12 +17,12 @@ from icenet.core.families.tensors import Row
 from icenet.core.families.weights import ExportedWeights, OriginalWeights
 from icenet.core.files import output_file, staged
 from icenet.core.models.inference import quantized
+from icenet.core.runs import checkpoint, saved_model
+from icenet.core.runs.open_model import WITH_WEIGHTS, image_facts, open_averaged, open_target, with_tokenizer
 from icenet.core.tokenizers import gguf as gguf_tokenizer
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.tokenizers.bytes import ByteTokenizer
-from icenet.core.training import checkpoint, saved_model
-from icenet.core.training.open_model import WITH_WEIGHTS, image_facts, open_averaged, open_target, with_tokenizer
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import hub
 from icenet.core.weights.convert import PICKLED, Conversion, Summary, summary

@@ -1,1 +1,1 @@
-"""The training loop and what it needs: run folders, checkpoints, schedules."""
+"""The training loop and what it needs: schedules, initial weights, notices."""

@@ -18,11 +18,11 @@ from icenet.core.data.datasets import Dataset
 from icenet.core.engine import Engine
 from icenet.core.errors import IceNetError
 from icenet.core.models.twins import describe
-from icenet.core.training import checkpoint as checkpoints
+from icenet.core.runs import checkpoint as checkpoints
+from icenet.core.runs.early_stopping import EarlyStopping
+from icenet.core.runs.run_folder import link_best, record_checkpoint, unlink_stale_best, versions
 from icenet.core.training.background import Background
-from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
-from icenet.core.training.run_folder import link_best, record_checkpoint, unlink_stale_best, versions
 
 
 class CheckpointWriter:

@@ -10,9 +10,9 @@ from icenet.core.data.user import UserDataset
 from icenet.core.engine import Engine
 from icenet.core.errors import CheckpointError
 from icenet.core.models import twins
+from icenet.core.runs.checkpoint import Checkpoint, path_of
+from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.training import changed_keys
-from icenet.core.training.checkpoint import Checkpoint, path_of
-from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
 from icenet.core.training.schedule import explain_change
 

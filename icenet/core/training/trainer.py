@@ -28,11 +28,12 @@ from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.families import sentence_transformers
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
+from icenet.core.runs import checkpoint as checkpoints
+from icenet.core.runs import run_folder
+from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.tokenizers import tokenizer_files
-from icenet.core.training import checkpoint as checkpoints
-from icenet.core.training import continued, initial_weights, loss_twins, run_folder, unused_keys
+from icenet.core.training import continued, initial_weights, loss_twins, unused_keys
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
-from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.loss_scale import LossScale
 from icenet.core.training.prefetch import Prefetch
 from icenet.core.training.schedule import learning_rate

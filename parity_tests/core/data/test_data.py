@@ -22,10 +22,10 @@ from icenet.core.data.datasets import dataset_for, open_dataset
 from icenet.core.data.text.documents import DocumentDataset
 from icenet.core.data.text.packed import TextDataset
 from icenet.core.errors import ConfigError, DataError
+from icenet.core.runs import checkpoint
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.base import decode_continuation
 from icenet.core.tokenizers.bytes import ByteTokenizer
-from icenet.core.training import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.parity import run as parity
 from icenet.parity.measures import rms

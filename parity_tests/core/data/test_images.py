@@ -30,7 +30,7 @@ from icenet.core.data.images.decode import read_image
 from icenet.core.data.images.files import FileImages, find_images, read_idx
 from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
 from icenet.core.report.metrics import MetricsLog
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.training.trainer import Trainer
 
 ON_BOTH = pytest.mark.parametrize("backend", BACKENDS)

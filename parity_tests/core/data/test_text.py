@@ -35,9 +35,9 @@ from icenet.core.data.text.cache import load_tokens
 from icenet.core.data.text.sources import find_source
 from icenet.core.data.text.token_file import HEADER_BYTES, TokenFile
 from icenet.core.errors import DataError, IceNetError
+from icenet.core.runs import run_folder
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
-from icenet.core.training import run_folder
 
 EOT = 256
 posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX")

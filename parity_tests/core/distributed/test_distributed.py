@@ -42,7 +42,7 @@ from icenet.core.data.datasets import dataset_for
 from icenet.core.distributed import launch, processes
 from icenet.core.engine import micro_batches
 from icenet.core.errors import BackendError, CheckpointError, ConfigError, IceNetError
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.trainer import Trainer
 from icenet.parity.curves import judge_curve

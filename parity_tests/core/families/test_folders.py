@@ -20,7 +20,7 @@ from icenet.core.errors import ConfigError, DataError, IceNetError, UsageError, 
 from icenet.core.families import FAMILIES, family_of, folder
 from icenet.core.families.family import Family, different_options
 from icenet.core.families.weights import ExportedWeights, family_tensors
-from icenet.core.training.open_model import open_target
+from icenet.core.runs.open_model import open_target
 from icenet.core.weights import files as weight_files
 
 SIZES = {

@@ -20,8 +20,8 @@ import pytest
 from helpers import is_one_line
 
 from icenet.core.errors import IceNetError
+from icenet.core.runs.open_model import open_target
 from icenet.core.tokenizers import get_tokenizer
-from icenet.core.training.open_model import open_target
 from icenet.core.weights import files as weight_files
 
 pytest.importorskip("tokenizers")

@@ -18,7 +18,7 @@ import icenet
 from icenet.core.config import Config
 from icenet.core.errors import ConfigError, IceNetError
 from icenet.core.families import FAMILIES
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights.origin import Origin
 from icenet.parity.curves import judge_curve

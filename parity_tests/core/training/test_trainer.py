@@ -36,7 +36,7 @@ from icenet.core import backends, rng
 from icenet.core.config import Config
 from icenet.core.data.datasets import open_dataset
 from icenet.core.errors import CheckpointError, ConfigError, DataError, IceNetError, UsageError, WeightsError
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
 from icenet.core.training.loss_scale import GROWTH_INTERVAL, LossScale
 from icenet.core.training.schedule import adam_corrections, learning_rate
 from icenet.core.training.trainer import Interrupted, Trainer

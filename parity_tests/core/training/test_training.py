@@ -24,9 +24,9 @@ from icenet.core.engine import Evaluation, micro_batches, step_result
 from icenet.core.engine.ema import ema_weight
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.report.metrics import MetricsLog
-from icenet.core.training import checkpoint
+from icenet.core.runs import checkpoint
+from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.training.background import Background
-from icenet.core.training.early_stopping import EarlyStopping
 from icenet.core.training.trainer import Trainer
 from icenet.parity.yardstick import judge
 

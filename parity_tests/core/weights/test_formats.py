@@ -17,7 +17,7 @@ from helpers import is_one_line
 from safetensors.numpy import save_file
 
 from icenet.core.errors import IceNetError, UsageError, WeightsError
-from icenet.core.training.open_model import open_target
+from icenet.core.runs.open_model import open_target
 from icenet.core.weights import formats, read, strip_prefix
 from icenet.core.weights.convert import convert, detect
 from icenet.core.weights.prefixes import suggest_prefixes

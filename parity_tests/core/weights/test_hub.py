@@ -14,7 +14,7 @@ from helpers import is_one_line
 import icenet
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError
-from icenet.core.training.open_model import open_target
+from icenet.core.runs.open_model import open_target
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.hub import is_repository_id, local_path
 

@@ -22,8 +22,8 @@ import icenet as front_door
 from icenet.cli.main import main
 from icenet.core.config import Config
 from icenet.core.errors import CheckpointError, IceNetError
-from icenet.core.training import checkpoint
-from icenet.core.training.early_stopping import EarlyStopping
+from icenet.core.runs import checkpoint
+from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weights
 

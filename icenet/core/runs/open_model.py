@@ -17,12 +17,12 @@ from icenet.core.data.images.facts import ImageFacts
 from icenet.core.errors import CheckpointError, ConfigError, IceNetError
 from icenet.core.families import FAMILIES, folder
 from icenet.core.models import twins
+from icenet.core.runs import saved_model
+from icenet.core.runs.checkpoint import FOLDER, Checkpoint, find
+from icenet.core.runs.run_folder import has_no_checkpoint
 from icenet.core.tokenizers import chat, companions, find_file
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.tokenizers.bytes import ByteTokenizer
-from icenet.core.training import saved_model
-from icenet.core.training.checkpoint import FOLDER, Checkpoint, find
-from icenet.core.training.run_folder import has_no_checkpoint
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import formats, hub
 from icenet.core.weights.gguf import SUFFIX as GGUF_SUFFIX

@@ -7,7 +7,7 @@
         metrics.jsonl        see `icenet.core.report.metrics`
         plot.png
         best                 a link to a checkpoint
-        checkpoints/         see `icenet.core.training.checkpoint`
+        checkpoints/         see `icenet.core.runs.checkpoint`
         tensorboard/         with `training.tensorboard`
 
 A new run takes a folder only if it contains none of these files. So all files of these names in the folder of a run
@@ -34,11 +34,11 @@ from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.report.reporter import METRICS
 from icenet.core.report.tensorboard import FOLDER as TENSORBOARD
+from icenet.core.runs import checkpoint as checkpoints
+from icenet.core.runs.checkpoint import Checkpoint
+from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.tokenizers.companions import COMPANIONS
-from icenet.core.training import checkpoint as checkpoints
-from icenet.core.training.checkpoint import Checkpoint
-from icenet.core.training.early_stopping import EarlyStopping
 
 LOCK = ".lock"
 RECORD = "run.json"

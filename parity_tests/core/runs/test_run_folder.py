@@ -17,7 +17,8 @@ import icenet
 from icenet.cli.main import main
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.report.metrics import MetricsLog
-from icenet.core.training import checkpoint, run_folder, saved_model, signals
+from icenet.core.runs import checkpoint, run_folder, saved_model
+from icenet.core.training import signals
 from icenet.core.training.trainer import Trainer
 
 pytest.importorskip("torch")

@@ -23,7 +23,7 @@ import numpy as np
 from icenet.core.config import ModelConfig
 from icenet.core.data.images.facts import FILE, ImageFacts
 from icenet.core.errors import UsageError, WeightsError
-from icenet.core.training import run_folder
+from icenet.core.runs import run_folder
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.convert import PICKLED
 from icenet.core.weights.origin import Origin
