@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections import Counter
 from typing import Any
 
@@ -30,24 +32,29 @@ was tried several times the last result is shown.
 `icenet port TARGET --check` lists the operations that a module needs and the table lacks.
 """
 
-LEFT_OUT = """Left out on purpose: sparse and hashed tensors, which MLX does not have; `unique` and others whose shape
-depends on values; `histogram`; eigenvalues of matrices that are not symmetric, LDL factors and `geqrf`, which MLX
-lacks; Bessel functions of the first and second kind, and Airy's; what only PyTorch's own backward passes call.
+LEFT_OUT = """Left out on purpose:
 
-Causes of the differences above and below:
+- sparse and hashed tensors, which MLX does not have;
+- `unique` and others whose shape depends on values; `histogram`;
+- eigenvalues of matrices that are not symmetric, LDL factors and `geqrf`, which MLX lacks;
+- Bessel functions of the first and second kind, and Airy's;
+- what only PyTorch's own backward passes call.
 
-- PyTorch's gradient is not that of its function: `as_strided_scatter` gives its first argument the gradient of the
-  values that it replaces, `EmbeddingBag(scale_grad_by_freq=True)` divides rows by the number of another id, and the
-  backward of `CrossMapLRN2d` is another function (`torch.autograd.gradcheck` fails). The port has the true gradient.
+Causes of the differences above and of those of layers:
+
+- PyTorch's gradient is not that of its function (`torch.autograd.gradcheck` fails); the port has the true gradient.
+  `as_strided_scatter` gives its first argument the gradient of the values that it replaces.
+  `EmbeddingBag(scale_grad_by_freq=True)` divides rows by the number of another id. The backward of `CrossMapLRN2d` is
+  another function.
 - Inputs that are infinite: `masked.prod` and `masked.logsumexp` have NaN at other places of the gradient.
-- Rounding: the gradient of `cosine_similarity` of two numbers is 0 in exact arithmetic; PyTorch adds the steps of
-  `arange` in bfloat16, and its `matrix_exp` overflows there; the port computes both in fp32.
+- Rounding: the gradient of `cosine_similarity` of two numbers is 0 in exact arithmetic. In bfloat16, PyTorch adds the
+  steps of `arange`, and its `matrix_exp` overflows; the port computes both in fp32.
 """.splitlines()
 
 
 def page(results: dict[str, Any]) -> str:
     """Returns the page as Markdown."""
-    lines = [HEAD, "| | tried | passed | | machine |", "|---|---|---|---|---|"]
+    lines = [HEAD, "| | tried | passed | share | machine |", "|---|---|---|---|---|"]
     for group, title in TITLES.items():
         if group not in results:
             continue
@@ -81,7 +88,8 @@ def page(results: dict[str, Any]) -> str:
             lines += _operations(bad)
             continue
         for name, item in bad.items():
-            lines.append(f"- {name}: {_text(item['problems'][0])}")
+            text = phrase(item["problems"][0])
+            lines.append(f"- {text}" if text.startswith(f"`{name}(") else f"- {name}: {text}")
         lines.append("")
     for group in ("torchvision", "timm", "transformers"):
         if group in results:
@@ -105,14 +113,40 @@ def _operations(bad: dict[str, Any]) -> list[str]:
         if item.get("failed"):
             tried = item.get("passed", 0) + item["failed"]
             first = next(problem for problem in item["problems"] if problem.startswith("failed"))
-            lines.append(f"| {name} | {item['failed']} of {tried} | {_text(first)} |")
+            lines.append(f"| {name} | {item['failed']} of {tried} | {phrase(first)} |")
     names = ", ".join(f"`{name.rstrip('.')}`" for name in sorted(lacking))
     return [*lines, "", f"Operations that the table lacks: {names}.", "", *LEFT_OUT, ""]
 
 
-def _text(problem: str) -> str:
-    text = problem.partition(": ")[2].partition(" | ")[0]
-    return text.replace("|", "/").replace("\n", " ")[:160]
+_PORT = re.compile(
+    r"(?:(\w+\(.*?\)): )?the port of \w+ differs: (.+?) on [\dx, ]+, ([\d.e+]+) times the noise of rounding"
+    r"(, with IceNet's layers; with those of MLX)?"
+)
+"""A layer or a model: its options, the value that differs, the ratio, and whether it passes with MLX's layers."""
+_ARRAYS = re.compile(r"(forward|gradient)\b[^\[]*\[(.*?)\] instead of \[(.*?)\]")
+"""A sample of an operation: the first values of the port, and of PyTorch."""
+
+
+def phrase(problem: str) -> str:
+    """Returns one phrase for a failure, as `coverage_table.py` stores it: what differs, and by how much."""
+    text = " ".join(problem.partition(": ")[2].partition(" | ")[0].split())
+    if port := _PORT.match(text):
+        case, value, ratio, layers = port.groups()
+        case = f"`{case}`: " if case else ""
+        layers = ", with IceNet's layers only" if layers else ""
+        return f"{case}{value}: {float(ratio):,.0f} times the noise{layers}"
+    if arrays := _ARRAYS.search(text):
+        what = "outputs" if arrays[1] == "forward" else "gradients"
+        ours, theirs = (numbers.split() for numbers in arrays.groups()[1:])
+        if ("nan" in ours) or ("nan" in theirs):
+            if not ("nan" in ours and "nan" in theirs):
+                return f"{what} are NaN in {'the port' if 'nan' in ours else 'PyTorch'} only"
+            return f"{what} are NaN at other places"
+        for x, y in zip(ours, theirs, strict=False):  # as they are printed: numbers or booleans
+            if x != y:
+                return f"{what} differ: {x.rstrip('.')} instead of {y.rstrip('.')}"
+        return f"{what} differ"
+    return textwrap.shorten(text.replace("|", "/"), 100, placeholder=" ...")
 
 
 def _total(entries: dict[str, Any]) -> Counter[str]:

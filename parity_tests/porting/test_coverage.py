@@ -16,6 +16,33 @@ def test_the_page_is_that_of_the_stored_results() -> None:
     assert coverage_table.PAGE.read_text(encoding="utf-8") == coverage_page.page(coverage_table.stored())
 
 
+@pytest.mark.parametrize(
+    ("stored", "phrase"),
+    [
+        (
+            "failed: Norm(size=5): the port of Norm differs: gradient of input 0 in evaluation mode on 2x4x8x9, "
+            "7.3e+02 times the noise of rounding the port differs: gradient of",
+            "`Norm(size=5)`: gradient of input 0 in evaluation mode: 730 times the noise",
+        ),
+        (
+            "failed: the port of Net differs: output 0 in training mode on 2x3, 1e+04 times the noise of rounding, "
+            "with IceNet's layers; with those of MLX the port computes what",
+            "output 0 in training mode: 10,000 times the noise, with IceNet's layers only",
+        ),
+        (
+            "failed: AssertionError: gradient [1. 0.] instead of [1. 1.5] | [()]",
+            "gradients differ: 0 instead of 1.5",
+        ),
+        ("failed: AssertionError: forward (9,) torch.bfloat16: [0. 1.] instead of [0. 1.] | []", "outputs differ"),
+        ("failed: AssertionError: gradient [ nan 1.] instead of [0. 1.]", "gradients are NaN in the port only"),
+        ("failed: sample 3 does not end in 60 s", "sample 3 does not end in 60 s"),
+        (f"failed: {'word ' * 30}", f"{'word ' * 19}..."),
+    ],
+)
+def test_a_failure_is_one_phrase(stored: str, phrase: str) -> None:
+    assert coverage_page.phrase(stored) == phrase
+
+
 class Worker:
     """A worker whose second sample does not end, and whose fourth ends the process."""
 
