@@ -14,8 +14,8 @@ from icenet.parity import align
 from icenet.parity.arguments import Progress
 from icenet.parity.calls.draws import SharedDraws
 from icenet.parity.calls.events import Run, Store
+from icenet.parity.calls.matching import match_modules, opaque_layers
 from icenet.parity.calls.module_side import ModuleSide
-from icenet.parity.calls.pairing import match_modules, opaque_layers
 from icenet.parity.calls.pairs import Pair, Replay
 from icenet.parity.calls.sides import Side
 from icenet.parity.calls.targets import Targets

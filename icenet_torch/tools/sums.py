@@ -5,7 +5,8 @@ grows with sqrt(n): for the statistics of a batch norm over 16 images of 32x32 i
 correct. `summing_in_order` measures how far such sums change a result, whichever layer or function they are in.
 
 For the same purpose it moves the error function of fp32 by up to an ulp of 1: on a CPU, MLX's has errors of 4e-7,
-also where its value is small, and PyTorch's of 3e-8. So has GELU.
+also where its value is small, and PyTorch's of 3e-8. So has GELU. And `exp` becomes a power of 2, as in MLX on a CPU:
+the exponent is rounded, so the error of exp(x) is |x| times as large.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def summing_in_order(sample: int = 0) -> Iterator[None]:
     This includes those in the layers of PyTorch and in their gradients, and matrix products whose sums are long and
     whose results are few, as the gradient of a linear layer of 4 features over 76,832 positions: a BLAS sums them in
     parts on some processors and term by term on others. Other products and convolutions stay. The error function
-    gets the error that it has in MLX.
+    and `exp` get the errors that they have in MLX.
 
     Args:
         sample: Number of the order of the terms: each sum begins at another term. The roundings of a long sum hardly
@@ -159,6 +160,10 @@ def _gelu_backward(gradient: Tensor, x: Tensor, *, approximate: str = "none") ->
     return found if approximate == "tanh" else found + 0.5 * gradient * _error_of_erf(x)
 
 
+def _exp(x: Tensor) -> Tensor:
+    return aten.exp2.default(x.float() * math.log2(math.e)).to(x.dtype)
+
+
 def _error_of_erf(x: Tensor) -> Tensor:
     """Returns random errors of up to an ulp of 1 in fp32, and zeros in other dtypes."""
     if x.dtype != torch.float32:
@@ -183,6 +188,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     aten.var_mean.correction: _var_mean,
     aten.convolution_backward.default: _convolution_backward,
     aten.erf.default: _erf,
+    aten.exp.default: _exp,
     aten.gelu.default: _gelu,
     aten.gelu_backward.default: _gelu_backward,
 }

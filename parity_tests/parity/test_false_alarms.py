@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 import mlx.nn as M
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 import torch
@@ -132,3 +134,24 @@ def test_a_maximum_that_a_softmax_subtracts_is_no_difference() -> None:
         assert report.passed, report
     wrong = compare(*_over_nodes(False, False), given, copy_weights=True, stages=["forward", "gradients"])
     assert wrong.culprit == "" and wrong.failed_stage.name == "gradients"  # there its gradient counts
+
+
+@pytest.mark.parametrize("shift", [3.0, 40.0])
+def test_the_error_of_an_exponential_is_no_difference(shift: float) -> None:
+    """On a CPU, that of MLX's exp(x) is |x| times as large as PyTorch's."""
+
+    def functions(factor: float) -> tuple[Any, Any]:
+        return with_equal_weights(Net(lambda x: mx.exp(factor * x - shift)), TorchNet(lambda x: torch.exp(x - shift)))
+
+    assert compare(*functions(1), draw(40, 8), stages=["forward", "gradients"]).passed
+    assert not compare(*functions(1.0001), draw(40, 8), stages=["forward", "gradients"]).passed
+
+
+def test_losses_that_overflow_on_both_sides_are_no_difference() -> None:
+    """Float64 holds the loss of such a step."""
+    pair = with_equal_weights(Net(mx.exp), TorchNet(torch.exp))
+    rates = optim.SGD(1.0), partial(torch.optim.SGD, lr=1.0)
+    report = compare(*pair, draw(40, 8, scale=3.0), optimizer=rates, steps=4)
+    assert report.passed, report
+    assert report.stages[-1].note.startswith("the losses of a and b are infinite or NaN after"), report
+    assert not np.isfinite(report.losses["a"][-1])

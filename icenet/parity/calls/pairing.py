@@ -1,157 +1,25 @@
-"""Which module, call and array of one side corresponds to which of the other side."""
+"""Which call and array of one side corresponds to which of the other side."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from icenet.core.errors import UsageError
-from icenet.core.weights.rename import Rename, all_match, apply_rename, call_rename
 from icenet.parity import align
 from icenet.parity.calls.events import Event, Run
+from icenet.parity.calls.matching import Match, opaque_layers
 from icenet.parity.calls.pairs import Pair
+from icenet.parity.calls.repeated import calls_in_order, repeated_calls
 from icenet.parity.calls.sides import Side
 from icenet.parity.trace import Value
 
-# ---- modules ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Match:
-    """A module of `a`, one of `b`, or one of each that correspond.
-
-    Attributes:
-        a, b: Paths; None where it does not exist.
-        note: How it was matched, if not by its path.
-    """
-
-    a: str | None
-    b: str | None
-    note: str = ""
-
-
-def match_modules(a: Side, b: Side, rename: Rename = None) -> list[Match]:
-    """Returns the modules of both sides in the order of `b`, then those that only `a` has.
-
-    They are matched by path, then by `rename`, then by order, kind and shapes.
-
-    Raises:
-        UsageError: `rename` names a module that does not exist.
-    """
-    names = _renamed(a, b, rename)
-    found: dict[str, tuple[str, str]] = {}  # path in b: path in a, note
-    for ours, theirs in names.items():
-        if theirs in b.modules and theirs not in found:
-            found[theirs] = ours, "" if ours == theirs else "renamed"
-    taken = {ours for ours, _ in found.values()}
-    opaque = opaque_layers(a, b, {theirs: ours for theirs, (ours, _) in found.items()})
-    within = tuple(f"{found[path][0]}." for path in opaque), tuple(f"{path}." for path in opaque)
-    rest_a = [path for path in a.modules if path not in taken and not path.startswith(within[0])]
-    rest_b = [path for path in b.modules if path not in found and not path.startswith(within[1])]
-    if rest_a and rest_b:
-        signs_a, signs_b = ([_signature(side, path) for path in rest] for side, rest in ((a, rest_a), (b, rest_b)))
-        for block in difflib.SequenceMatcher(None, signs_a, signs_b, autojunk=False).get_matching_blocks():
-            for ours, theirs in zip(
-                rest_a[block.a : block.a + block.size], rest_b[block.b : block.b + block.size], strict=True
-            ):
-                found[theirs] = ours, f"matched with {ours} by order and shape"
-    for path in opaque_layers(a, b, {theirs: ours for theirs, (ours, _) in found.items()}):
-        for theirs in [name for name in found if name.startswith(f"{path}.")]:
-            del found[theirs]
-    matches = [
-        Match(found[path][0], path, found[path][1]) if path in found else Match(None, path) for path in b.modules
-    ]
-    taken = {ours for ours, _ in found.values()}
-    return [*matches, *(Match(path, None) for path in a.modules if path not in taken)]
-
-
-def opaque_layers(a: Side, b: Side, to_a: Mapping[str, str]) -> list[str]:
-    """Returns the paths in `b` of layers of both frameworks that have other layers within, which do not correspond.
-
-    Examples are multi-head attention and the layers of a transformer. They are compared as one layer.
-    """
-    if a.backend == b.backend:
-        return []
-    found: list[str] = []
-    for path, own in to_a.items():
-        classes = a.classes[own], b.classes[path]
-        native = classes[0].startswith("mlx.nn.") and classes[1].startswith("torch.nn.")
-        has_layers = any(inner.startswith(f"{path}.") for inner in b.modules) or b.kinds.get(path) == "attention"
-        is_list = ".containers." in classes[0] or ".container." in classes[1]
-        if path and native and has_layers and not is_list:
-            found.append(path)
-    return found
-
-
-def _renamed(a: Side, b: Side, rename: Rename) -> dict[str, str | None]:
-    """Returns the path in `b` of each module of `a`, by `rename`; its own path otherwise.
-
-    A `rename` of `icenet.from_torch`, from names of PyTorch to those of MLX, is recognized by its names.
-    """
-    if rename is None:
-        return {path: path for path in a.modules}
-    names_a, names_b = [*a.modules, *a.shapes], [*b.modules, *b.shapes]
-    is_pair = (a.backend, b.backend) == ("mlx", "torch")
-    if callable(rename):
-        forward = _applied(rename, a)
-        backward = _applied(rename, b) if is_pair else {}
-        known = [sum(new in side.modules for new in found.values()) for side, found in ((b, forward), (a, backward))]
-        if known[1] > known[0]:
-            return _reversed(a, backward)
-        found = forward or {path: call_rename(rename, path) for path in a.modules}
-        return {path: path if other is None else other for path, other in found.items()}
-    ours, theirs = list(rename), [value for value in rename.values() if value is not None]
-    fits = all_match(ours, names_a) and all_match(theirs, names_b)
-    if is_pair and not fits:
-        known = [sum(all_match([key], names) for key in ours) for names in (names_a, names_b)]
-        if known[1] == len(ours) or known[1] > known[0]:
-            given = apply_rename(rename, names_b)
-            return _reversed(a, {path: given[path] for path in b.modules})
-    for side, keys, names in (("a", ours, a.modules), ("b", theirs, b.modules)):
-        for key in keys:
-            if not all_match([key], names_a if side == "a" else names_b):
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UsageError(f"compare: rename: {side} has no module {key!r}{hint}")
-    given = apply_rename(rename, names_a)
-    return {path: given[path] if path else path for path in a.modules}
-
-
-def _applied(rename: Callable[[str], str | None], side: Side) -> dict[str, str | None]:
-    """Returns the new path of each module; nothing if the function fails, as one of other names may."""
-    try:
-        return {path: call_rename(rename, path) for path in side.modules}
-    except UsageError:
-        return {}
-
-
-def _reversed(a: Side, renamed: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Returns the path in `b` by that in `a`, given the reverse. The modules themselves correspond."""
-    found: dict[str, str | None] = {path: path for path in a.modules}
-    found |= {ours: theirs for theirs, ours in renamed.items() if ours in found}
-    return {**found, "": ""}
-
-
-def _signature(side: Side, path: str) -> tuple[Any, ...]:
-    """Returns the kind of a module and the shapes of its parameters, in PyTorch's axes."""
-    shapes = side.shapes
-    prefix = f"{path}." if path else ""
-    within = tuple(sorted(shape for name, shape in shapes.items() if name.startswith(prefix)))
-    is_leaf = not any(inner.startswith(prefix) and inner != path for inner in side.modules)
-    return (side.kinds.get(path) or plain_class(side.classes[path]) if is_leaf else "container"), within
-
-
-def plain_class(name: str) -> str:
-    """Returns a class name without what differs between the frameworks: `BatchNorm2d` is `batchnorm`."""
-    return re.sub(r"\d+d$", "", name.rpartition(".")[2].lower()).replace("_", "")
-
-
-# ---- calls --------------------------------------------------------------------------------------------------
+_SAMPLES = 16
+"""Number of rows that are searched for in the argument of the other side."""
+_NEAR = 1e-2
+"""Largest relative distance of equal rows, also in half precision."""
 
 
 def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match]) -> tuple[list[Pair], list[str]]:
@@ -164,7 +32,7 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
     """
     run_a, run_noise, run_b = runs
     to_a = {match.b: match.a for match in matches if match.a is not None and match.b is not None}
-    ours, noise = run_a.by_call(), run_noise.by_call()
+    ours, noise = calls_in_order(run_a, run_b, to_a), run_noise.by_call()
     pairs: list[Pair] = []
     by_event: dict[int, Pair] = {}
     notes: list[str] = []
@@ -190,7 +58,7 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
         _align(pair, shapes, same)
         if pair.kind in align.DIFFERENT_CALLS:
             pair.derived = {"a": _derived(pair.a), "b": _derived(pair.b)}
-    pairs, other_rows = _without_other_rows(pairs, by_event)
+    pairs, other_rows = _without_other_rows(pairs, by_event, shapes)
     notes += other_rows
     for pair in pairs:
         children_a = {id(child) for child in _nearest(pair.a, by_event)}
@@ -198,6 +66,8 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
             found = by_event[id(child)]
             if id(found.a) in children_a and is_separable(found):
                 pair.children.append(found)
+        pair.repeated = repeated_calls(pair, by_event)
+        pair.children = [child for child in pair.children if not any(child is other for other in pair.repeated)]
         if not (pair.a.is_storable and pair.b.is_storable):
             pair.obstacle = "not replayed: its arguments hold objects that a call may change, such as a cache"
     b.arrange(a, pairs)
@@ -206,51 +76,105 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
     return pairs, notes
 
 
-def _without_other_rows(pairs: list[Pair], by_event: dict[int, Pair]) -> tuple[list[Pair], list[str]]:
+def _without_other_rows(
+    pairs: list[Pair], by_event: dict[int, Pair], known: Mapping[tuple[int, ...], str]
+) -> tuple[list[Pair], list[str]]:
     """Leaves out calls that get other rows on each side, and those within them; returns the rest, and notes.
 
-    An example is an expert that gets the tokens that are routed to it on one side, and all tokens on the other. Such
-    calls are computed within the call around them, if its own arrays correspond: if also in values, or if only the
-    rows of one side are gathered from several axes. Otherwise the shapes are a difference.
+    Examples are an expert that gets the tokens that are routed to it on one side, and all tokens on the other, and an
+    encoder that is called twice on one side, and once with both batches on the other. Such calls are computed within
+    the call around them, if its own arrays correspond: if also in values, if one side gets rows of the other, if only
+    the rows of one side are gathered from several axes, or if an earlier call already differs. Otherwise the shapes
+    are a difference.
     """
     left_out: set[int] = set()
     callers: dict[int, Pair] = {}
     found: dict[str, list[str]] = {}
     example = ""
-    for pair in pairs:
+    for index, pair in enumerate(pairs):
         outer = pair.b.parent
         while outer is not None and id(outer) not in by_event:
             outer = outer.parent
-        if id(pair.b) in left_out or outer is None or align.KINDS.get(pair.kind or "") == align.MOVED:
+        if id(pair.b) in left_out or outer is None:
             continue
         arrays = [*zip(pair.a.arguments, pair.b.arguments, strict=False)]
         arrays += zip(pair.a.outputs, pair.b.outputs, strict=False)
-        shapes = [(x.array.shape, y.array.shape) for x, y in arrays if y.is_float]
-        others = [(x, y) for x, y in shapes if x[:-1] != y[:-1] and x[-1:] == y[-1:] and len(x) * len(y) > 0]
-        around = by_event[id(outer)]
-        if not (_argument_mismatch(pair) or _output_mismatch(pair)) or len(others) < len(shapes):
+        hows = [(x, y, _how_of_rows(pair, x, y, known)) for x, y in arrays if y.is_float]
+        around, around_it = by_event[id(outer)], _callers(pair.b)
+        if not (_argument_mismatch(pair) or _output_mismatch(pair)):
+            continue
+        if any(how is None or x.array.shape == align.to_mlx(how, y.array).shape for x, y, how in hows):
             continue
         if _argument_mismatch(around) or _output_mismatch(around):
             continue
-        if all(len(x) != len(y) for x, y in others) or _agree(around):
+        if (
+            all(x.array.ndim != y.array.ndim for x, y, _ in hows)
+            or _agree(around)
+            or _has_rows_of_other(pair, known)
+            or not all(_agree(p) for p in pairs[:index] if id(p.b) not in around_it | left_out)
+        ):
             events = {id(event) for side in (pair.a, pair.b) for event in side.walk()}
             left_out |= events
             callers |= {id(event): around for event in pair.b.walk()}
             names = found.setdefault(around.path or "the model", [])
             names += [pair.path] if pair.path not in names else []
-            example = example or f"{list(others[0][0])} and {list(others[0][1])}"
+            example = example or f"{list(hows[0][0].array.shape)} and {list(hows[0][1].array.shape)}"
     notes = [
         f"{', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}: called with other rows in "
         f"a than in b, such as {example}; computed within {around}"
         for around, paths in found.items()
     ]
-    _set_apart([pair for pair in pairs if id(pair.b) in left_out], callers)
+    _set_apart([pair for pair in pairs if id(pair.b) in left_out], callers, known)
     for event in left_out & by_event.keys():
         del by_event[event]
     return [pair for pair in pairs if id(pair.b) not in left_out], notes
 
 
-def _set_apart(pairs: list[Pair], callers: Mapping[int, Pair]) -> None:
+def _how_of_rows(pair: Pair, ours: Value, theirs: Value, known: Mapping[tuple[int, ...], str]) -> str | None:
+    """Returns the alignment of arrays that may have other rows on each side; None without one.
+
+    With the channels moved, only the first axis may differ, otherwise all but the last one.
+    """
+    x, y = ours.array.shape, theirs.array.shape
+    moved = align.to_mlx(align.MOVED, theirs.array).shape
+    fits = {
+        align.SAME: len(x) * len(y) > 0 and x[-1:] == y[-1:],
+        align.MOVED: len(x) == len(y) > 2 and x[1:] == moved[1:],
+    }
+    determined = align.KINDS.get(pair.kind or "") or (known.get(y) if all(fits.values()) else None)
+    if determined is not None:
+        return determined if fits[determined] else None
+    return next((how for how, is_fitting in fits.items() if ours.is_float and is_fitting), None)
+
+
+def _has_rows_of_other(pair: Pair, known: Mapping[tuple[int, ...], str]) -> bool:
+    """Returns whether the first argument of one side has only rows that the argument of the other side has, too."""
+    if not (pair.a.arguments and pair.b.arguments and pair.b.arguments[0].is_float):
+        return False
+    ours, theirs = pair.a.arguments[0], pair.b.arguments[0]
+    how = _how_of_rows(pair, ours, theirs, known)
+    if how is None:
+        return False
+    arrays = ours.array, align.to_mlx(how, theirs.array)
+    few, many = sorted(
+        (a.reshape(len(a), -1) if how == align.MOVED else a.reshape(-1, a.shape[-1]) for a in arrays), key=len
+    )
+    sample = few[:: -(-len(few) // _SAMPLES)] if len(few) else few
+    return len(few) > 0 and all(
+        np.linalg.norm(many - row, axis=1).min() <= _NEAR * np.linalg.norm(row) for row in sample
+    )
+
+
+def _callers(event: Event) -> set[int]:
+    """Returns the ids of the calls around a call."""
+    found = set()
+    while event.parent is not None:
+        event = event.parent
+        found.add(id(event))
+    return found
+
+
+def _set_apart(pairs: list[Pair], callers: Mapping[int, Pair], known: Mapping[tuple[int, ...], str]) -> None:
     """Adds calls that get other rows on each side to those around them, if both sides take the rows of `b`."""
     found: dict[int, Pair] = {}
     for pair in pairs:
@@ -259,11 +183,11 @@ def _set_apart(pairs: list[Pair], callers: Mapping[int, Pair]) -> None:
             (pair.a.arguments, pair.b.arguments, pair.arguments),
             (pair.a.outputs, pair.b.outputs, pair.outputs),
         ):
-            fits = len(ours) == len(theirs) and all(
-                x.is_float and y.is_float and x.array.shape[-1:] == y.array.shape[-1:]
-                for x, y in zip(ours, theirs, strict=True)
-            )
-            indices += [(index, index, align.SAME) for index in range(len(theirs))] if fits else []
+            if len(ours) != len(theirs):
+                continue
+            hows = [_how_of_rows(pair, x, y, known) for x, y in zip(ours, theirs, strict=True)]
+            if all(x.is_float and y.is_float for x, y in zip(ours, theirs, strict=True)):
+                indices += [(i, i, how) for i, how in enumerate(hows) if how is not None] if None not in hows else []
         if pair.arguments and pair.outputs and pair.a.is_storable and pair.b.is_storable:
             found[id(pair.b)] = found[id(pair.a)] = pair
             callers[id(pair.b)].apart.append(pair)

@@ -32,6 +32,8 @@ class Pair:
         children: The calls within it that both sides make and that can be left out of a replay, in the order of `b`.
         apart: The calls within it that get other rows on each side. They are computed within it, and replayed alone
             with the rows of `b` if it differs.
+        repeated: The calls within it that one side makes more often, with equal arguments. They are computed within
+            it, because the gradients by their results are divided among them, and replayed alone as well.
         arguments, outputs: Index in `a`, index in `b` and alignment of each array that both sides have.
         obstacle: Why it cannot be replayed; empty if it can.
         parameters: Paths in `b`, within the module, of the parameters that the replay has gradients of.
@@ -49,6 +51,7 @@ class Pair:
     kind: str | None = None
     children: list[Pair] = field(default_factory=list)
     apart: list[Pair] = field(default_factory=list)
+    repeated: list[Pair] = field(default_factory=list)
     arguments: list[tuple[int, int, str]] = field(default_factory=list)
     outputs: list[tuple[int, int, str]] = field(default_factory=list)
     obstacle: str = ""

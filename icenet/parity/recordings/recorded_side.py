@@ -197,7 +197,7 @@ class RecordedSide(Side):
         for pair in pairs:
             if a.backend == self.backend:  # dropout draws its masks for the axes of the recording
                 a.set_channels(pair.a.path, bool(self.trace.modules[pair.path]["moved"]))
-            within = {id(event) for event in pair.a.walk()}
+            within = {id(event) for event in pair.a.walk()} - {id(child.a) for child in pair.repeated}
             found: list[Pair] = []
             for item in self.trace.replays[self.run_mode].get(pair.b.number, []):
                 children = [separable.get(number) for number in item.calls]

@@ -31,8 +31,9 @@ from icenet.parity import align, yardstick
 from icenet.parity import inputs as drawing
 from icenet.parity.arguments import Progress, check_numbers
 from icenet.parity.calls.events import Run, Store
+from icenet.parity.calls.matching import Match
 from icenet.parity.calls.module_side import ModuleSide
-from icenet.parity.calls.pairing import Match, pair_calls
+from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, rounded
 from icenet.parity.calls.sides import ModuleError, Side
 from icenet.parity.calls.targets import Targets

@@ -129,7 +129,7 @@ def _move_into(c: Comparison, origins: list[tuple[Pair, Origin]], found: dict[in
     for inner in pair.apart if c.computes_reference else ():
         found[inner.b.number] = replay(c, inner, gradients=False)
         own = culprit.first_output(inner, found[inner.b.number])
-        if own is not None and own.judgement.is_over and own.order < origins[0][1].order:
+        if own is not None and own.judgement.is_over and own.order <= origins[0][1].order:
             origins[0] = inner, own
 
 

@@ -151,6 +151,11 @@ def judge_gradients(
                     pair, origin = inner, own
                     stage.rows.append(apart_row(inner, own))
                     break
+            for inner in pair.repeated:  # computed within it as well
+                own = culprit.first_gradient(inner, found.get(inner.b.number, {}))
+                if own is not None and own.judgement.is_over:
+                    pair, origin = inner, own
+                    break
             c.fail(stage, pair.path, origin.where, neutral(origin.judgement.note) or "in the backward pass")
             c.suggest(pair, found[pair.b.number])
             return

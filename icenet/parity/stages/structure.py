@@ -91,6 +91,12 @@ def compare_parameters(c: Comparison, stage: Stage) -> None:
             c.fail(stage, path, note=note)
             if shapes[0] == shapes[1][::-1] and not c.report.cause:
                 c.report.cause = f"{name} is transposed in a"
+            elif len(shapes[0]) > 2 and shapes[0] == (shapes[1][0], *shapes[1][2:], shapes[1][1]):
+                c.report.cause = c.report.cause or (
+                    f"{name} has its channels last in a, first in b, and axes are moved for layers of mlx.nn only: "
+                    "use one, or keep the axes of b in a and move them in its call, "
+                    f"self.{name.rpartition('.')[2]}.moveaxis(1, -1)"
+                )
         stage.rows.append(Row(path, name, shapes[1], status, math.inf if note else 0.0, note=note))
     if stage.status == states.FAILED:
         raise StageFailed

@@ -71,10 +71,11 @@ def _judge_losses(c: Comparison, stage: Stage, inputs: Inputs, optimizers: tuple
         optimizer = optimizers[0 if is_test else 1]
         curves.append(side.train_steps(inputs.given, values, loss, targets, optimizer, steps, c.first_runs[number]))
     c.report.losses = dict(zip(("a", "b", "reference"), curves, strict=True))
-    finite = [all(map(math.isfinite, losses)) for losses in zip(*curves, strict=True)]
-    if not any(all(map(math.isfinite, curve)) for curve in curves):
-        stage.note = f"all losses are infinite or NaN after {finite.index(False)} steps"
-        curves = [curve[: finite.index(False)] for curve in curves]
+    # the reference is of float64, which may hold what overflows on both sides
+    ends = [step for step, losses in enumerate(zip(*curves[:2], strict=True)) if not any(map(math.isfinite, losses))]
+    if ends:
+        stage.note = f"the losses of a and b are infinite or NaN after {ends[0]} steps"
+        curves = [curve[: ends[0]] for curve in curves]
     if not curves[0]:
         return
     judged = judge_curve(curves[0], curves[1], curves[2])

@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "ELU": F.elu,
     "SELU": F.selu,
+    "SELU with constants of six digits, as in MLX,": lambda x: 1.0507 * F.elu(x, 1.67326),
     "CELU": F.celu,
     "softplus": F.softplus,
     "Mish": F.mish,

@@ -1,0 +1,165 @@
+"""`icenet.parity.compare` where a module is called in another order, more often, or with other rows on each side."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as M
+import pytest
+import torch
+import torch.nn as T
+import torch.nn.functional as F
+from pairs import draw
+
+from icenet.parity import compare
+
+
+@pytest.fixture(autouse=True)
+def seeded(mlx_on_cpu: None) -> None:
+    torch.manual_seed(0)
+    mx.random.seed(0)
+
+
+class Call(M.Module):
+    """A module whose call is a function of it and of its inputs."""
+
+    def __init__(self, function: Any, **layers: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.function(self, *inputs)
+
+
+class TorchCall(T.Module):
+    def __init__(self, function: Any, **layers: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self, *inputs)
+
+
+def encoder(kind: str, factor: float = 1.0) -> tuple[Any, Any]:
+    """An encoder of rows or of images, whose result is multiplied by a factor in MLX."""
+    if kind == "rows":
+        ours = Call(lambda m, x: M.gelu(factor * m.fc(x)), fc=M.Linear(6, 8))
+        return ours, TorchCall(lambda m, x: F.gelu(m.fc(x)), fc=T.Linear(6, 8))
+    ours = Call(lambda m, x: (factor * M.gelu(m.conv(x))).mean((1, 2)), conv=M.Conv2d(3, 8, 3))
+    return ours, TorchCall(lambda m, x: F.gelu(m.conv(x)).mean((2, 3)), conv=T.Conv2d(3, 8, 3))
+
+
+def ways(xp: Any, concatenate: Any) -> dict[str, Any]:
+    """Ways to compute the distance of two codes."""
+
+    def whole(m: Any, x: Any, y: Any) -> Any:
+        codes = m.encoder(concatenate([x, y]))
+        return m.head(xp.abs(codes[: len(x)] - codes[len(x) :]))
+
+    def second_first(m: Any, x: Any, y: Any) -> Any:
+        code = m.encoder(y)
+        return m.head(xp.abs(m.encoder(x) - code))
+
+    return {
+        "twice": lambda m, x, y: m.head(xp.abs(m.encoder(x) - m.encoder(y))),
+        "whole": whole,
+        "second first": second_first,
+    }
+
+
+@pytest.mark.parametrize("kind", ["rows", "images"])
+@pytest.mark.parametrize("calls", [("whole", "twice"), ("twice", "whole"), ("second first", "twice")])
+def test_a_shared_encoder_may_be_called_in_another_way(calls: tuple[str, str], kind: str) -> None:
+    shape = (3, 6) if kind == "rows" else (3, 5, 5, 3)
+    given, layout = (draw(*shape), draw(*shape, seed=1)), None if kind == "rows" else "channels_last"
+    for factor in (1.0, 1.01):
+        ours, theirs = encoder(kind, factor)
+        a = Call(ways(mx, mx.concatenate)[calls[0]], encoder=ours, head=M.Linear(8, 3))
+        b = TorchCall(ways(torch, torch.cat)[calls[1]], encoder=theirs, head=T.Linear(8, 3))
+        report = compare(a, b, given, copy_weights=True, layout=layout)
+        assert report.passed == (factor == 1), report.verdict
+        assert factor == 1 or (report.culprit, report.failed_stage.name) == ("encoder", "forward"), report.verdict
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_result_may_be_computed_again(times: int, dtype: str) -> None:
+    """Gradients by the result of each call are then other ones, their sum is equal."""
+
+    def call(m: Any, x: Any, act: Any, count: int, hide: Any = lambda x: x) -> Any:
+        y = m.fc(x)
+        return m.head(act(hide(y)) * (y if count == 1 else m.fc(x)))
+
+    b = TorchCall(lambda m, x: call(m, x, torch.tanh, 3 - times), fc=T.Linear(6, 8), head=T.Linear(8, 3))
+    for hide in (lambda x: x, mx.stop_gradient):
+        a = Call(partial(call, act=mx.tanh, count=times, hide=hide), fc=M.Linear(6, 8), head=M.Linear(8, 3))
+        report = compare(a, b, draw(4, 6), copy_weights=True, dtype=dtype)
+        assert report.passed == (hide is not mx.stop_gradient), report.verdict
+        assert report.passed or (report.culprit == "" and "fc." in report.verdict), report.verdict
+
+
+class Experts(M.Module):
+    """All experts compute all rows, if there are no others than those of a router."""
+
+    def __init__(self, wrong: str = "") -> None:
+        super().__init__()
+        self.gate, self.experts, self.wrong = M.Linear(6, 4), [M.Linear(6, 6) for _ in range(4)], wrong
+
+    def __call__(self, x: mx.array) -> mx.array:
+        scores = mx.softmax(self.gate(x), -1)
+        chosen = mx.stop_gradient(mx.argsort(-scores, -1))[:, :2]
+        share = mx.take_along_axis(scores, chosen, -1)
+        if self.wrong != "share":
+            share = share / share.sum(-1, keepdims=True)
+        rows = [mx.where(chosen == i, share, 0).sum(-1, keepdims=True) for i in range(4)]
+        return sum(expert(x) * row for expert, row in zip(self.experts, rows, strict=True))
+
+
+class TorchExperts(T.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = T.Linear(6, 4), T.ModuleList([T.Linear(6, 6) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        share, chosen = torch.softmax(self.gate(x), -1).topk(2, -1)
+        share, y = share / share.sum(-1, keepdim=True), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            row, place = torch.where(chosen == i)
+            y = y.index_add(0, row, expert(x[row]) * share[row, place, None])
+        return y
+
+
+@pytest.mark.parametrize("wrong", ["", "share", "before"])
+def test_a_fault_in_the_routing_is_none_of_the_rows_of_experts(wrong: str) -> None:
+    scale = 1.1 if wrong == "before" else 1.0
+    a = Call(
+        lambda m, x: m.moe(m.pre(x)), pre=Call(lambda m, x: scale * m.fc(x), fc=M.Linear(6, 6)), moe=Experts(wrong)
+    )
+    pre = TorchCall(lambda m, x: m.fc(x), fc=T.Linear(6, 6))
+    report = compare(
+        a, TorchCall(lambda m, x: m.moe(m.pre(x)), pre=pre, moe=TorchExperts()), draw(9, 6), copy_weights=True
+    )
+    assert report.passed == (not wrong), report.verdict
+    place = {"share": "moe", "before": "pre"}.get(wrong)
+    assert not wrong or (report.culprit, report.failed_stage.name) == (place, "forward"), report.verdict
+
+
+def test_a_weight_with_channels_last_in_a_users_module_is_explained() -> None:
+    def net(moves: bool) -> Any:
+        weight = mx.zeros((8, 4, 3, 3) if moves else (8, 3, 3, 4))
+        return Call(lambda m, x: mx.conv2d(x, m.weight.moveaxis(1, -1) if moves else m.weight), weight=weight)
+
+    theirs = TorchCall(lambda m, x: F.conv2d(x, m.weight), weight=T.Parameter(torch.randn(8, 4, 3, 3)))
+    options: dict[str, Any] = {"copy_weights": True, "layout": "channels_last"}
+    report = compare(net(False), theirs, draw(2, 5, 5, 4), **options)
+    assert "weight has its channels last in a" in report.cause, report.verdict
+    assert "self.weight.moveaxis(1, -1)" in report.cause
+    assert compare(net(True), theirs, draw(2, 5, 5, 4), **options).passed
