@@ -167,6 +167,15 @@ def test_imports_by_name_are_in_few_places() -> None:
     assert found
 
 
+def test_one_module_is_imported_by_a_fixed_name() -> None:
+    """The model at `model.path` has a configuration of its own, so what opens it is above `core.config`."""
+    fixed = re.compile(r"(?:import_module|__import__)\(\s*[\"'](icenet[\w.]*)[\"']")
+    found = {name: fixed.findall(path.read_text(encoding="utf-8")) for name, path in ALL.items()}
+    assert {name: targets for name, targets in found.items() if targets} == {
+        "icenet.core.config.imported": ["icenet.core.runs.model_path"]
+    }
+
+
 def test_these_rules_can_fail(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
     file.write_text("def f():\n    import torch.nn\n    from mlx import core\n    from icenet import models\n")

@@ -3252,9 +3252,9 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the id of a repository in model.path is a path",
-        "icenet/core/config/imported.py",
-        'importlib.import_module("icenet.core.weights.hub").local_path(place)',
-        "place",
+        "icenet/core/runs/model_path.py",
+        "path = hub.local_path(path)",
+        "pass",
         ["core/weights/test_hub.py::test_a_run_begins_with_the_model_of_a_repository"],
     ),
     Fault(

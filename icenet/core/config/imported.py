@@ -11,12 +11,14 @@ import importlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from icenet.core.config import written as written_keys
 from icenet.core.config.custom import is_custom
 from icenet.core.config.data import PIXEL_KEYS
 from icenet.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from icenet.core.runs.model_path import ModelAtPath
 
 MAX_LENGTH = 1024
 """Tokens in a training sequence of an imported model with more positions, unless data.seq_length is given."""
@@ -49,47 +51,44 @@ def expand(
     replaces = path is not None
     if not replaces and inside is None:
         return dict(values)
-    place = Path(path).expanduser() if path is not None else _find(str(inside), folder)
-    place = importlib.import_module("icenet.core.weights.hub").local_path(place)  # of the id of a repository
-    found = _model_at(place)
-    tree = {**values, "model": found["model"] if replaces else {**found["model"], **written}}
+    found = _read(Path(path).expanduser() if path is not None else _find(str(inside), folder))
+    tree = {**values, "model": found.model if replaces else {**found.model, **written}}
     data = dict(values.get("data") or {})
     if data.get("kind", "text") in ("text", "chat"):
         if replaces or "tokenizer" not in data:
-            data["tokenizer"] = found["tokenizer"]
-        length = found["model"].get("max_seq_length")
+            data["tokenizer"] = found.tokenizer
+        length = found.model.get("max_seq_length")
         if length is not None and length > MAX_LENGTH and not data.get("seq_length"):
             data["seq_length"] = MAX_LENGTH
             _log.warning(
                 f"data.seq_length: {MAX_LENGTH} tokens, not the {length:,} of the model; set it for another length"
             )
         tree["data"] = data
-    training: dict[str, Any] = {"init_from": str(place.absolute())}
-    if found["input_kind"] == "images":
+    training: dict[str, Any] = {"init_from": str(found.path.absolute())}
+    if found.input_kind == "images":
         if changed.get(("data", "kind"), data.get("kind")) == "images":
             overridden = {key[1] for key in changed if key[:1] == ("data",) and len(key) > 1}
-            tree["data"] = {**_image_keys(place, {*data, *overridden}), **data}
+            tree["data"] = {**_image_keys(found, {*data, *overridden}), **data}
         count = changed.get(("model", "vocab_size"), None if replaces else written.get("vocab_size"))
-        if count is not None and str(count).strip() != str(found["model"]["vocab_size"]):
+        if count is not None and str(count).strip() != str(found.model["vocab_size"]):
             training["new_head"] = True  # the number of classes next to the path requests it
-    for section in ("generation", "embedding"):
-        tree[section] = {**found[section], **(values.get(section) or {})}
+    tree["generation"] = {**found.generation, **(values.get("generation") or {})}
+    tree["embedding"] = {**found.embedding, **(values.get("embedding") or {})}
     tree["training"] = {**training, **(values.get("training") or {})}
     return tree
 
 
-def _image_keys(path: Path, written: Collection[str]) -> dict[str, Any]:
-    """Returns the keys of `data` that read images as the model at a path does, but for those that the user wrote."""
+def _image_keys(found: ModelAtPath, written: Collection[str]) -> dict[str, Any]:
+    """Returns the keys of `data` that read images as a model does, but for those that the user wrote."""
     try:
-        facts = importlib.import_module("icenet.core.runs.open_model").image_facts(path)
-        keys: dict[str, Any] = {} if facts is None else facts.data_keys()
+        keys = found.image_keys()
     except ConfigError as error:
-        _log.warning(f"data.preprocessor: that of {path} is not used: {error}")
+        _log.warning(f"data.preprocessor: that of {found.path} is not used: {error}")
         return {}
     own = [key for key in PIXEL_KEYS if key in written]
     if "preprocessor" in written or ("preprocessor" in keys and own):
         if "preprocessor" not in written:
-            _log.warning(f"data.preprocessor: that of {path} is not used, because data.{own[0]} is set")
+            _log.warning(f"data.preprocessor: that of {found.path} is not used, because data.{own[0]} is set")
         keys = {key: value for key, value in keys.items() if key == "channels"}
     if "normalize" in written:
         keys = {key: value for key, value in keys.items() if key not in ("mean", "std")}
@@ -111,22 +110,7 @@ def _find(path: str, folder: Path) -> Path:
     return inside if inside.exists() else Path(path).expanduser()
 
 
-def _model_at(path: Path) -> dict[str, Any]:
-    """Returns the model at a path. The module that opens it is above the configuration, so it is imported by name."""
-    opened = importlib.import_module("icenet.core.runs.open_model")
-    config, weights = opened.open_trained(path, "model.path", warn=False)  # training.init_from opens it again
-    if is_custom(config.model.type):  # naming its weights is not trusting its code
-        raise ConfigError(
-            f"model.path: {path} is a model of Python code, {config.model.type}; name that in model.type, and the "
-            "path in training.init_from"
-        )
-    tokenizer = getattr(config.data, "tokenizer", "bytes")
-    if importlib.import_module("icenet.core.models.inference").lacks_tokenizer(config, weights):
-        tokenizer = str(path.absolute() / "tokenizer.json")  # which reading the data then reports as missing
-    return {
-        "input_kind": config.model.input_kind,
-        "model": config.model.model_dump(mode="python"),
-        "tokenizer": tokenizer,
-        "generation": written_keys.tree(config.generation),
-        "embedding": written_keys.tree(config.embedding),
-    }
+def _read(path: Path) -> ModelAtPath:
+    """Returns the model at a path. What opens it reads configurations, so it is above and is imported by name."""
+    found: ModelAtPath = importlib.import_module("icenet.core.runs.model_path").read(path)
+    return found
