@@ -146,3 +146,111 @@ def test_a_vector_of_channels_needs_no_axes_before_channels_that_are_last() -> N
     close(model(mx.array(x.numpy())), module(x))
     assert "self.weight * self.conv(" in source or "= self.weight * " in source, source
     assert "self.weight[" not in source
+
+
+class Rotated(nn.Module):
+    """Takes a pair apart, and keeps its input under a second name while a variable has other values."""
+
+    def __init__(self, dim: int, drop: float, rate: float) -> None:
+        super().__init__()
+        self.norm, self.fc, self.rate, self.drop = nn.LayerNorm(dim), nn.Linear(dim, dim), rate, drop
+
+    def forward(self, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        cos, sin = tables
+        shortcut = x
+        x = self.norm(x)
+        x = self.fc(x * cos + x.flip(-1) * sin)
+        x = shortcut + x * self.rate
+        residual = x
+        x = self.norm(x).relu()
+        x = residual - x
+        return x
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = torch.arange(x.shape[1])[:, None] * self.angles
+        return angles.cos(), angles.sin()
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = Tables()
+        self.layers = nn.ModuleList([Rotated(8, 0.0, 0.5), Rotated(8, 0.1, 0.25)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tables = self.tables(x)
+        for layer in self.layers:
+            residual = x
+            x = layer(x, tables)
+            x = layer(x + residual, tables) * residual
+        return x
+
+
+def test_second_names_parts_and_numbers_have_the_names_of_the_original() -> None:
+    module, x = Layers().eval(), torch.randn(2, 3, 8)
+    model, source = ported(module, x)
+    assert "def __call__(self, x, cos, sin):" in source and "cos, sin = self.tables(x.shape[1])" in source, source
+    assert "shortcut = x" in source and "return residual - " in source and "x_2" not in source
+    assert "def __init__(self, rate):" in source and "x * self.rate" in source
+    assert "for layer in self.layers:" in source and "        residual = x" in source
+    for B, T in ((2, 3), (1, 7)):
+        x, factor = torch.randn(B, T, 8, requires_grad=True), torch.randn(B, T, 8)
+        y = module(x)
+        y.backward(factor)
+        (ours,), (gradient,) = mx.vjp(model, [mx.array(x.detach().numpy())], [mx.array(factor.numpy())])
+        assert x.grad is not None
+        close(ours, y)
+        close(gradient, x.grad)
+
+
+class Kept(nn.Module):
+    """A value that a later expression reads has no second name while its variable has another value."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x
+        y = x * 2
+        x = x.exp()
+        x = x + y
+        z = first + x
+        x = z * first
+        return x
+
+
+def test_a_second_name_changes_no_value() -> None:
+    x = torch.randn(2, 3)
+    model, source = ported(Kept(), x)
+    close(model(mx.array(x.numpy())), Kept()(x))
+    assert "first" in source
+
+
+class Joined(nn.Module):
+    """A value without a name, and the states of a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(8, 4)
+
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return x.softmax(-1).transpose(1, 2), None
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, _ = self.heads(x)
+        y = y.reshape(x.shape[0], 8)
+        h, c = self.cell(y, (h, c))
+        return h, c
+
+
+def test_values_without_a_name_and_states_of_a_cell() -> None:
+    given = torch.randn(2, 4, 2), torch.randn(2, 4), torch.randn(2, 4)
+    module = Joined().eval()
+    model, source = ported(module, *given)
+    assert ".swapaxes(1, 2).reshape(" in source and "transpose" not in source, source
+    assert "(self, input, h, c):" in source and "h, c = lstm_cell(" in source and "return self.cell(" not in source
+    for ours, theirs in zip(model(*(mx.array(x.numpy()) for x in given)), module(*given), strict=True):
+        close(ours, theirs)

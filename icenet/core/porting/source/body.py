@@ -37,6 +37,8 @@ _DEFAULT = re.compile(r", (?:stride=1|padding=0|dilation=1|output_padding=0)(?=[
 _GIVEN = re.compile(r"[\w.\[\]'\"]+$|(?!put\()\w+\(|self[\w.\[\]'\"]*\(")
 """An expression that may be an array which another variable holds."""
 
+_SHAPES = ("transpose", "permute", "swapaxes", "reshape", "view", "flatten", "squeeze", "unsqueeze")
+
 _JOIN = re.compile(r"\b(?:stack|cat|concat|concatenate)\(\s*(\w+)\s*[,)]")
 
 
@@ -364,10 +366,22 @@ class Frame(SizeVariables):
             return False
         same = self.is_same_statement(user, node) or self.is_same_statement(user, self.items[index])
         is_named = node.place is not None and bool(node.place.targets) and self.is_final(node, node.name)
-        if not same and is_named and not self.is_plain(node):
+        if not same and is_named and not self.is_plain(node) and not self.is_passed_on(node, user):
             return False
         self.keep(text, consumer)
         return True
+
+    def is_passed_on(self, node: Node, user: Item) -> bool:
+        """Returns whether the next operation gives another shape to a value that has another shape and no name."""
+        between = self.items[self.position + 1 : self.items.index(user)]
+        is_next = all(isinstance(item, Node) and self.graph.size(item.name) is not None for item in between)
+        is_shape = isinstance(user, Node) and user.base in _SHAPES and node.base in _SHAPES
+        name = self.operation_name(node) if is_shape and is_next else ""
+        return (
+            bool(name)
+            and name not in (node.place.targets if node.place else ())
+            and self.hint(node, node.name) == name
+        )
 
     def is_repeated(self, node: Node, user: Item) -> bool:
         """Returns whether the expression of an operation has a value more than once, so that it needs a variable."""
@@ -416,6 +430,8 @@ class Frame(SizeVariables):
             reused = self.element_name(call, name, first[0][1]) if first and position == 0 else None
             if reused:
                 hint = reused
+            elif len(results) > 1 and len(targets) < 2 and set(results) <= self.graph.part_names.keys():
+                hint = self.graph.part_names[name]
             elif not hint or hint == "_" or not self.is_final(call, name):
                 leaf = [part for part in call.path.split(".") if not part.isdigit()]
                 hint = (leaf[-1] if leaf else "y") if position == 0 else "extra"

@@ -6,6 +6,7 @@ import graphlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from icenet.core.porting.layers.mlx_layers import NAMES
 from icenet.core.porting.source import helpers
@@ -43,6 +44,7 @@ class Instance:
         init: The statements of its constructor, with a mark in the place of each inner instance.
         bodies: The bodies of its methods.
         height: 1 without inner instances, and one more than that of the highest inner one.
+        settings: Its attributes in the original that are numbers, by name.
         text: All of this as one text, by which equal instances are found.
     """
 
@@ -50,6 +52,7 @@ class Instance:
     init: list[str]
     bodies: list[Body]
     height: int
+    settings: dict[str, Any] = field(default_factory=dict)
     text: str = ""
 
 
@@ -155,14 +158,14 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
                 continue
             column = like or tuple("None" if value == OPEN else value for value in column)
         if column not in parameters:
-            hint = hints[index].removesuffix("?")
+            hint = _attribute(column, members, taken) or hints[index].removesuffix("?")
             unique, number = hint, 1
-            while unique in taken and hint == hints[index]:
+            while unique in taken and not hints[index].endswith("?"):
                 number += 1
                 unique = f"{hint}_{number}"
             taken.add(unique)
             parameters[column] = unique
-            if hint != hints[index]:
+            if hints[index].endswith("?"):
                 flags.add(unique)
         replacement[index] = parameters[column]
         if index >= in_init:
@@ -191,6 +194,16 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
         given = [f"{key}=True" for key, column in switches.items() if column[row] == "True"]
         arguments.append([*(column[row] for column in plain), *given])
     return Class(name, init, bodies, [*plain.values(), *(f"{key}=False" for key in switches)]), arguments
+
+
+def _attribute(column: tuple[str, ...], members: list[Instance], taken: set[str]) -> str:
+    """Returns the only attribute of the original that has the numbers of a column, empty without one."""
+    found = [
+        name
+        for name in members[0].settings
+        if all(repr(item.settings.get(name)) == value for item, value in zip(members, column, strict=True))
+    ]
+    return found[0] if len(found) == 1 and found[0] not in taken and not found[0].startswith("_") else ""
 
 
 def _compatible(column: tuple[str, ...], hint: str, parameters: dict[tuple[str, ...], str]) -> tuple[str, ...] | None:

@@ -19,7 +19,6 @@ class SizeVariables(Variables):
 
     def __init__(self, structure: Structure, graph: Values, call: Call) -> None:
         super().__init__(structure, graph, call)
-        self.lines: list[Line] = []
         self.sizes: dict[str, str] = {}
         """The variable of each size that has one, by its expression."""
         self.symbols: dict[str, str] = {}

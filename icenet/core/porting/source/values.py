@@ -8,6 +8,7 @@ from typing import Any
 from icenet.core.errors import PortError
 from icenet.core.porting.graph.calls import Call, Item, tree
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
+from icenet.core.porting.source.originals import part_names
 from icenet.core.porting.source.structure import Structure, called_path
 
 MODULE = "module "
@@ -41,6 +42,8 @@ class Values:
         self._parameters: dict[str, list[tuple[str, str]]] = {}
         self._returns: dict[str, list[str]] = {}
         self.inside: dict[str, set[str]] = {}
+        self.part_names: dict[str, str] = {}
+        """The names of values that are parts of an argument which some module takes apart."""
         self.analyse(self.root)
         self.removable = set(self.by_name)
 
@@ -222,7 +225,7 @@ class Values:
             for number, name in enumerate(leaves):
                 if name not in declared and (name in used or call is self.root):
                     declared.add(name)
-                    given.append((argument if len(leaves) == 1 else f"{argument}_{number}", name))
+                    given.append((argument if len(leaves) == 1 else self.part(call, argument, leaves, number), name))
         if call is self.root:
             for ref in self.graph.inputs:
                 if ref.name not in declared:
@@ -260,6 +263,18 @@ class Values:
         updated = sorted(updates & inside, key=lambda name: self.order.get(name, -1))
         returned += [name for name in updated if name not in returned and not self.updates_here(name, call)]
         self._returns[call.entered] = returned if call is not self.root else []
+
+    def part(self, call: Call, argument: str, leaves: list[str], number: int) -> str:
+        """Returns a name for a part of an argument: that of the original, here or in a module that takes it."""
+        name, module = leaves[number], self.structure.modules[call.path]
+        place = next((item.place for item in call.items if item.place is not None), None)
+        known = part_names(*place.chain[0], argument) if place is not None else ()
+        if module.kind.startswith("torch.nn.") and module.class_name == "LSTMCell":
+            known = ("h", "c")
+        if len(known) == len(leaves):
+            self.part_names.setdefault(name, known[number])
+            return known[number]
+        return self.part_names.get(name, f"{argument}_{number}")
 
     def escapes(self, name: str, call: Call) -> bool:
         """Returns whether a value is used outside of a call."""

@@ -9,6 +9,8 @@ from collections import Counter
 from icenet.core.porting.graph.calls import Call, Item
 from icenet.core.porting.record import Node, Ref
 from icenet.core.porting.source import helpers
+from icenet.core.porting.source.lines import Line
+from icenet.core.porting.source.originals import second_name
 from icenet.core.porting.source.statements import Statements
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import Values
@@ -44,6 +46,8 @@ class Variables(Statements):
         self.uses: Counter[str] = Counter()
         self.scope: set[str] = set()
         self.collected: list[str] = []
+        self.lines: list[Line] = []
+        """The statements so far."""
 
     def variable(self, hint: str, value: str) -> str:
         """Returns a variable for a value: that of the original if it is free."""
@@ -55,12 +59,51 @@ class Variables(Statements):
             or helpers.exists(hint)
         ):
             hint += "_"
+        self.keep_name(hint, value)
         name, number = hint, 1
         while name in self.names and self.is_live(self.names[name]) and self.names[name] != value:
             number += 1
             name = f"{hint}_{number}"
         self.names[name] = value
         return name
+
+    def keep_name(self, variable: str, value: str) -> None:
+        """Frees a variable for another value: what it holds gets the second name that the original gives to it.
+
+        In `shortcut = x; x = self.norm(x)`, for example.
+        """
+        held = self.names.get(variable, value)
+        item = self.items[self.position] if 0 <= self.position < len(self.items) else None
+        if held == value or not self.is_live(held) or item is None or item.place is None:
+            return
+        made = self.place_of(held)
+        file, line = item.place.chain[0]
+        if self.text.get(held) != variable or (made is None and held not in self.scope):
+            return
+        name = second_name(file, variable, made[1] if made is not None else 0, line)
+        read_later = [
+            other
+            for other, text in self.text.items()
+            if other != held and self.is_live(other) and variable in re.findall(r"[A-Za-z_]\w*", text)
+        ]
+        if not name or name in _RESERVED or self.is_taken(name) or helpers.exists(name) or read_later:
+            return
+        self.lines.append(Line(f"{name} = {variable}"))
+        self.text[held] = name
+        self.names[name] = held
+        del self.names[variable]
+
+    def place_of(self, value: str) -> tuple[str, int] | None:
+        """Returns file and line of the statement of this method in which a value is computed."""
+        for item in self.items:
+            names = [item.name] if isinstance(item, Node) else self.graph.returns(item)
+            if value in names:
+                return item.place.chain[0] if item.place is not None else None
+        return None
+
+    def is_taken(self, name: str) -> bool:
+        """Returns whether a name is that of a value that is read later, or of a function."""
+        return name in self.structure.used_helpers or (name in self.names and self.is_live(self.names[name]))
 
     def is_live(self, value: str) -> bool:
         return self.last_use.get(value, -1) > self.position
@@ -121,6 +164,9 @@ class Variables(Statements):
 
     def hint(self, item: Item, name: str) -> str:
         place = item.place
+        state = self.state_of(item)
+        if state:
+            return state
         if isinstance(item, Node) and item.op == "item" and place is not None and len(place.targets) == 1:
             part = self.becomes_later(item)  # qkv = x.chunk(3), and then q, k, v = map(f, qkv)
             if part:
@@ -149,6 +195,19 @@ class Variables(Statements):
             source = self.text.get(given.name, "") if isinstance(given, Ref) else ""
             if source.isidentifier():  # the same value in another form
                 return re.sub(r"_\d+$", "", source)
+        return self.operation_name(item)
+
+    def state_of(self, item: Item) -> str:
+        """Returns the name of a state after one step of a recurrent layer, which PyTorch calls `ret`."""
+        if not isinstance(item, Node) or item.place is None or item.place.targets != ("ret",):
+            return ""
+        source = self.graph.by_name.get(item.args["self"].name) if item.op == "item" else item
+        if source is None or not source.base.endswith("_cell"):
+            return ""
+        return "hc"[item.args["index"]] if item.op == "item" else "h"
+
+    def operation_name(self, item: Node) -> str:
+        """Returns a name for the result of an operation that the original does not name."""
         base = item.args["path"].rpartition(".")[2] if item.op == "layer" else item.base
         if not base or base.isdigit() or self.is_element(item):
             base = "y"

@@ -292,5 +292,5 @@ class _Writer:
         name = class_of(module)
         children = [int(found) for line in init for found in MARK.findall(line)]
         height = 1 + max((self.instances[child].height for child in children), default=0)
-        self.instances.append(Instance(name, init, bodies, height))
+        self.instances.append(Instance(name, init, bodies, height, module.settings))
         return f"@{len(self.instances) - 1}@"

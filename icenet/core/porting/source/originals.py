@@ -1,0 +1,77 @@
+"""What the original says that its graph does not: second names of a variable, and those of the parts of a tuple."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """A statement such as `shortcut = x`."""
+
+    line: int
+    name: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of the original: its lines, its statements such as `shortcut = x`, and `cos, sin = tables`."""
+
+    first: int
+    last: int
+    renamings: tuple[Renaming, ...]
+    parts: dict[str, tuple[str, ...]]
+
+
+@functools.lru_cache(maxsize=64)
+def _functions(file: str) -> tuple[Function, ...]:
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ()
+    return tuple(_function(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def _function(function: ast.FunctionDef) -> Function:
+    renamings, parts = [], {}
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Name) or len(node.targets) != 1:
+            continue
+        target = node.targets[0]
+        if isinstance(target, ast.Name):
+            renamings.append(Renaming(node.lineno, target.id, node.value.id))
+        elif isinstance(target, ast.Tuple) and all(isinstance(item, ast.Name) for item in target.elts):
+            parts[node.value.id] = tuple(item.id for item in target.elts if isinstance(item, ast.Name))
+    return Function(function.lineno, function.end_lineno or function.lineno, tuple(renamings), parts)
+
+
+def _function_at(file: str, line: int) -> Function | None:
+    """Returns the innermost function around a line."""
+    inside = [item for item in _functions(file) if item.first <= line <= item.last]
+    return max(inside, default=None, key=lambda item: item.first)
+
+
+def second_name(file: str, variable: str, after: int, until: int) -> str:
+    """Returns the last name to which a function assigns a variable as it is, empty if there is none.
+
+    Args:
+        file: The file of the function.
+        variable: The variable.
+        after: The line of the statement that sets the variable, 0 for a parameter. In a loop it is a later one.
+        until: The line of the statement that gives the variable another value.
+    """
+    function = _function_at(file, until)
+    start = after if after < until else 0
+    found = function.renamings if function is not None else ()
+    names = [item.name for item in found if item.source == variable and start < item.line < until]
+    return names[-1] if names else ""
+
+
+def part_names(file: str, line: int, argument: str) -> tuple[str, ...]:
+    """Returns the variables to which the function at a line gives the parts of an argument, none if it does not."""
+    function = _function_at(file, line)
+    return function.parts.get(argument, ()) if function is not None else ()
