@@ -69,15 +69,14 @@ def _compiled_gate(name: str) -> Callable[[Array, Array], Array]:
 
 
 def _on_cpu(name: str, x: Array) -> Array:
-    """Applies an activation with separate operations.
+    """Applies an activation with the formulas of `mlx.nn`, which gives the same bits.
 
     `mlx.nn` compiles its functions. On a CPU this starts g++ (0.8 s for each function) and gains nothing.
     """
     if name == "gelu":
         return x * (1 + mx.erf(x / math.sqrt(2))) / 2
-    if name == "gelu_tanh":  # products take a fourth of the time of x**3, and each constant is an operation, too
-        half, scale = 0.5 * x, math.sqrt(2 / math.pi)
-        return half + half * mx.tanh(x * (scale + 0.044715 * scale * (x * x)))
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if name == "silu":
         return x * mx.sigmoid(x)
     return mx.maximum(x, 0)
