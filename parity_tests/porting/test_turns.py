@@ -234,3 +234,23 @@ def test_the_argument_that_dropout_returns_is_not_written_to() -> None:
     theirs, x = Dropped().eval(), torch.randn(3, 4)
     ours, _ = ported(theirs, torch.randn(2, 4))
     close(ours.eval()(mx.array(x.numpy())), theirs(x))
+
+
+class Scan(nn.Module):
+    """The last step computes no next state, whose input would be beyond the end."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x[:, 0] * 2
+        found = []
+        for step in range(4):
+            found.append(h.exp() * x[:, step])
+            if step < 3:
+                h = h * 0.5 + x[:, step + 1]
+        return torch.stack(found, 1)
+
+
+def test_a_loop_reads_nothing_beyond_the_end() -> None:
+    x = torch.randn(2, 4, 6)
+    model, source = ported(Scan(), x)
+    assert "for step in range(3):" in source
+    close(model(mx.array(x.numpy())), Scan()(x))

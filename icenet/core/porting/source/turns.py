@@ -30,6 +30,7 @@ class Statement:
         words: Its text in parts: names of variables and numbers are parts of their own.
         targets: The places of the variables that it sets.
         reads: The places of the variables that it reads.
+        numbers: Its integers.
         form: The text without variables and integers, which the statements of all turns have in common.
     """
 
@@ -45,6 +46,7 @@ class Statement:
                 (self.targets if is_plain and at < len(head) else self.reads).append(place)
             at += len(word)
         variables = {*self.targets, *self.reads}
+        self.numbers = [word for word in self.words if word.isdigit()]
         self.form = (depth, tuple(self.shown(place, variables) for place in range(len(self.words))))
 
     def shown(self, place: int, variables: set[int]) -> str:
@@ -134,7 +136,11 @@ def _repeated(lines: list[Line], statements: list[Statement], index: int, size: 
         is_there = at < len(lines) and lines[at].origin is not None and same(index + number, at)
         last.append(statements[at] if is_there else None)
         at += is_there
-    if count > 1 and 2 * (at - end) >= size:
+    left_out = [number for number, statement in enumerate(last) if statement is None]
+    # a number that rises may be an index, which would be beyond the end
+    numbers = [[statement.numbers if statement is not None else [] for statement in row] for row in rows]
+    is_same = all(row[number] == block[number].numbers for row in numbers for number in left_out)
+    if count > 1 and 2 * (at - end) >= size and is_same:
         rows.append(last)
         count, end = count + 1, at
     if len(block) < size or count < 2 or (count == 2 and (size < 3 or lines[index].origin is None)):
