@@ -9,6 +9,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 import mlx.nn as M
+import numpy as np
 import pytest
 import torch
 import torch.nn as T
@@ -187,4 +188,65 @@ class TorchPooled(T.Module):
 def test_masks_of_ones_and_zeros_stay_masks() -> None:
     mask = (draw(3, 5, 1) > -0.5).astype("float32")
     report = compare(Pooled(), TorchPooled(), (draw(3, 5, 4), mask), stages=["forward"])  # it has no gradient in b
+    assert report.passed, report.verdict
+
+
+class Masked(M.Module):
+    """Attention whose mask of 1 and 0 is multiplied or compared."""
+
+    def __init__(self, is_compared: bool) -> None:
+        super().__init__()
+        self.fc, self.is_compared = M.Linear(6, 6), is_compared
+
+    def __call__(self, x: Any, mask: Any) -> Any:
+        scores = x @ x.swapaxes(1, 2)
+        hidden = mx.where(mask == 0, -1e4, 0) if self.is_compared else (1 - mask) * -1e4
+        return mx.softmax(scores + hidden[:, None], -1) @ self.fc(x)
+
+
+class TorchMasked(T.Module):
+    def __init__(self, is_compared: bool) -> None:
+        super().__init__()
+        self.fc, self.is_compared = T.Linear(6, 6), is_compared
+
+    def forward(self, x: Any, mask: Any) -> Any:
+        scores, hidden = x @ x.transpose(1, 2), ((1 - mask) * -1e4)[:, None]
+        scores = scores.masked_fill(mask[:, None] == 0, -1e4) if self.is_compared else scores + hidden
+        return torch.softmax(scores, -1) @ self.fc(x)
+
+
+@pytest.mark.parametrize("is_compared", [False, True])
+def test_a_mask_of_ones_and_zeros_has_a_gradient_on_one_side_only(is_compared: bool) -> None:
+    mask = np.float32([[1, 1, 1, 0], [1, 1, 0, 0]])
+    report = compare(Masked(is_compared), TorchMasked(not is_compared), (draw(2, 4, 6), mask), copy_weights=True)
+    assert report.passed, report.verdict
+    assert any("gradients by masks of 1 and 0" in note for note in report.notes)
+
+
+BOUND: dict[str, tuple[Any, Function, Function]] = {
+    "unit vectors": (
+        draw(5, 6) / np.linalg.norm(draw(5, 6), axis=-1, keepdims=True),
+        lambda x: 2 - 2 * x @ x.T,
+        lambda x: (x[:, None] - x[None]).square().sum(-1),
+    ),
+    "probabilities": (
+        np.exp(draw(5, 6)) / np.exp(draw(5, 6)).sum(-1, keepdims=True),
+        lambda x: 1 - (x * x).sum(-1),
+        lambda x: (x * (1 - x)).sum(-1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_code_that_relies_on_what_its_inputs_are_passes(name: str) -> None:
+    x, ours, theirs = BOUND[name]
+    report = compare(Net(lambda m, x: ours(x)), TorchNet(lambda m, x: theirs(x)), x, stages=["forward"])
+    assert report.passed, report.verdict
+
+
+def test_a_small_array_reaches_a_narrow_range() -> None:
+    """A softplus is its input above 20 in PyTorch. Above 3, it is only within 0.05 of it."""
+    report = within(lambda x: mx.where(x > 3, x, mx.logaddexp(x, 0)), F.softplus)
+    assert "at larger inputs" in report.verdict, report.verdict
+    report = within(lambda x: mx.logaddexp(x, 0), F.softplus)
     assert report.passed, report.verdict

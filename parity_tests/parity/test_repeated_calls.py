@@ -89,19 +89,25 @@ def test_a_shared_encoder_may_be_called_in_another_way(calls: tuple[str, str], k
         assert factor == 1 or (report.culprit, report.failed_stage.name) == ("encoder", "forward"), report.verdict
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layer", ["linear", "conv"])
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_result_may_be_computed_again(times: int, dtype: str) -> None:
+def test_a_result_may_be_computed_again(times: int, layer: str) -> None:
     """Gradients by the result of each call are then other ones, their sum is equal."""
 
     def call(m: Any, x: Any, act: Any, count: int, hide: Any = lambda x: x) -> Any:
         y = m.fc(x)
         return m.head(act(hide(y)) * (y if count == 1 else m.fc(x)))
 
-    b = TorchCall(lambda m, x: call(m, x, torch.tanh, 3 - times), fc=T.Linear(6, 8), head=T.Linear(8, 3))
+    def layers(nn: Any) -> dict[str, Any]:
+        if layer == "linear":
+            return {"fc": nn.Linear(6, 8), "head": nn.Linear(8, 3)}
+        return {"fc": nn.Conv1d(6, 8, 2), "head": nn.Conv1d(8, 3, 1)}
+
+    b = TorchCall(lambda m, x: call(m, x, torch.tanh, 3 - times), **layers(T))
     for hide in (lambda x: x, mx.stop_gradient):
-        a = Call(partial(call, act=mx.tanh, count=times, hide=hide), fc=M.Linear(6, 8), head=M.Linear(8, 3))
-        report = compare(a, b, draw(4, 6), copy_weights=True, dtype=dtype)
+        a = Call(partial(call, act=mx.tanh, count=times, hide=hide), **layers(M))
+        x, layout = (draw(4, 6), None) if layer == "linear" else (draw(2, 4, 6), "channels_last")
+        report = compare(a, b, x, copy_weights=True, layout=layout)
         assert report.passed == (hide is not mx.stop_gradient), report.verdict
         assert report.passed or (report.culprit == "" and "fc." in report.verdict), report.verdict
 

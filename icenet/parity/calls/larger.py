@@ -3,7 +3,8 @@
 A ReLU6 and a ReLU are equal while no value is above 6, and leaky ReLUs of any slope while none is below 0. So the
 code of users and the layers without parameters are replayed once more, forward only, on random values of both signs.
 Code with a softmax is left out: masks of -1e4 and -inf, and the maxima of rows and of all scores, are equal only for
-scores of a usual size.
+scores of a usual size. Unit vectors and probabilities stay as they are: 2 - 2 x.y is the squared distance of unit
+vectors only.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.parity import align
@@ -24,6 +27,8 @@ from icenet.parity.yardstick import Judgement
 
 LARGEST = 48.0
 """Bound of the values. Exponentials of them do not overflow in fp32."""
+_UNIT = 1e-2
+"""Largest distance from 1 of the squared norm of unit vectors, or of the sum of probabilities, in half precision."""
 _REMARK = f"at inputs of up to {LARGEST:g}, which reach bounds that those of the run do not"
 _SOFTMAX = {"softmax", "log_softmax", "scaled_dot_product_attention"}
 _SUMS = {"sum", "max", "amax", "scatter_add", "index_add", "scatter_reduce"}
@@ -79,14 +84,29 @@ def _may_have_bounds(c: Comparison, pair: Pair) -> bool:
 
 
 def _larger(c: Comparison, pair: Pair, has_signs: bool) -> list[Value]:
-    """Returns random inputs of a replay, uniform up to LARGEST; masks, positions and whole numbers as they are."""
+    """Returns random inputs of a replay, uniform up to LARGEST; masks, unit vectors and others as they are.
+
+    An array of n values has one in each n-th part of the range, so that small arrays reach bounds, too.
+    """
     found = []
     for index, item in enumerate(pair.inputs("b")):
-        if not item.is_float or not np.isfinite(item.array).all() or np.array_equal(item.array, np.rint(item.array)):
+        if not item.is_float or _is_bound(item.array):
             found.append(item)
             continue
         key = zlib.crc32(f"{c.seed} larger {pair.key} {index}".encode())
-        drawn = np.random.Generator(np.random.SFC64(key)).random(item.array.shape, np.float32)
+        generator = np.random.Generator(np.random.SFC64(key))
+        places = generator.permutation(item.array.size).reshape(item.array.shape)
+        drawn = (places + generator.random(item.array.shape, np.float32)) / max(item.array.size, 1)
         values = np.sign(item.array) * drawn if has_signs else 2 * drawn - 1
         found.append(replace(item, array=np.asarray(LARGEST * values, np.float32)))
     return found
+
+
+def _is_bound(array: npt.NDArray[Any]) -> bool:
+    """Returns whether code may rely on what values are: whole numbers, infinite, unit vectors or probabilities."""
+    if not np.isfinite(array).all() or np.array_equal(array, np.rint(array)):
+        return True
+    axes = {axis % array.ndim for axis in (-1, 1) if array.ndim > 1} | ({0} if array.ndim == 1 else set())
+    squares = [np.square(array).sum(axis) for axis in axes if array.shape[axis] > 1]
+    sums = [array.sum(axis) for axis in axes if array.shape[axis] > 1 and array.min() >= 0]
+    return any(bool((np.abs(total - 1) <= _UNIT).all()) for total in (*squares, *sums))

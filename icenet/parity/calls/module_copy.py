@@ -135,9 +135,10 @@ class ModuleCopy(Side):
             for path in paths:
                 array = arrays[path[len(start) :]]
                 numpy = np.asarray(backends.module(self.backend, "tools.probe").to_numpy(array))
-                kind = layout.parameter_kind(self.layer_kinds, path)
-                moved = layout.tree_to_torch({path: numpy}, {layout.split(path)[0]: kind})
-                found[path[len(prefix) :]] = moved[path]
+                if self.backend == "mlx":
+                    kind = layout.parameter_kind(self.layer_kinds, path)
+                    numpy = layout.tree_to_torch({path: numpy}, {layout.split(path)[0]: kind})[path]
+                found[path[len(prefix) :]] = numpy
         return found
 
     def _holder(self, name: str) -> str:

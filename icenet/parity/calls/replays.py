@@ -61,6 +61,9 @@ def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
         name for name in pair.parameters if f"gradient {name}" in exact and c.a.has_parameter(pair, name)
     ]
     judgements, has_ties = judge_replay(c, given, exact)
+    for name in _masks_compared(c, given, exact, judgements):
+        del judgements[name]
+        c.add_notes(["gradients by masks of 1 and 0 among the inputs are not compared: one side has none"])
     if has_ties and pair.path not in c.ties:
         c.ties.add(pair.path)
         remark = tie_remark(c.a.classes.get(pair.a.path, ""), pair.is_leaf)
@@ -70,6 +73,24 @@ def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
         if judgement.passed and judgement.plain_ratio:
             c.factor = max(c.factor, judgement.plain_ratio / FACTOR)
     return judgements
+
+
+def _masks_compared(
+    c: Comparison, given: Replay, exact: Mapping[str, Value], judgements: Mapping[str, Judgement]
+) -> list[str]:
+    """Returns the gradients by masks among the inputs of the model that differ because one side has none.
+
+    Multiplied by a mask of 1 and 0, a function has a gradient by it; if the mask is compared with 0, it has none.
+    """
+    root = given.pair.b
+    while root.parent is not None:
+        root = root.parent
+    known = {id(item) for item in root.arguments}
+    floats = [item for item in given.pair.inputs("b") if item.is_float]
+    masks = [f"input {n}" for n, item in enumerate(floats) if id(item) in known and np.isin(item.array, (0, 1)).all()]
+    over = [name for name in masks if name in judgements and not judgements[name].passed]
+    ours = c.a.replay(given) if over else {}
+    return [name for name in over if not (ours[name].array.any() and exact[name].array.any())]
 
 
 def judge_replay(c: Comparison, given: Replay, exact: Mapping[str, Value]) -> tuple[dict[str, Judgement], bool]:
