@@ -34,6 +34,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
     "save a number": (lambda model: icenet.save(model, 5), ("save", "int")),
     "save an array": (lambda _: icenet.save(np.ones(2), "x"), ("save", "BaseModel", "ndarray")),
     "generate with None": (lambda _: icenet.generate(None, "a"), ("generate", "BaseModel", "NoneType")),
+    "convert to another form": (lambda _: icenet.convert("saved", "x", "onnx"), ("onnx", "canonical", "hf", "gguf")),
     "convert None": (lambda _: icenet.convert(None, "x", "mlx"), ("convert", "NoneType")),
 }
 

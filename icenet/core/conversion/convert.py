@@ -16,7 +16,7 @@ from icenet.core.runs import checkpoint, saved_model
 from icenet.core.runs.open_model import image_facts, open_averaged
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.weights import hub
-from icenet.core.weights.convert import Conversion, convert, destination_file, refuse_existing
+from icenet.core.weights.convert import FORMS, Conversion, convert, destination_file, refuse_existing
 from icenet.core.weights.files import DEFAULT_NAME
 from icenet.core.weights.packed import describe, packed_of
 
@@ -58,6 +58,9 @@ def convert_model(
         options: Arguments of `icenet.core.weights.convert.convert`. With `model`, or its kinds of layers and shapes,
             no config is looked for, and the source is a file or folder of weights.
     """
+    forms = (*FORMS, *export.FORMS, torchvision.FORM)
+    if to not in forms:
+        raise UsageError(f"unknown form {to!r}; give one of {', '.join(forms)}")
     source = hub.local_path(source)
     if to in export.FORMS:
         given = {"--from": source_form, "--config": config, "--key": key, "--strip-prefix": strip_prefix}

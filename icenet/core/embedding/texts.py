@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ def embed_texts(
         NonFiniteError: An embedding is NaN or infinite.
         ConfigError, WeightsError: A layer after the pooling cannot be read.
     """
+    if not isinstance(texts, Iterable):
+        raise UsageError(f"embed: texts is of type {type(texts).__name__}; give a text or a list of texts")
     given = [texts] if isinstance(texts, str) else list(texts)
     settings = _settings(model, options or {})
     if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:

@@ -528,3 +528,9 @@ def test_a_vocabulary_of_bert_is_its_tokenizer(bert: Model, folder: Path, tmp_pa
     (folder / "vocab.txt").write_text("a\n[CLS]\n")
     with pytest.raises(UsageError, match=r"no \[UNK\], \[SEP\]"):
         icenet.load(folder, "torch", "cpu")
+
+
+def test_texts_that_are_no_texts_are_named(folder: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        icenet.embed(icenet.load(folder, "torch", "cpu"), 5)  # type: ignore[arg-type]
+    assert is_one_line(str(error.value), "int", "a list of texts")
