@@ -17,7 +17,7 @@ from icenet.core.errors import IceNetError, UsageError
 from icenet.tools import ports
 from icenet_torch.porting import sources
 
-TASK = {"backend": "mlx", "device": "cpu", "batch": 2, "length": 6, "layers": 1, "precision": "fp32", "rounds": 1}
+TASK = {"device": "cpu", "batch": 2, "length": 6, "layers": 1, "precision": "fp32"}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,8 @@ def test_a_port_is_timed_next_to_the_own_model(
 ) -> None:
     # without what is compiled, which takes seconds
     monkeypatch.setattr(port, "WORK", {work: how for work, how in port.WORK.items() if not how[1]})
-    found = port.measure({**TASK, "model": "gpt2", "precision": precision})
+    session = port.Session({**TASK, "model": "gpt2", "precision": precision})
+    found = session.machine() | {work: session.time(work, 1) for work in port.WORK}
     for work in port.WORK:
         assert found[work]["own_ms"] > 0 and found[work]["port_ms"] > 0 and found[work]["ratio"]["median"] > 0
     port.PortReport([found]).render()
@@ -52,7 +53,7 @@ def test_a_port_is_timed_next_to_the_own_model(
 def test_models_with_other_logits_are_not_compared(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ports, "calls", lambda module: lambda x: module(x, use_cache=False)["logits"] * 1.1)
     with pytest.raises(IceNetError, match="other logits"):
-        port.measure({**TASK, "model": "gpt2"})
+        port.Session({**TASK, "model": "gpt2"})
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import icenet
+from icenet.commands import isolated
 from icenet.commands.bench import common
 from icenet.core import backends
 from icenet.core.errors import IceNetError
@@ -78,63 +79,86 @@ def run(
         precision: fp32 or bf16, of the weights and the arithmetic of both.
         rounds: Number of repetitions.
         layers: Number of layers of GPT-2.
-        notify: Receives a line of progress per model.
+        notify: Receives a line of progress for each step of the work.
 
     Raises:
         IceNetError: A package is missing, or a measurement failed.
     """
     found = []
     for model in models:
-        notify(f"{model}: ports and proves it, then {rounds} rounds of {len(WORK)} kinds of work")
         sizes = {"batch": batch, "length": length, "layers": layers}
-        task = {"backend": "mlx", "model": model, "device": device or "auto", **sizes}
-        found.append(common.measure_isolated("port", {**task, "precision": precision, "rounds": rounds}))
+        task = {"model": model, "device": device or "auto", "precision": precision, **sizes}
+        notify(f"{model}: ports and proves it")
+        try:
+            with isolated.Worker(__name__, "Session", task) as worker:
+                result = worker.call("machine")
+                for work in WORK:
+                    notify(f"{model}: {work} (rounds: {rounds})")
+                    result[work] = worker.call("time", work, rounds)
+        except isolated.IsolatedError as error:
+            raise IceNetError(f"bench port on mlx: {error}") from None
+        found.append(result)
     return PortReport(found)
 
 
-def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """Returns the times of one model. Runs in a separate process."""
-    for backend in ("mlx", "torch"):
-        backends.resolve(backend)
-    tools, originals = backends.module("mlx", "tools.ports"), backends.module("torch", "tools.originals")
-    kind = "gpu" if tools.is_gpu(task["device"]) else "cpu"
-    rows, length = SIZES[task["model"]][kind]
-    rows, length = task["batch"] or rows, task["length"] or length
-    draws = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if task["model"] == "resnet50":
-            module, example = originals.resnet50(folder)
-            own = icenet.build("resnet-50", backend="mlx", device=task["device"])
-            icenet.convert(folder / "weights.safetensors", folder / "mlx.safetensors", "mlx", model=own)
-            own.load_weights(str(folder / "mlx.safetensors"))
-            icenet.save(own, folder / "own")
-            own = icenet.load(folder / "own", "mlx", task["device"], dtype=task["precision"])
-            images = draws.standard_normal((rows, length, length, 3), np.float32)
-            inputs, labels = [images, images.transpose(0, 3, 1, 2).copy()], draws.integers(0, 1000, rows)
-        else:
-            module, example = originals.gpt2(folder, task["layers"])
-            own = icenet.load(folder, "mlx", task["device"], dtype=task["precision"])
-            tokens, labels = draws.integers(0, module.config.vocab_size, (2, rows, length), np.int32)
-            inputs = [tokens, tokens]
-        begin = time.perf_counter()
-        port = icenet.port(module, (), example_kwargs=example).module
-        port_s = time.perf_counter() - begin
-    precision = task["precision"]
-    sides = {
-        "own": tools.Side(own, own, inputs[0], labels.astype(np.int32), precision),
-        "port": tools.Side(port, tools.calls(port), inputs[1], labels.astype(np.int32), precision),
-    }
-    logits = [side.logits() for side in sides.values()]
-    if not np.abs(logits[0] - logits[1]).max() <= SAME * np.abs(logits[0]).max():
-        raise IceNetError(f"the port of {task['model']} and IceNet's model give other logits")
-    result: dict[str, Any] = {**common.machine("mlx", kind), "model": task["model"], "batch": rows, "length": length}
-    result |= {"precision": precision, "port_s": port_s}
-    for work, (method, compiled) in WORK.items():
-        functions = {name: getattr(side, method)(compiled) for name, side in sides.items()}
-        times = common.time_interleaved(functions, task["rounds"])
-        result[work] = {
+class Session:
+    """A port and IceNet's own model with the same weights, in a process of their own.
+
+    Args:
+        task: The arguments of `run`, for one model.
+
+    Raises:
+        IceNetError: A package is missing, or the two compute other logits.
+    """
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        for backend in ("mlx", "torch"):
+            backends.resolve(backend)
+        tools, originals = backends.module("mlx", "tools.ports"), backends.module("torch", "tools.originals")
+        kind = "gpu" if tools.is_gpu(task["device"]) else "cpu"
+        rows, length = SIZES[task["model"]][kind]
+        rows, length = task["batch"] or rows, task["length"] or length
+        draws = np.random.default_rng(0)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            if task["model"] == "resnet50":
+                module, example = originals.resnet50(folder)
+                own = icenet.build("resnet-50", backend="mlx", device=task["device"])
+                icenet.convert(folder / "weights.safetensors", folder / "mlx.safetensors", "mlx", model=own)
+                own.load_weights(str(folder / "mlx.safetensors"))
+                icenet.save(own, folder / "own")
+                own = icenet.load(folder / "own", "mlx", task["device"], dtype=task["precision"])
+                images = draws.standard_normal((rows, length, length, 3), np.float32)
+                inputs, labels = [images, images.transpose(0, 3, 1, 2).copy()], draws.integers(0, 1000, rows)
+            else:
+                module, example = originals.gpt2(folder, task["layers"])
+                own = icenet.load(folder, "mlx", task["device"], dtype=task["precision"])
+                tokens, labels = draws.integers(0, module.config.vocab_size, (2, rows, length), np.int32)
+                inputs = [tokens, tokens]
+            begin = time.perf_counter()
+            port = icenet.port(module, (), example_kwargs=example).module
+            port_s = time.perf_counter() - begin
+        precision = task["precision"]
+        self._sides = {
+            "own": tools.Side(own, own, inputs[0], labels.astype(np.int32), precision),
+            "port": tools.Side(port, tools.calls(port), inputs[1], labels.astype(np.int32), precision),
+        }
+        logits = [side.logits() for side in self._sides.values()]
+        if not np.abs(logits[0] - logits[1]).max() <= SAME * np.abs(logits[0]).max():
+            raise IceNetError(f"the port of {task['model']} and IceNet's model give other logits")
+        self._machine = {**common.machine("mlx", kind), "model": task["model"], "batch": rows, "length": length}
+        self._machine |= {"precision": precision, "port_s": port_s}
+
+    def machine(self) -> dict[str, Any]:
+        """Returns the machine, the model with its sizes, and the seconds that porting took."""
+        return self._machine
+
+    def time(self, work: str, rounds: int) -> dict[str, Any]:
+        """Returns the medians of the milliseconds of both for one of `WORK`, and their ratio."""
+        method, compiled = WORK[work]
+        functions = {name: getattr(side, method)(compiled) for name, side in self._sides.items()}
+        times = common.time_interleaved(functions, rounds)
+        return {
             **{f"{name}_ms": 1e3 * statistics.median(values) for name, values in times.items()},
             "ratio": common.ratio(times["port"], times["own"]),
         }
-    return result
