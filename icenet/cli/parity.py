@@ -184,6 +184,7 @@ def modules_command(module: str, reference: str, as_json: bool, html: Path | Non
     """
     from icenet.commands.parity_modules import compare_files
 
+    _check(html)
     _finish(compare_files(module, reference, quiet=as_json, **options), html, as_json)
 
 
@@ -228,7 +229,16 @@ def check_command(module: str, trace: Path, as_json: bool, html: Path | None, **
     """
     from icenet.commands.parity_modules import check_file
 
+    _check(html)
     _finish(check_file(module, trace, quiet=as_json, **options), html, as_json)
+
+
+def _check(html: Path | None) -> None:
+    """Checks that the page can be written, before the comparison."""
+    from icenet.parity.results import html as pages
+
+    if html is not None:
+        pages.check(html)
 
 
 def _finish(report: Any, html: Path | None, as_json: bool) -> None:

@@ -51,6 +51,7 @@ def port(
         folder = files.user_path(out, "port")
         if (folder / "model.py").exists() and not overwrite:
             raise UsageError(f"{folder}: model.py exists; give another folder, or --overwrite")
+        files.check_folder(folder)
     backends.module("torch", "porting.export")
     module, example = _module(target)
     if weights is not None:
@@ -92,7 +93,7 @@ def _module(target: str) -> tuple[Any, Any]:
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
         try:
-            found = user_code.run_file(path, "icenet port")
+            found = user_code.run_file(path, target)
         except ImportError as error:
             raise UsageError(f"{target}: {error}") from None
         made = getattr(found, name, None)
@@ -130,12 +131,15 @@ def _inputs(shapes: Sequence[str], example: Any) -> tuple[tuple[Any, ...], dict[
         if re.search(r"(?:^|=|x)0+(?:x|:|$)", text) or int(match["below"] or 1) == 0:
             raise UsageError(f"--shape {text}: give sizes and numbers of ids from 1")
         sizes = () if match["sizes"] == "scalar" else tuple(map(int, match["sizes"].split("x")))
-        if match["kind"] == "int":
-            array = rng.integers(0, int(match["below"] or 10), sizes)
-        elif match["kind"] == "bool":
-            array = np.ones(sizes, bool)
-        else:
-            array = rng.standard_normal(sizes).astype(np.float32)
+        try:
+            if match["kind"] == "int":
+                array = rng.integers(0, int(match["below"] or 10), sizes)
+            elif match["kind"] == "bool":
+                array = np.ones(sizes, bool)
+            else:
+                array = rng.standard_normal(sizes).astype(np.float32)
+        except (MemoryError, OverflowError, ValueError):  # of numpy: more bytes, values or ids than it can have
+            raise UsageError(f"--shape {text}: does not fit into memory; give smaller numbers") from None
         value = tensors(np.asarray(array))
         if match["name"]:
             kwargs[match["name"]] = value

@@ -60,8 +60,11 @@ def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         with torch.no_grad(), unchanged([*module.parameters(), *module.buffers()]):
             module(*args, **kwargs)
     except Exception as error:  # whatever the code of a user raises
+        hint = ""
+        if "Long, Int" in str(error):  # of an embedding
+            hint = "; give ids as integers, such as --shape 2x12:int1000 or torch.randint(1000, (2, 12))"
         raise UsageError(
-            f"the module raises an error on the example inputs: {where(error)}{first_line(error)}"
+            f"the module raises an error on the example inputs: {where(error)}{first_line(error)}{hint}"
         ) from None
     finally:
         for path, inner in module.named_modules():

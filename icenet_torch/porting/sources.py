@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pickle
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,9 @@ def instance(made: Any, target: str) -> nn.Module:
     if isinstance(made, nn.Module):
         return made
     if not callable(made):
-        raise UsageError(f"{target}: a {type(made).__name__}, not a torch.nn.Module or a function that returns one")
+        raise UsageError(
+            f"{target}: is of type {type(made).__name__}, not a torch.nn.Module or a function that returns one"
+        )
     module = user_code.call(made, target)
     if not isinstance(module, nn.Module):
         raise UsageError(f"{target}: returns a {type(module).__name__}, not a torch.nn.Module")
@@ -133,7 +136,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
         state = {name: _tensor(value) for name, value in files.read(path).items()}
     else:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # about old protocols of pickle, before the error that says what to do
+                warnings.simplefilter("ignore", UserWarning)
+                state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             first = next(iter(str(error).splitlines()), "damaged")
             if isinstance(error, pickle.UnpicklingError):  # PyTorch's text recommends to run the code of the file

@@ -212,3 +212,13 @@ def test_errors(here: Path, command: str, code: int, words: list[str], capsys: p
     captured = capsys.readouterr()
     assert captured.out == "" and is_one_line(error_line(captured.err), *words), captured.err
     assert not (here / "PWNED").exists()
+
+
+@pytest.mark.parametrize("page", ["mine.py/page.html", "mine.py"])
+def test_a_page_that_cannot_be_written_stops_before_the_comparison(
+    here: Path, page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.py").write_text("raise RuntimeError('the file was run')")
+    assert main(["parity", "mine.py:Net", "mine.py:Net", "--html", page]) == 2
+    assert is_one_line(capsys.readouterr().err.strip(), "mine.py")
+    assert Path("mine.py").read_text() == "raise RuntimeError('the file was run')"

@@ -235,6 +235,9 @@ def test_the_command_checks_the_operations(capsys: pytest.CaptureFixture[str]) -
         ([f"{FILE}:Net", "--shape", "3;4"], ["3;4"]),
         ([f"{FILE}:Net", "--shape", "0x3x10x10"], ["0x3x10x10", "from 1"]),
         ([f"{FILE}:Net", "--shape", "1x12:int0"], ["1x12:int0", "from 1"]),
+        ([f"{FILE}:Net", "--shape", "1x99999999999999999999"], ["1x99999999999999999999", "memory"]),
+        ([f"{FILE}:Net", "--shape", "3", "--out", f"{FILE}/out"], [str(FILE), "not a folder"]),
+        ([f"{FILE}:F", "--shape", "3"], [f"{FILE}:F", "is of type module"]),
         (["resnet50"], ["torchvision:NAME"]),
     ],
 )
@@ -250,6 +253,8 @@ def test_bad_arguments_are_one_line(
     [
         ("import absent_package", ["net.py:Net", "absent_package", "line 1"]),
         ("\ndef Net():\n    raise RuntimeError('no file')", ["net.py:Net", "no file", "net.py, line 3"]),
+        ("class Net(:", ["net.py:Net", "cannot be run", "line 1"]),
+        ("import torch\n\ndef Net():\n    return torch.nn.Embedding(9, 3)", ["embedding", "--shape 2x12:int1000"]),
     ],
 )
 def test_a_file_that_fails_is_one_line(

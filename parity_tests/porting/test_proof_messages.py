@@ -344,3 +344,9 @@ def test_a_failed_export_names_an_old_version_of_pytorch(
         f"this is PyTorch {version}, and icenet.port is tested with 2.11 and 2.13" in str(error.value)
     ) == is_noted
     assert is_one_line(error.value)
+
+
+@pytest.mark.parametrize("example", [torch.full((2, 5), np.nan), torch.zeros(0, 5)])
+def test_an_example_without_finite_values_is_noted(example: torch.Tensor) -> None:
+    notes = icenet.port(nn.Linear(5, 3), example).report.notes
+    assert any(is_one_line(note, "no finite value") for note in notes)

@@ -66,8 +66,19 @@ def write(report: Result, path: str | os.PathLike[str]) -> Path:
         UsageError: There is a folder, or a file of another kind.
         FileError: The file cannot be written. Nothing is changed then.
     """
-    target = files.output_file(files.user_path(path, "to_html"), is_earlier_output=_is_page)
+    target = check(path)
     files.write_text(target, page(report))
+    return target
+
+
+def check(path: str | os.PathLike[str]) -> Path:
+    """Returns the file that `write` replaces or creates.
+
+    Raises:
+        UsageError: There is a folder, or a file of another kind, or the folder of the file cannot be written.
+    """
+    target = files.output_file(files.user_path(path, "to_html"), is_earlier_output=_is_page)
+    files.check_folder(target.parent)
     return target
 
 
