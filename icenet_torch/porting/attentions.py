@@ -15,12 +15,33 @@ from torch.fx import Node
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _RESHAPES = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.contiguous.default, torch.ops.aten.alias.default)
+_LINEAR = frozenset(
+    [
+        *("arange", "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like"),
+        *("full_like", "scalar_tensor", "view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "permute"),
+        *("transpose", "t", "slice", "index", "clone", "alias", "contiguous", "detach", "lift_fresh_copy", "to"),
+        *("_to_copy", "type_as", "add", "sub", "rsub", "neg", "abs", "diff", "clamp", "clamp_min", "clamp_max"),
+        *("minimum", "maximum", "mul", "div", "floor_divide", "eq", "ne", "lt", "le", "gt", "ge", "where"),
+        *("masked_fill", "tril", "triu"),
+    ]
+)
+"""Operations on positions whose results change at places that are sums and products of the numbers in a formula."""
+_LOGICAL = frozenset(
+    [
+        *("cumsum", "logical_and", "logical_or", "logical_not", "logical_xor"),
+        *("bitwise_and", "bitwise_or", "bitwise_not", "__and__", "__or__"),
+    ]
+)
+"""Operations that are so on booleans."""
+_FACTORS = frozenset(["mul", "div", "floor_divide"])
 _SIZES = (2, 3, 6)
-"""Sizes at which a mask is computed, and one beyond every number in its formula, such as the width of a window."""
+"""Sizes at which a mask is computed, and one beyond every place where its formula may change, such as a window."""
 _LARGEST = 5000
-"""A mask whose formula has larger numbers stays. One of this size has 25 million values."""
+"""A mask whose formula may change at larger sizes stays. One of this size has 25 million values."""
 _UNBOUNDED = 2**31
-"""Numbers from here on mean `to the end` in a slice."""
+"""Numbers from here on mean `to the end` in a slice, and hide a key in a mask."""
+_EXACT = (torch.bool, torch.int32, torch.int64, torch.float32, torch.float64)
+"""Types in which positions are exact. Those in bf16 are equal from 256 on."""
 
 
 class _NotOfSizes(Exception):
@@ -92,12 +113,10 @@ def _kind(mask: Node, program: Any) -> str | None:
         return None
     try:
         nodes = _ancestors(mask, program)
-        numbers = [abs(number) for node in nodes for number in _numbers((node.args, node.kwargs))]
-        numbers += [abs(constant.item()) for node in nodes if (constant := _constant(node, program)) is not None]
-        largest = max((int(number) for number in numbers if number < _UNBOUNDED), default=0)
-        if largest > _LARGEST:
+        last = _last_change(nodes, program)
+        if last > _LARGEST:
             return None
-        kinds = {_kind_at(size, mask, nodes, program) for size in (*_SIZES, max(largest, *_SIZES) + 2)}
+        kinds = {_kind_at(size, mask, nodes, program) for size in (*_SIZES, max(last, *_SIZES) + 2)}
     except Exception:  # an operation of a user may raise anything at sizes that it was not written for
         return None
     return kinds.pop() if len(kinds) == 1 else None
@@ -107,7 +126,8 @@ def _ancestors(mask: Node, program: Any) -> list[Node]:
     """Returns the nodes of which a mask is made, in their order, up to sizes.
 
     Raises:
-        _NotOfSizes: It depends on the values of an input or a weight, or on random numbers.
+        _NotOfSizes: It depends on the values of an input or a weight, on random numbers, or on an operation of which
+            it is not known where its results change, such as a logarithm.
     """
     wanted, found = {mask}, []
     for node in reversed(program.graph.nodes):
@@ -116,17 +136,58 @@ def _ancestors(mask: Node, program: Any) -> list[Node]:
         found.append(node)
         if _is_size(node) or _constant(node, program) is not None:
             continue
-        tags = getattr(node.target, "tags", ())
-        if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in tags:
-            raise _NotOfSizes
-        if node.target._schema.is_mutable:
+        if not _is_linear(node):
             raise _NotOfSizes
         wanted.update(node.all_input_nodes)
     return found[::-1]
 
 
+def _is_linear(node: Node) -> bool:
+    """Returns whether the results of a node change only at sums and products of its numbers."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return False
+    name = node.target._schema.name.removeprefix("aten::")
+    if name in _FACTORS and not isinstance(node.args[1], (int, float)):
+        return False
+    return name in _LINEAR or (name in _LOGICAL and all(_is_boolean(given) for given in node.all_input_nodes))
+
+
+def _is_boolean(node: Node) -> bool:
+    return getattr(node.meta.get("val"), "dtype", None) == torch.bool
+
+
+def _last_change(nodes: list[Node], program: Any) -> int:
+    """Returns the size beyond which linear operations have no other results.
+
+    Raises:
+        _NotOfSizes: A number is a fraction: the place where `0.99 * i` falls behind `i - 1` is not among the numbers.
+    """
+    summands, factor = 1, 1
+    for node in nodes:
+        constant = _constant(node, program)
+        if _is_size(node):
+            for number in node.meta["val"].node.expr.atoms():
+                if number.is_number:
+                    factor *= (1 + abs(int(number.p))) * int(number.q)
+        elif constant is not None:
+            summands += _whole(constant.item())
+        elif node.target._schema.name.removeprefix("aten::") in _FACTORS:  # type: ignore[union-attr]
+            factor *= max(1, _whole(node.args[1]))
+        else:
+            summands += sum(map(_whole, _numbers(node)))
+    return summands * factor
+
+
+def _whole(number: Any) -> int:
+    if abs(number) >= _UNBOUNDED:
+        return 0
+    if number != int(number):
+        raise _NotOfSizes
+    return abs(int(number))
+
+
 def _is_size(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _constant(node: Node, program: Any) -> torch.Tensor | None:
@@ -150,33 +211,39 @@ def _kind_at(size: int, mask: Node, nodes: list[Node], program: Any) -> str | No
         else:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            if values[node].dtype not in _EXACT and not (_is_bit(values[node]) | _is_hidden(values[node])).all():
+                return None
     found = values[mask]
     keeps = found if found.dtype == torch.bool else found == 0
-    if found.dtype != torch.bool and not (keeps | (found <= torch.finfo(found.dtype).min)).all():
+    if found.dtype != torch.bool and not (keeps | _is_hidden(found)).all():
         return None
     if torch.equal(keeps, torch.ones(found.shape[-2:], dtype=torch.bool).tril().expand_as(keeps)):
         return "causal"
     return "full" if keeps.all() else None
 
 
-def _value(value: Any, size: int, program: Any) -> Any:
+def _is_bit(values: torch.Tensor) -> torch.Tensor:
+    return (values == 0) | (values == 1)
+
+
+def _is_hidden(values: torch.Tensor) -> torch.Tensor:
+    return values <= torch.finfo(values.dtype).min
+
+
+def _value(value: torch.SymInt, size: int, program: Any) -> int:
     """Returns an expression of sizes where each size is another number from `size` on, within what it may be."""
     chosen = {}
     for index, (symbol, limits) in enumerate(
         sorted(program.range_constraints.items(), key=lambda item: str(item[0]))
     ):
         chosen[symbol] = int(min(max(size + index, limits.lower), limits.upper))
-    expression = value.node.expr.subs(chosen)
-    if isinstance(value, torch.SymBool):
-        return bool(expression)
-    return float(expression) if isinstance(value, torch.SymFloat) else int(expression)
+    return int(value.node.expr.subs(chosen))
 
 
-def _numbers(value: Any) -> Iterable[float]:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield value
-    elif isinstance(value, dict):
-        yield from _numbers(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _numbers(item)
+def _numbers(node: Node) -> Iterable[float]:
+    """Yields the numbers that a node is given, without axes and other options."""
+    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        is_option = isinstance(given, bool) or isinstance(argument.real_type, torch.IntType)
+        if isinstance(given, (int, float)) and not is_option:
+            yield given

@@ -32,6 +32,8 @@ _DROPPED = (
     "_assert_async.msg",
 )
 """Checks of sizes and values, which a port leaves out."""
+_LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
+"""What `torch.tensor` in a forward does with a constant."""
 
 
 class Reader:
@@ -78,7 +80,9 @@ class Reader:
             value = node.meta.get("val")
             tensors[node.name] = self.meta(value)
             if isinstance(value, torch.Tensor):
-                aliases[node.name] = self.storage(value)  # type: ignore[assignment]
+                # a copy has memory of its own, which it lacks in an export
+                is_copied = any(user.target in _LIFTED for user in node.users)
+                aliases[node.name] = self.new_storage() if is_copied else self.storage(value)  # type: ignore[assignment]
             spec = specs.get(node.name)
             kind = spec.kind.name if spec is not None else "USER_INPUT"
             if spec is not None and kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
@@ -309,6 +313,9 @@ class Reader:
             return self.storages.setdefault(value.untyped_storage()._cdata, len(self.storages))
         except (RuntimeError, NotImplementedError):
             return None
+
+    def new_storage(self) -> int:
+        return self.storages.setdefault(-len(self.storages), len(self.storages))
 
     def same_storage(self, value: torch.Tensor, other: torch.Tensor) -> None:
         """Gives the memory of a value the number of that of another one."""

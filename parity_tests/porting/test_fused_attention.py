@@ -62,6 +62,41 @@ def attends_to_itself_only(self: Any, t: int, padding: Any) -> torch.Tensor:
     return torch.eye(t, dtype=torch.bool)
 
 
+def distances(t: int) -> torch.Tensor:
+    i, j = places(t)
+    return i - j
+
+
+def within(is_near: Any) -> Any:
+    """Returns a causal mask that hides keys which are not near, for positions beyond those of the example."""
+    return lambda self, t, padding: (distances(t) >= 0) & is_near(distances(t), t)
+
+
+FAR = {
+    "two steps": lambda d, t: d - 20 - 20 < 20,
+    "blocks of blocks": lambda d, t: (torch.arange(t) // 8 // 8)[:, None] == torch.arange(t) // 8 // 8,
+    "factor": lambda d, t: d * 0.01 < 0.3,
+    "logarithm": lambda d, t: (d.clamp(min=0) + 1).log2() < 5,
+    "exponential": lambda d, t: torch.exp(-d.float()) > 1e-10,
+    "wave": lambda d, t: torch.sin(d * 0.1) > -0.5,
+    "bits": lambda d, t: (torch.arange(t) >> 5)[:, None] == torch.arange(t) >> 5,
+    "part of the length": lambda d, t: d <= (t + 100) // 4,
+    "share of the length": lambda d, t: d / t < 0.97,
+    "bf16": lambda d, t: torch.arange(t).bfloat16()[:, None] >= torch.arange(t).bfloat16() + 1,
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_masks_that_hide_keys_far_beyond_the_example_stay(name: str) -> None:
+    torch.manual_seed(0)
+    module = Attention(within(FAR[name])).eval()
+    model, source = ported(module, torch.randn(2, 6, 8))
+    assert '"causal"' not in source
+    x = torch.randn(1, 150, 8)
+    if name != "bf16":  # a row without keys
+        close(model(mx.array(x.numpy())), module(x))
+
+
 CAUSAL = [from_positions, from_minus_infinity, from_smallest_number]
 OTHER = {
     "window of 3": window(3),

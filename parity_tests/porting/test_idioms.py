@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -334,3 +335,24 @@ def test_products_in_a_list_are_no_joins_and_a_phase_is_that_of_a_complex_number
     for ours, theirs in zip(model(mx.array(x.numpy())), Scan()(x), strict=True):
         close(mx.cos(ours), theirs.cos())
     assert "ys.append(mx.einsum(" in source
+
+
+class Slopes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+        y = self.layer(x) * slopes
+        slopes[1:] = 2
+        return y + slopes
+
+
+def test_a_tensor_that_a_forward_makes_is_no_array_of_the_port(tmp_path: Path) -> None:
+    module, x = Slopes().eval(), torch.randn(2, 3)
+    port = icenet.port(module, x)
+    assert "stop_gradient" not in port.source and "self.lifted" not in port.source
+    model = runpy.run_path(str(port.save(tmp_path / "slopes") / "model.py"))["load"]()
+    close(model(mx.array(x.numpy())), module(x))
+    close(model(mx.array(x.numpy())), module(x))

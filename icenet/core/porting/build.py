@@ -12,6 +12,7 @@ from icenet.core.porting import signature
 from icenet.core.porting.graph.collapse import collapse_layers
 from icenet.core.porting.graph.formulas import with_activations
 from icenet.core.porting.graph.functional import make_functional, with_exact_gradients, without_copies
+from icenet.core.porting.graph.indices import detached_indices
 from icenet.core.porting.graph.layout import channels_last
 from icenet.core.porting.graph.masks import with_hiding_masks
 from icenet.core.porting.graph.norms import with_rms_norms
@@ -143,7 +144,7 @@ def plan(
 
 def _simple(graph: Graph) -> Graph:
     """Returns a graph as a person would write it: without copies, with known formulas, and with whole indices."""
-    return joined_writes(with_rms_norms(with_activations(without_copies(graph))))
+    return detached_indices(joined_writes(with_rms_norms(with_activations(without_copies(graph)))))
 
 
 def _in_both(layers: dict[str, Layer], train: dict[str, Layer], graph: Graph) -> dict[str, Layer]:

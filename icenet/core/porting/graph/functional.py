@@ -231,7 +231,7 @@ _COPIES = ("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "lift_fr
 
 
 def without_copies(graph: Graph) -> Graph:
-    """Returns a graph without the operations that return their argument: copies, x * 1 and x + 0.
+    """Returns a graph without the operations that return their argument: copies, x * 1, x + 0 and constants.detach().
 
     An export takes the result of `x.to(dtype)` for x in all that follows, also outside of the module that calls it.
     """
@@ -245,7 +245,12 @@ def without_copies(graph: Graph) -> Graph:
     for node in graph.nodes:
         node = replace(node, args=map_refs(node.args, given))
         source = node.args.get("self")
-        if isinstance(source, Ref) and tensors.get(source.name) == node.out and _is_identity(node):
+        if not isinstance(source, Ref) or tensors.get(source.name) != node.out:
+            nodes.append(node)
+            continue
+        array = graph.arrays.get(source.name)
+        is_constant = array is not None and array.kind == "constant"  # torch.tensor(...) is detached
+        if _is_identity(node) or (is_constant and node.base == "detach"):
             same[node.name] = source
         else:
             nodes.append(node)
