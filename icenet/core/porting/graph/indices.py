@@ -1,6 +1,6 @@
 """Indices that are computed from values with a gradient, as in `embedding((x * 255).long())`.
 
-PyTorch has no gradient of integers and booleans. MLX asks for that of an index, and refuses it.
+PyTorch has no gradient of integers and booleans. MLX refuses that of an index, which it would compute.
 """
 
 from __future__ import annotations
