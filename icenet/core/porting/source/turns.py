@@ -117,6 +117,8 @@ def _repeated(lines: list[Line], statements: list[Statement], index: int, size: 
     block = statements[index : index + size]
     if any(line.code.endswith(":") or line.code.startswith("return") for line in lines[index : index + size]):
         return None
+    if len(block) < size:
+        return None
     count = 1
 
     def same(one: int, other: int) -> bool:
@@ -143,7 +145,7 @@ def _repeated(lines: list[Line], statements: list[Statement], index: int, size: 
     if count > 1 and 2 * (at - end) >= size and is_same:
         rows.append(last)
         count, end = count + 1, at
-    if len(block) < size or count < 2 or (count == 2 and (size < 3 or lines[index].origin is None)):
+    if count < 2 or (count == 2 and (size < 3 or lines[index].origin is None)):
         return None
     return Turns(index, size, count, rows, end)
 
