@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn as T
 import torch.nn.functional as F
-from pairs import draw
+from pairs import draw, tokens
 
 from icenet.parity import compare
 
@@ -110,6 +110,48 @@ def test_a_result_may_be_computed_again(times: int, layer: str) -> None:
         report = compare(a, b, x, copy_weights=True, layout=layout)
         assert report.passed == (hide is not mx.stop_gradient), report.verdict
         assert report.passed or (report.culprit == "" and "fc." in report.verdict), report.verdict
+
+
+@pytest.mark.parametrize("way", ["whole", "second first"])
+def test_dropouts_of_calls_that_do_not_correspond_are_left_out(way: str) -> None:
+    """Their masks cannot be equal. All else is compared in training mode."""
+    for rate in (0.2, 0.3):
+        ours = Call(lambda m, x: m.drop(M.gelu(m.fc(x))), fc=M.Linear(6, 8), drop=M.Dropout(0.2))
+        theirs = TorchCall(lambda m, x: m.drop(F.gelu(m.fc(x))), fc=T.Linear(6, 8), drop=T.Dropout(0.2))
+        a = Call(
+            lambda m, x, y: m.drop(ways(mx, mx.concatenate)[way](m, x, y)),
+            encoder=ours,
+            head=M.Linear(8, 3),
+            drop=M.Dropout(rate),
+        )
+        b = TorchCall(
+            lambda m, x, y: m.drop(ways(torch, torch.cat)["twice"](m, x, y)),
+            encoder=theirs,
+            head=T.Linear(8, 3),
+            drop=T.Dropout(0.2),
+        )
+        report = compare(a, b, (draw(3, 6), draw(3, 6, seed=1)), copy_weights=True)
+        assert report.passed == (rate == 0.2), report.verdict
+        assert report.modes_off == ["encoder.drop"]
+        assert rate == 0.2 or report.culprit == "drop"
+
+
+def test_rows_of_an_embedding_may_be_of_two_batches() -> None:
+    def call(m: Any, x: Any, y: Any, factor: float) -> Any:
+        rows = m.encoder(mx.concatenate([x, y]))
+        return m.head(factor * rows[: len(x)] * rows[len(x) :])
+
+    b = TorchCall(
+        lambda m, x, y: m.head(m.encoder(x) * m.encoder(y)), encoder=T.Embedding(20, 8), head=T.Linear(8, 3)
+    )
+    ids = tokens(2, 5, below=20), tokens(2, 5, below=20, seed=1)
+    for factor in (1.0, 1.1):
+        a = Call(partial(call, factor=factor), encoder=M.Embedding(20, 8), head=M.Linear(8, 3))
+        report = compare(a, b, ids, copy_weights=True)
+        assert report.passed == (factor == 1), report.verdict
+        assert factor == 1 or report.verdict.startswith("differs in the model (Call) itself, before head"), (
+            report.verdict
+        )
 
 
 class Experts(M.Module):

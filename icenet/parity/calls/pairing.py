@@ -148,16 +148,21 @@ def _how_of_rows(pair: Pair, ours: Value, theirs: Value, known: Mapping[tuple[in
 
 
 def _has_rows_of_other(pair: Pair, known: Mapping[tuple[int, ...], str]) -> bool:
-    """Returns whether the first argument of one side has only rows that the argument of the other side has, too."""
-    if not (pair.a.arguments and pair.b.arguments and pair.b.arguments[0].is_float):
+    """Returns whether the first array of one side has only rows that the array of the other side has, too."""
+    arrays = [
+        *zip(pair.a.arguments, pair.b.arguments, strict=False),
+        *zip(pair.a.outputs, pair.b.outputs, strict=False),
+    ]
+    first = next(((x, y) for x, y in arrays if x.is_float and y.is_float), None)
+    if first is None:
         return False
-    ours, theirs = pair.a.arguments[0], pair.b.arguments[0]
+    ours, theirs = first
     how = _how_of_rows(pair, ours, theirs, known)
     if how is None:
         return False
-    arrays = ours.array, align.to_mlx(how, theirs.array)
+    both = ours.array, align.to_mlx(how, theirs.array)
     few, many = sorted(
-        (a.reshape(len(a), -1) if how == align.MOVED else a.reshape(-1, a.shape[-1]) for a in arrays), key=len
+        (a.reshape(len(a), -1) if how == align.MOVED else a.reshape(-1, a.shape[-1]) for a in both), key=len
     )
     sample = few[:: -(-len(few) // _SAMPLES)] if len(few) else few
     return len(few) > 0 and all(

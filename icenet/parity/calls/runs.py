@@ -130,6 +130,20 @@ def _switch_off(c: Comparison, error: Draws) -> bool:
     return True
 
 
+def switch_off_dropouts(c: Comparison, pairs: list[Pair]) -> None:
+    """Keeps dropouts in evaluation mode whose calls get other rows on each side, or are made in another order.
+
+    Their masks depend on the rows and on the number of the call, so they are other ones.
+    """
+    others = {inner.path for pair in pairs for inner in pair.apart}
+    others |= {pair.path for pair in pairs if pair.a.call != pair.b.call}
+    for path, name in c.b.classes.items() if c.computes_reference else ():
+        is_dropout = path in others and "Dropout" in name and c.b.depends_on_mode_at(path)
+        if is_dropout and any([side.switch_off(path) for side in (c.a, c.b, c.reference)]):
+            c.report.modes_off.append(path)
+            c.add_notes([f"{path} gets other rows in a than in b, or in another order, and so other masks: left out"])
+
+
 def _run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run, Run, Run]:
     c.set_mode(c.trains)
     loss_a, loss_b = c.losses or (None, None)

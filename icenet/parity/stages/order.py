@@ -83,6 +83,7 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
             forward.judge_forward(c, stage, pairs, found, "")
             if stage.status == states.FAILED:
                 raise StageFailed
+            runs.switch_off_dropouts(c, pairs)
             three = run_training(c, inputs, pairs)
             pairs, notes = pair_calls(c.a, c.b, three, c.matches)
             c.add_notes(notes)
