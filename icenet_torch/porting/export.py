@@ -25,6 +25,7 @@ from icenet.core.porting.record import Graph
 from icenet_torch.porting import attentions, losses, recurrent, sizes, traceable, whole
 from icenet_torch.porting.failures import broken
 from icenet_torch.porting.reader import Reader
+from icenet_torch.porting.repeated import Repeated
 
 _library = torch.library.Library("icenet_port", "DEF")
 for _name in ("enter", "exit"):
@@ -53,7 +54,10 @@ def export(
     """
     with _same_attributes(module):
         module.train(training)
-        program, shapes, functions = _program(module, args, kwargs, dynamic)
+        program, shapes, functions = _program(module, args, kwargs, dynamic, repeated := Repeated())
+        if repeated.varied():
+            with contextlib.suppress(PortError):  # what the first export has is enough
+                program, shapes, functions = _program(module, args, kwargs, shapes, Repeated(repeated.varied()))
     attentions.simplify_attentions(program)
     graph = Reader(module, program, args, kwargs, training).read()
     graph.functions = functions
@@ -96,7 +100,7 @@ class _TooSlow(Exception):
 
 
 def _program(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, repeated: Repeated
 ) -> tuple[Any, Any, list[str]]:
     tries: list[tuple[Any, float | None]] = [(dynamic, None)]
     if dynamic == "auto":
@@ -112,7 +116,7 @@ def _program(
         try:
             with (
                 traceable.traceable() as functions,
-                _marked(module, deadline),
+                _marked(module, repeated, deadline),
                 warnings.catch_warnings(),
                 _quiet(),
                 recurrent.whole_layers(),
@@ -174,22 +178,25 @@ def _auto(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whic
 
 
 @contextlib.contextmanager
-def _marked(module: nn.Module, deadline: float | None = None) -> Iterator[None]:
+def _marked(module: nn.Module, repeated: Repeated, deadline: float | None = None) -> Iterator[None]:
     """Surrounds each call of a module with `enter` and `exit` while the context is open."""
     handles = []
     for path, inner in module.named_modules():
         signature = inspect.signature(inner.forward)
 
-        def before(called: nn.Module, args: Any, kwargs: Any, path: str = path, signature: Any = signature) -> None:
+        def before(called: nn.Module, args: Any, kwargs: Any, path: str = path, signature: Any = signature) -> Any:
             if deadline is not None and time.process_time() > deadline:
                 raise _TooSlow
             try:
-                given = dict(signature.bind(*args, **kwargs).arguments)
+                bound = signature.bind(*args, **kwargs)
             except TypeError:
-                return  # the call itself raises it
+                return None  # the call itself raises it
+            apart = repeated.separated(called, bound) if path else None
+            given = dict(bound.arguments)
             tensors: list[torch.Tensor] = []
             info = json.dumps({"path": path, "values": _describe(given, tensors)})
             torch.ops.icenet_port.enter(tensors, info)
+            return apart
 
         def after(called: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> Any:
             tensors: list[torch.Tensor] = []

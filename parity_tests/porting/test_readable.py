@@ -254,3 +254,25 @@ def test_values_without_a_name_and_states_of_a_cell() -> None:
     assert "(self, input, h, c):" in source and "h, c = lstm_cell(" in source and "return self.cell(" not in source
     for ours, theirs in zip(model(*(mx.array(x.numpy()) for x in given)), module(*given), strict=True):
         close(ours, theirs)
+
+
+class Recurrences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LSTM(8, 4, batch_first=True)
+        self.second = nn.LSTM(4, 6, num_layers=2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, (h, c) = self.first(x)
+        h = torch.cat([h, c], -1)[..., :6].repeat(2, 1, 1)
+        x, _ = self.second(x, (h, h.tanh()))
+        return x
+
+
+def test_layers_of_one_kind_with_other_options_are_one_class() -> None:
+    module, x = Recurrences().eval(), torch.randn(2, 3, 8)
+    model, source = ported(module, x)
+    assert source.count("class LSTM") == 1 and "LSTM(8, 4, num_layers=1, dropout=0.0)" in source, source
+    for B, T in ((2, 3), (1, 7)):
+        x = torch.randn(B, T, 8)
+        close(model(mx.array(x.numpy())), module(x))

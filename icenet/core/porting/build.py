@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from icenet.core.porting import signature
+from icenet.core.porting.graph.arguments import with_arguments
 from icenet.core.porting.graph.collapse import collapse_layers
 from icenet.core.porting.graph.formulas import with_activations
 from icenet.core.porting.graph.functional import make_functional, with_exact_gradients, without_copies
@@ -17,9 +18,10 @@ from icenet.core.porting.graph.layout import channels_last
 from icenet.core.porting.graph.masks import with_hiding_masks
 from icenet.core.porting.graph.norms import with_rms_norms
 from icenet.core.porting.graph.writes import joined_writes
-from icenet.core.porting.layers import attention
+from icenet.core.porting.layers import attention, recurrent
 from icenet.core.porting.layers.attention import Attention
 from icenet.core.porting.layers.mlx_layers import Layer
+from icenet.core.porting.layers.recurrent import Recurrent
 from icenet.core.porting.names import flat, native, new_names
 from icenet.core.porting.places import Place
 from icenet.core.porting.record import Graph
@@ -124,6 +126,7 @@ def plan(
         layers = found if layers is None else _in_both(layers, found, item)
     assert layers is not None
     layers |= attention.shared({path: layer for path, layer in layers.items() if isinstance(layer, Attention)})
+    layers |= recurrent.shared({path: layer for path, layer in layers.items() if isinstance(layer, Recurrent)})
     written: list[Graph | None] = []
     orders: dict[str, tuple[int, ...]] = {}
     for functional_or_none in prepared:
@@ -144,7 +147,7 @@ def plan(
 
 def _simple(graph: Graph) -> Graph:
     """Returns a graph as a person would write it: without copies, with known formulas, and with whole indices."""
-    return detached_indices(joined_writes(with_rms_norms(with_activations(without_copies(graph)))))
+    return detached_indices(joined_writes(with_rms_norms(with_activations(without_copies(with_arguments(graph))))))
 
 
 def _in_both(layers: dict[str, Layer], train: dict[str, Layer], graph: Graph) -> dict[str, Layer]:

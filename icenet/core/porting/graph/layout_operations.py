@@ -92,6 +92,7 @@ ELEMENTWISE = frozenset(
         "contiguous",
         "detach",
         "alias",
+        "argument",
         "_to_copy",
         "log1p",
         "expm1",

@@ -12,6 +12,8 @@ from icenet.core.porting.source.lines import wrapped
 from icenet.core.porting.source.specialize import NOT_NONE
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+_SIZES = ("input_size", "hidden_size", "num_layers", "proj_size", "dropout")
+"""The arguments of constructors in their order."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,26 @@ def joined(layers: list[Recurrent]) -> Recurrent | None:
         return None
     states = {layer.states for layer in layers}
     return replace(layers[0], states=states.pop() if len(states) == 1 else "some")
+
+
+def shared(layers: dict[str, Recurrent]) -> dict[str, Recurrent]:
+    """Returns layers that differ in sizes only where they can: one class has one or several layers of a kind."""
+    groups: dict[tuple[str, frozenset[str], bool], list[str]] = {}
+    for path, layer in layers.items():
+        groups.setdefault((layer.kind, layer.options, "proj_size" in dict(layer.sizes)), []).append(path)
+    found = {}
+    for paths in groups.values():
+        used = {key for path in paths for key, _ in layers[path].sizes}
+        states = {layers[path].states for path in paths}
+        for path in paths:
+            sizes = {"num_layers": 1, "dropout": 0.0, **dict(layers[path].sizes)}
+            keys = [key for key in _SIZES if key in used]
+            found[path] = replace(
+                layers[path],
+                sizes=tuple((key, sizes[key]) for key in keys),
+                states=states.copy().pop() if len(states) == 1 else "some",
+            )
+    return found
 
 
 class _Class:

@@ -251,6 +251,7 @@ templates(
         "real": "mx.real({self})",
         "imag": "mx.imag({self})",
         "alias": "{self}",
+        "argument": "{self}",
         "contiguous": "{self}",
         "detach": "mx.stop_gradient({self})",
         "detach_": "mx.stop_gradient({self})",
