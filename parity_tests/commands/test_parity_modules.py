@@ -220,5 +220,5 @@ def test_a_page_that_cannot_be_written_stops_before_the_comparison(
 ) -> None:
     Path("mine.py").write_text("raise RuntimeError('the file was run')")
     assert main(["parity", "mine.py:Net", "mine.py:Net", "--html", page]) == 2
-    assert is_one_line(capsys.readouterr().err.strip(), "mine.py")
+    assert is_one_line(capsys.readouterr().err.strip(), "mine.py", "choose another")
     assert Path("mine.py").read_text() == "raise RuntimeError('the file was run')"

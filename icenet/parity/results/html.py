@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 from icenet.core import files
+from icenet.core.errors import UsageError
 from icenet.parity.results.charts import histogram_chart, legend, line_chart, scientific, short
 from icenet.parity.results.result import Module, Result, Row, Stage
 from icenet.parity.results.status import (
@@ -77,7 +78,9 @@ def check(path: str | os.PathLike[str]) -> Path:
     Raises:
         UsageError: There is a folder, or a file of another kind, or the folder of the file cannot be written.
     """
-    target = files.output_file(files.user_path(path, "to_html"), is_earlier_output=_is_page)
+    target = files.output_file(files.user_path(path, "to_html"), overwrite=True)
+    if target.exists() and not _is_page(target):  # there is no option that would replace it
+        raise UsageError(f"{path}: exists and is not a page of a comparison; choose another name, or delete it")
     files.check_folder(target.parent)
     return target
 
