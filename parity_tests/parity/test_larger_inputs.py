@@ -146,6 +146,10 @@ SAME: dict[str, tuple[Function, Function]] = {
     "square root": (lambda x: mx.sqrt(mx.exp(x)), lambda x: torch.sqrt(torch.exp(x))),
     "frequencies": (lambda x: mx.sin(300 * x), lambda x: torch.sin(300 * x)),
     "product": (lambda x: mx.cumprod(x, -1), lambda x: x.cumprod(-1)),
+    "distance": (
+        lambda x: mx.sqrt(mx.maximum((x * x).sum(1, keepdims=True) + (x * x).sum(1) - 2 * x @ x.T, 1e-6)) @ x,
+        lambda x: (x[:, None] - x).square().sum(-1).clamp(min=1e-6).sqrt() @ x,
+    ),
     "share": (lambda x: x / x.sum(-1, keepdims=True), lambda x: x / x.sum(-1, keepdim=True)),
 }
 

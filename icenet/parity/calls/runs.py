@@ -138,8 +138,10 @@ def switch_off_dropouts(c: Comparison, pairs: list[Pair]) -> None:
     others = {inner.path for pair in pairs for inner in pair.apart}
     others |= {pair.path for pair in pairs if pair.a.call != pair.b.call}
     for path, name in c.b.classes.items() if c.computes_reference else ():
-        is_dropout = path in others and "Dropout" in name and c.b.depends_on_mode_at(path)
-        if is_dropout and any([side.switch_off(path) for side in (c.a, c.b, c.reference)]):
+        if path not in others or "Dropout" not in name or not c.b.depends_on_mode_at(path):
+            continue
+        changed = [side.switch_off(path) for side in (c.a, c.b, c.reference)]
+        if any(changed):
             c.report.modes_off.append(path)
             c.add_notes([f"{path} gets other rows in a than in b, or in another order, and so other masks: left out"])
 
