@@ -14,6 +14,7 @@ import op_db
 import pytest
 import torch
 import torch.nn.functional as F
+from made_ports import close, ported
 from torch import nn
 
 import icenet
@@ -238,3 +239,20 @@ def test_losses_that_torch_cannot_export() -> None:
     found = port.module(mx.array(x.numpy()), mx.array(targets.numpy()))
     for ours, theirs in zip(found, module.eval()(x, targets), strict=True):
         np.testing.assert_allclose(np.array(ours), theirs.detach().numpy(), rtol=1e-5)
+
+
+class Correlation(nn.Module):
+    """A filter for each image of the batch, as in hypernetworks and trackers: the groups are sizes of an input."""
+
+    def forward(self, x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = x.shape
+        groups = x.reshape(1, b * c, h, w), filters.reshape(b * c, 1, *filters.shape[-2:])
+        return (
+            F.conv2d(*groups, groups=b * c, padding=h // 2).sum(1) + F.conv_transpose2d(*groups, groups=b * c).mean()
+        )
+
+
+def test_groups_and_padding_of_convolutions_may_be_sizes_of_an_input() -> None:
+    model, _ = ported(Correlation(), torch.randn(2, 3, 6, 7), torch.randn(2, 3, 3, 2))
+    x, filters = torch.randn(3, 3, 5, 9), torch.randn(3, 3, 3, 2)
+    close(model(mx.array(x.numpy()), mx.array(filters.numpy())), Correlation()(x, filters))

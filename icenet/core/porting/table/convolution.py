@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from icenet.core.porting.record import Tensor
 from icenet.core.porting.table.base import Operation, atom, entry, in_floating_point
 
 
-def _one(value: list[int] | int, rank: int) -> str:
-    """Returns (3, 3) as 3."""
-    if isinstance(value, int):
-        return repr(value)
-    value = list(value) * rank if len(value) == 1 else list(value)
-    return repr(value[0]) if len(set(value)) == 1 else repr(tuple(value))
+def _one(n: Operation, value: Any, rank: int) -> str:
+    """Returns (3, 3) as 3. Numbers may be sizes of an input."""
+    if not isinstance(value, (list, tuple)):
+        return n.source(value)
+    texts = [n.source(item) for item in value] * (rank if len(value) == 1 else 1)
+    return texts[0] if len(set(texts)) == 1 else f"({', '.join(texts)})"
 
 
 def _batched(n: Operation, rank: int, text: str, name: str = "input") -> tuple[str, str, str]:
@@ -49,12 +51,12 @@ def conv(n: Operation) -> str:
             x = f"mx.pad({x}, [{pads}])"
     # defaults are left out at the end, so that layers of which some have them share a class
     options = [("stride", n.args["stride"]), ("padding", padding), ("dilation", dilation)]
-    given = "".join(f", {name}={_one(value, rank)}" for name, value in options)
+    given = "".join(f", {name}={_one(n, value, rank)}" for name, value in options)
     groups = n.args["groups"]
-    given += f", groups={groups}" if groups != 1 else ""
+    given += f", groups={n['groups']}" if groups != 1 else ""
     if rank == 3 and groups != 1:
         text = n.call(
-            "grouped_conv3d", x, weight, repr(groups), *(f"{name}={_one(value, rank)}" for name, value in options)
+            "grouped_conv3d", x, weight, n["groups"], *(f"{name}={_one(n, value, rank)}" for name, value in options)
         )
     else:
         text = f"mx.conv{rank}d({x}, {weight}{given})"
@@ -75,7 +77,7 @@ def conv_transpose(n: Operation) -> str:
         ("dilation", n.args["dilation"]),
         ("output_padding", n.args["output_padding"]),
     ]
-    given = "".join(f", {name}={_one(value, rank)}" for name, value in options)
+    given = "".join(f", {name}={_one(n, value, rank)}" for name, value in options)
     names = ("output_padding", "padding", "dilation")
     wide = [list(n.args[name]) * (rank // len(n.args[name])) for name in names]
     kernel = n.tensor("weight").shape[2:]  # type: ignore[union-attr]
@@ -84,7 +86,7 @@ def conv_transpose(n: Operation) -> str:
         for more, size, d, k in zip(*wide, kernel, strict=True)
     )
     if groups != 1 or is_odd:
-        given += f", groups={groups}" if groups != 1 else ""
+        given += f", groups={n['groups']}" if groups != 1 else ""
         text = n.call("conv_transpose", x, n["weight"], repr(rank) + given)
     else:
         text = f"mx.conv_transpose{rank}d({x}, {n.atom('weight')}.transpose(1, {_spatial(rank)}, 0){given})"
@@ -101,15 +103,17 @@ def max_pool(n: Operation) -> str:
     indices = n.node.base.endswith("indices")
     dilation = n.args["dilation"]
     ceil = bool(n.args["ceil_mode"])
-    given = [_one(n.args["kernel_size"], rank), _one(stride, rank), _one(n.args["padding"], rank)]
+    given = [_one(n, n.args["kernel_size"], rank), _one(n, stride, rank), _one(n, n.args["padding"], rank)]
     if indices:
         before, after = ("", "") if not before else ("tuple(part[0] for part in ", ")")
         return (
-            before + n.call("max_pool_with_indices", x, repr(rank), *given, _one(dilation, rank), repr(ceil)) + after
+            before
+            + n.call("max_pool_with_indices", x, repr(rank), *given, _one(n, dilation, rank), repr(ceil))
+            + after
         )
     keywords = {}
-    if _one(dilation, rank) != "1":
-        keywords["dilation"] = _one(dilation, rank)
+    if _one(n, dilation, rank) != "1":
+        keywords["dilation"] = _one(n, dilation, rank)
     if ceil:
         keywords["ceil_mode"] = "True"
     while len(given) > 1 and given[-1] == ("0" if len(given) == 3 else given[0]):
@@ -123,11 +127,11 @@ def avg_pool(n: Operation) -> str:
     rank = int(n.node.base[8])
     x, before, after = _batched(n, rank, n["self"], "self")
     stride = n.args["stride"] or n.args["kernel_size"]
-    given = [_one(n.args["kernel_size"], rank), _one(stride, rank), _one(n.args["padding"], rank)]
+    given = [_one(n, n.args["kernel_size"], rank), _one(n, stride, rank), _one(n, n.args["padding"], rank)]
     keywords = {}
     if n.args["ceil_mode"]:
         keywords["ceil_mode"] = "True"
-    if not n.args["count_include_pad"] and _one(n.args["padding"], rank) != "0":
+    if not n.args["count_include_pad"] and _one(n, n.args["padding"], rank) != "0":
         keywords["count_include_pad"] = "False"
     if n.args.get("divisor_override"):
         keywords["divisor"] = repr(n.args["divisor_override"])
