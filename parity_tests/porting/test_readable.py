@@ -23,6 +23,8 @@ from icenet.core.porting.source.sizes import named, shape_comment
         ("y = x * 8 ** -0.5", "y = x * 8**-0.5"),
         ("y = [int(b**v) for v in f(x ** (-n))]", "y = [int(b**v) for v in f(x**-n)]"),
         ("y = (x + 1) ** 0.3", "y = (x + 1) ** 0.3"),
+        ("y = f(mx.pad(x, [(0, 0), (0, 0)]))", "y = f(x)"),
+        ("y = f(mx.pad(x, [(0, 0), (0, 10)]))", "y = f(mx.pad(x, [(0, 0), (0, 10)]))"),
         ("y = f(x) ** 0.3", "y = f(x) ** 0.3"),
         ("y = f('at 1e-06')", 'y = f("at 1e-06")'),
         ("y = x - 250.0", "y = x - 250.0"),

@@ -254,7 +254,7 @@ def _hints(text: str, known: dict[str, list[str]]) -> list[str]:
             elif opened and opened[1] in ("range",):
                 hint = "num_layers"
             elif attribute:
-                hint = f"{attribute[1]}_size"
+                hint = "dims" if attribute[1] in ("weight", "bias") else f"{attribute[1]}_size"
         if not hint and "reshape(" in before:
             hint = "size"
         hint = hint or "value"

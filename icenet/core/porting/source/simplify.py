@@ -133,6 +133,8 @@ class _Simplify(ast.NodeTransformer):
             node.keywords = [item for item in node.keywords if not _is_default(item)]
         if name == "mx.concatenate" and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 1:
             return node.args[0].elts[0]
+        if name == "mx.pad" and len(node.args) == 2 and ast.unparse(node.args[1]).strip("[(0, )]") == "":
+            return node.args[0]  # of no elements
         return self.transposed(node)
 
     def transposed(self, node: ast.Call) -> Any:
