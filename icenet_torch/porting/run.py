@@ -317,6 +317,15 @@ def _state(program: Any) -> list[torch.Tensor]:
     return [value for value in found if isinstance(value, torch.Tensor)]
 
 
+def limits(program: Any) -> dict[str, tuple[int, int | None]]:
+    """Returns the least and the largest size of a graph, None for any, by the names of the sizes that have limits."""
+    found = {}
+    for symbol, limit in program.range_constraints.items():
+        high = int(limit.upper) if limit.upper.is_Integer and limit.upper < 2**31 else None
+        found[str(symbol)] = int(limit.lower), high
+    return found
+
+
 def accepts(program: Any, args: Any, kwargs: Any) -> bool:
     """Returns whether the guards of an exported program allow the sizes of some arguments."""
     try:

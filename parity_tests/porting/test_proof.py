@@ -258,3 +258,23 @@ def test_unusual_sizes_are_compared() -> None:
     report = icenet.port(nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)), R(1, 2, 1, 1)).report
     assert any("not compared: the original fails in training mode on 1x2x1x1" in note for note in report.notes)
     assert {check.mode for check in report.checks} == {"evaluation", "training"}
+
+
+class Longer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        if x.size(1) > 4:
+            y = y[:, -4:] * 2
+        return y.mean(1)
+
+
+def test_a_branch_on_a_size_limits_the_sizes_of_the_port() -> None:
+    port = icenet.port(Longer(), torch.randn(2, 6, 4))
+    assert "x has at least 5 in dimension 1" in str(port.report.notes)
+    assert port.module(mx.zeros((2, 5, 4))).shape == (2, 4)
+    with pytest.raises(ValueError, match="x has 4 in dimension 1; the port was made for at least 5"):
+        port.module(mx.zeros((2, 4, 4)))

@@ -21,7 +21,7 @@ from icenet.core.porting.names import optimizer_notes
 from icenet.core.porting.places import as_dict
 from icenet.core.porting.record import Graph, Tensor, refs
 from icenet.parity.ports.inputs import arrays_of
-from icenet.parity.ports.proof import PortReport, locate, prove
+from icenet.parity.ports.proof import PortReport, limit_text, locate, prove
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -217,8 +217,8 @@ def port(
         if functions and all(check.passed for check in report.checks if check.what != "gradients"):
             report.culprit += f"; {functions[0]} has a backward of its own, which a port cannot have"
         raise PortError(f"the port of {graph.modules[''].class_name} differs: {report.culprit}\n{report}")
-    if report.fixed:
-        plan = replace(plan, source=_with_fixed_sizes(plan, report.fixed, layout == "nhwc"))
+    if report.fixed or report.limits:
+        plan = replace(plan, source=_with_sizes(plan, report, layout == "nhwc"))
         model = load.make(plan.source, plan.class_name, plan.native(weights))
     ports.mark(model, plan.places())
     layers.accelerate(model)
@@ -228,8 +228,8 @@ def port(
     return Port(model, plan.source, report, plan, arrays_of((arrays, named)), layout, module)
 
 
-def _with_fixed_sizes(plan: Plan, fixed: dict[str, dict[int, int]], nhwc: bool) -> str:
-    """Returns the source of a plan with checks of the sizes that the port cannot change, by input and dimension."""
+def _with_sizes(plan: Plan, report: PortReport, nhwc: bool) -> str:
+    """Returns the source of a plan with checks of the sizes that the port cannot change, or not beyond limits."""
     start = plan.source.index(f"class {plan.class_name}(nn.Module):")
     match = re.compile(r"    def __call__\((?P<parameters>.*?)\):\n", re.DOTALL).search(plan.source, start)
     assert match is not None
@@ -239,17 +239,22 @@ def _with_fixed_sizes(plan: Plan, fixed: dict[str, dict[int, int]], nhwc: bool) 
         if item.name in parameters:
             texts.update({leaf: text for leaf, text, _ in signature.leaves(item.value, item.name, item.name)})
     lines = []
-    for name, sizes in fixed.items():
+    for name in {**report.fixed, **report.limits}:
         text = texts.get(name)
         if text is None:
             continue
         ndim = plan.graph.tensors[name].ndim
         order = (0, *range(2, ndim), 1) if nhwc and ndim == 4 else tuple(range(ndim))
-        for dim, size in sorted((order.index(dim), size) for dim, size in sizes.items()):
+        wrong = {dim: (f"{{}} != {size}", f"{size}") for dim, size in report.fixed.get(name, {}).items()}
+        for dim, (low, high) in report.limits.get(name, {}).items():
+            outside = f"{{}} < {low}" if high is None else f"{{}} > {high}"
+            outside = outside if low is None or high is None else f"not {low} <= {{}} <= {high}"
+            wrong[dim] = outside, limit_text(low, high)
+        for dim, (condition, made_for) in sorted((order.index(dim), found) for dim, found in wrong.items()):
             lines += [
-                f"        if {text}.shape[{dim}] != {size}:\n",
+                f"        if {condition.format(f'{text}.shape[{dim}]')}:\n",
                 f'            raise ValueError(f"{text} has {{{text}.shape[{dim}]}} in dimension {dim}; '
-                f'the port was made for {size}")\n',
+                f'the port was made for {made_for}")\n',
             ]
     return plan.source[: match.end()] + "".join(lines) + plan.source[match.end() :]
 

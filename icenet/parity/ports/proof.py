@@ -61,6 +61,8 @@ class PortReport:
     """The first operation that differs, and the original's line."""
     fixed: dict[str, dict[int, int]] = field(default_factory=dict)
     """The sizes, by dimension, of each input that the original may have at another size and the port may not."""
+    limits: dict[str, dict[int, list[int | None]]] = field(default_factory=dict)
+    """The least and the largest size, by dimension, of each input, beyond which the original computes otherwise."""
 
     @property
     def passed(self) -> bool:
@@ -153,6 +155,7 @@ def prove(
         if not training and report.passed:
             progress("comparing, other sizes")
             _try_fixed_sizes(plan, model, exact, single, example, report)
+            _try_limits(plan, model, exact, single, example, report, run.limits(program))
             if len({check.sizes for check in report.checks}) == 1:
                 report.notes.append("compared on the sizes of the example only: the module or the port has no others")
             if place := proof_places.jump_that_differs(plan, program, module, example):
@@ -226,6 +229,45 @@ def _try_fixed_sizes(plan: Plan, model: Any, exact: Any, single: Any, example: A
     for name, sizes in report.fixed.items():
         text = ", ".join(f"{size} in dimension {dim}" for dim, size in sorted(sizes.items()))
         report.notes.append(f"{name} has a fixed size, {text}; the port does not serve another one")
+
+
+def _try_limits(
+    plan: Plan,
+    model: Any,
+    exact: Any,
+    single: Any,
+    example: Arguments,
+    report: PortReport,
+    limits: dict[str, tuple[int, int | None]],
+) -> None:
+    """Tries sizes beyond the limits of the graph, as of `if x.shape[1] > 4`; those that differ are in the report."""
+    shapes = [(ref.name, plan.graph.tensors[ref.name].shape) for ref in plan.graph.inputs]
+    for symbol, (low, high) in limits.items():
+        places = {
+            (number, dim) for number, (_, shape) in enumerate(shapes) for dim, s in enumerate(shape) if s == symbol
+        }
+        for size, index in ((low - 1, 0), (None if high is None else high + 1, 1)):
+            if not places or not size or size < 1:
+                continue
+            given = with_size(example, places, size)
+            if not _runs(single, given):
+                continue
+            try:
+                served = all(c.passed for c in _Pair(plan, model, exact, single, given, False).checks(False, []))
+            except PortError:
+                served = False
+            if served:
+                continue
+            for number, dim in sorted(places):
+                limit = report.limits.setdefault(shapes[number][0], {}).setdefault(dim, [None, None])
+                limit[index] = (low, high)[index]
+    for name, found in report.limits.items():
+        text = ", ".join(f"{limit_text(*limit)} in dimension {dim}" for dim, limit in sorted(found.items()))
+        report.notes.append(f"{name} has {text}; beyond, the port computes something else than the module")
+
+
+def limit_text(low: int | None, high: int | None) -> str:
+    return f"at most {high}" if low is None else f"at least {low}" if high is None else f"{low} to {high}"
 
 
 class _Pair:

@@ -82,7 +82,7 @@ def conv_transpose(n: Operation) -> str:
     wide = [list(n.args[name]) * (rank // len(n.args[name])) for name in names]
     kernel = n.tensor("weight").shape[2:]  # type: ignore[union-attr]
     is_odd = any(
-        more > size or size > d * (int(k) - 1)  # type: ignore[call-overload]
+        not all(isinstance(number, int) for number in (more, size, d, k)) or more > size or size > d * (int(k) - 1)
         for more, size, d, k in zip(*wide, kernel, strict=True)
     )
     if groups != 1 or is_odd:
