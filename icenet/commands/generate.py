@@ -15,7 +15,7 @@ from icenet.core.config import GenerationConfig
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.generation.request import settings_of
 from icenet.core.report.environment import SMALL_ROWS
-from icenet.core.training import unused_keys
+from icenet.core.training.notices import unused_keys
 
 _log = logging.getLogger("icenet")
 

@@ -14,7 +14,7 @@ from icenet.core.config import Config, yaml_file
 from icenet.core.data.datasets import dataset_for
 from icenet.core.engine.parameter_groups import Group
 from icenet.core.errors import ConfigError
-from icenet.core.training.unused_keys import Circumstances, notices
+from icenet.core.training.notices.unused_keys import Circumstances, notices
 
 PAGE = "docs/training.md"
 

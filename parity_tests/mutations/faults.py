@@ -1186,7 +1186,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "a resumed run does not say that TF32 has changed",
-        "icenet/core/training/continued.py",
+        "icenet/core/training/notices/continuation.py",
         "if before is not None and before != engine.tf32:",
         "if False:",
         ["engine/test_arithmetic.py::test_a_run_records_its_arithmetic"],
@@ -2840,10 +2840,10 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "a group whose parameters belong to earlier groups is not named",
-        "icenet/core/training/unused_keys.py",
+        "icenet/core/training/notices/unused_keys.py",
         "own = [path for path, owner in owners.items() if owner == index]",
         "own = list(owners)",
-        ["core/training/test_unused_keys.py::test_parameter_groups_without_effect"],
+        ["core/training/notices/test_unused_keys.py::test_parameter_groups_without_effect"],
     ),
     Fault(
         "a new run replaces a plot of the user",
@@ -2939,10 +2939,10 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "another seed of images is not said to mix training and validation images",
-        "icenet/core/training/changed_keys.py",
+        "icenet/core/training/notices/changed_keys.py",
         '*(["seed"] if is_images else []), ',
         "",
-        ["core/training/test_changed_keys.py::test_the_seed_of_images_decides_which_are_held_out"],
+        ["core/training/notices/test_changed_keys.py::test_the_seed_of_images_decides_which_are_held_out"],
     ),
     Fault(
         "a text that ends equals one that goes on",

@@ -20,7 +20,7 @@ from icenet.core.models.inference import lacks_tokenizer
 from icenet.core.runs.open_model import image_facts, open_trained
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.tokenizers.bytes import ByteTokenizer
-from icenet.core.training.changed_keys import of_model, value
+from icenet.core.training.notices.changed_keys import of_model, value
 from icenet.core.weights.origin import Origin
 from icenet.core.weights.packed import describe, packed_of
 

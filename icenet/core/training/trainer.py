@@ -32,9 +32,10 @@ from icenet.core.runs import checkpoint as checkpoints
 from icenet.core.runs import run_folder
 from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.tokenizers import tokenizer_files
-from icenet.core.training import continued, initial_weights, loss_twins, unused_keys
+from icenet.core.training import continued, initial_weights
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
 from icenet.core.training.loss_scale import LossScale
+from icenet.core.training.notices import continuation, loss_twins, unused_keys
 from icenet.core.training.prefetch import Prefetch
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.signals import on_stop_signal
@@ -287,7 +288,7 @@ class Trainer:
             trainer._writer.saved_step = None  # the new folder has no checkpoint
         else:
             trainer.early_stopping = continued.best_evaluation(found, config, plan.run)
-        trainer.notes += continued.notes(found, config, engine, trainer.dataset)
+        trainer.notes += continuation.notes(found, config, engine, trainer.dataset)
         return trainer
 
     def fit(self, until: int | None = None) -> Result:

@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny
 
 from icenet.core.data.datasets import dataset_for
-from icenet.core.training import changed_keys
+from icenet.core.training.notices import changed_keys
 
 
 def found(folder: Path, overrides: list[str], family: str = "transformer", same_data: bool = True) -> str:

@@ -11,7 +11,7 @@ from icenet.core.config import Config
 from icenet.core.data.datasets import dataset_for
 from icenet.core.engine import parameter_groups
 from icenet.core.errors import ConfigError
-from icenet.core.training.unused_keys import Circumstances, notices
+from icenet.core.training.notices.unused_keys import Circumstances, notices
 
 SHAPES = {
     "embedding.weight": (257, 32),
