@@ -89,7 +89,7 @@ FAULTS: list[Fault] = [
         ["porting/test_attention.py::test_a_row_of_minus_infinity"],
     ),
     Fault(
-        "a causal mask is searched for queries without a key",
+        "a window is searched for queries without a key",
         "icenet/core/porting/graph/masks.py",
         "    return given & infinite\n",
         "    return infinite\n",
@@ -1761,7 +1761,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "the validation loss is the mean over batches",
-        "icenet/core/training/trainer.py",
+        "icenet/core/training/evaluation.py",
         "total + found.loss * found.labels, count + found.labels",
         "total + found.loss, count + 1",
         [
