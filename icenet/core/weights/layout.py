@@ -85,6 +85,11 @@ def split(path: str) -> tuple[str, str]:
     return module, name
 
 
+def join(module: str, name: str) -> str:
+    """Returns the path of a parameter or a layer in a module: ("stem.conv", "weight") -> "stem.conv.weight"."""
+    return f"{module}.{name}" if module else name
+
+
 def parameter_kind(kinds: Mapping[str, str], path: str) -> str:
     """Returns the kind of the layer that owns the parameter at `path`.
 

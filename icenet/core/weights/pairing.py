@@ -26,6 +26,7 @@ from icenet.core.weights.counterparts import (
     Counterpart,
     counterpart,
 )
+from icenet.core.weights.layer_paths import LayerPaths
 from icenet.core.weights.rename import Rename, apply_rename, from_torch_names
 
 Array = NDArray[Any]
@@ -103,7 +104,7 @@ class Pairing:
         self._addable, self._removable = _optional_biases(mlx)
         self._shapes = {**mlx.shapes, **self._addable}
         self._below = _below(self._shapes)
-        self._paths = _Paths(mlx)
+        self._paths = LayerPaths(mlx.kinds, mlx.counterparts, mlx.mlx_names)
         self._layers = self._find_layers()
         self._places = self._find_places()
         self._is_renamed = rename is not None
@@ -129,7 +130,7 @@ class Pairing:
         places = {path: _Place(None, path) for path in self._shapes}
         own_names = [(theirs, _Place(None, path)) for path in self._shapes for theirs in self._paths.aliases(path)]
         layer_names = [
-            (_join(alias, name), _Place(layer, name))
+            (layout.join(alias, name), _Place(layer, name))
             for layer in self._layers
             for alias in (layer.path, *self._paths.aliases(layer.path))
             for name in layer.theirs
@@ -198,7 +199,7 @@ class Pairing:
         """Returns the canonical paths whose values an array of PyTorch contains."""
         if place.layer is None:
             return [place.name]
-        return [_join(place.layer.path, own) for own in place.layer.sources(place.name)]
+        return [layout.join(place.layer.path, own) for own in place.layer.sources(place.name)]
 
     def _missing(self) -> list[str]:
         """Returns what has no value, by the names in PyTorch where a part of a layer has one."""
@@ -217,7 +218,7 @@ class Pairing:
             is_direct = any(_Place(None, path) in self._hits for path in paths)
             is_shared = all(self._mlx.shared.get(path, path) in covered for path in paths if path in self._mlx.shapes)
             if is_used or not (is_direct or is_shared):
-                missing += [_join(self._paths.torch(layer.path), name) for name in needed]
+                missing += [layout.join(self._paths.torch(layer.path), name) for name in needed]
                 in_layers |= paths
         needed_paths = [path for path in self._shapes if path not in self._addable or path in self.added]
         missing += [
@@ -288,7 +289,7 @@ class Pairing:
         hit = {place.name for place in self._hits if place.layer is None}
         found: dict[str, list[str]] = {}
         for path, kind in self._mlx.counterparts.items():
-            is_equal = kind == "quantized" and _join(path, "scales") in hit
+            is_equal = kind == "quantized" and layout.join(path, "scales") in hit
             if kind in NOT_CONVERTED and not is_equal and path in self._below:
                 found.setdefault(kind, []).append(path)
         return found
@@ -320,7 +321,9 @@ class Pairing:
             path for layer in self._layers for name in layer.theirs for path in self._covered(_Place(layer, name))
         }
         expected = {self._paths.torch(path) for path in self._mlx.shapes if path not in in_layers}
-        expected |= {_join(self._paths.torch(layer.path), name) for layer in self._layers for name in layer.theirs}
+        expected |= {
+            layout.join(self._paths.torch(layer.path), name) for layer in self._layers for name in layer.theirs
+        }
         if not self._is_renamed and (found := prefixes.suggest_prefixes(self._torch.shapes, expected)):
             value = found[0] if len(found) == 1 else found
             call = f"icenet.core.weights.strip_prefix(state_dict, {value!r})"
@@ -329,7 +332,7 @@ class Pairing:
             return f"the names have the prefix {' and '.join(found)}, which {way} removes"
         ends = [path.removesuffix(f".{unknown[0]}") for path in expected if path.endswith(f".{unknown[0]}")]
         for prefix in ends if not self._is_renamed else ():
-            if all(_join(prefix, name) in expected for name in unknown):
+            if all(layout.join(prefix, name) in expected for name in unknown):
                 return f"rename={{'': {prefix!r}}} adds the first part of the names"
         if any(".parametrizations." in f".{name}" for name in unknown):
             return "torch.nn.utils.parametrize.remove_parametrizations gives a parametrized weight its name"
@@ -379,7 +382,7 @@ class Pairing:
                 if theirs in values or not gradients
             }
             own = layer.to_mlx(given, gradients)
-            found |= {_join(layer.path, name): array for name, array in own.items()}
+            found |= {layout.join(layer.path, name): array for name, array in own.items()}
         return found
 
     def to_torch(self, values: Mapping[str, Array], gradients: bool = False) -> dict[str, Array]:
@@ -398,7 +401,7 @@ class Pairing:
             if place.layer is None and (place.name in values or not gradients)
         }
         for layer, hits in self._hits_of_layers():
-            own = {name: values[path] for name in layer.own if (path := _join(layer.path, name)) in values}
+            own = {name: values[path] for name in layer.own if (path := layout.join(layer.path, name)) in values}
             made = layer.to_torch(own, gradients)
             found |= {
                 theirs: self._turned(_Place(layer, name), theirs, made[name])
@@ -422,41 +425,6 @@ class Pairing:
             hits = {name: self._hits[place] for name in layer.theirs if (place := _Place(layer, name)) in self._hits}
             found += [(layer, hits)] if hits else []
         return found
-
-
-class _Paths:
-    """The names that a layer or an array of an MLX module has in PyTorch, and in MLX."""
-
-    def __init__(self, mlx: MLXWeights) -> None:
-        self._children = {path: CHILD_NAMES.get(kind, {}) for path, kind in mlx.counterparts.items()}
-        self._own: dict[str, str] = {}
-        for own, path in mlx.mlx_names.items():  # of arrays; those of the layers follow
-            while path and path not in self._own and own != path:
-                self._own[path] = own
-                own, _, last = own.rpartition(".")
-                path, _, end = path.rpartition(".")
-                if last != end:
-                    break
-        self._modules = {
-            name: path for path in {**mlx.kinds, **mlx.counterparts} for name in (path, *self.aliases(path))
-        }
-
-    def torch(self, path: str) -> str:
-        """Returns the path that the counterpart of a layer or an array has in PyTorch."""
-        parent, names = "", []
-        for part in path.split("."):
-            names.append(self._children.get(parent, {}).get(part, part))
-            parent = _join(parent, part)
-        return ".".join(names)
-
-    def aliases(self, path: str) -> list[str]:
-        """Returns other names of a canonical path: those of PyTorch and of MLX."""
-        own = self._own.get(path)
-        return [name for name in (self.torch(path), own) if name is not None and name != path]
-
-    def module(self, name: str) -> str:
-        """Returns the canonical path of a layer by any of its names."""
-        return self._modules.get(name, name)
 
 
 def _below(paths: Iterable[str]) -> dict[str, list[str]]:
@@ -506,7 +474,3 @@ def _axes(kind: str, name: str) -> object:
 
 def _article(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
