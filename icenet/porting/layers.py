@@ -43,25 +43,10 @@ class Conv2d(nn.Conv2d):
         is_plain = self.groups == 1 and self.dilation in (1, (1, 1)) and x.ndim == 4
         if not (is_square and is_plain and x.dtype == self.weight.dtype == mx.float32):
             return super().__call__(x)
-        y = _convolve(x, self.weight, stride, padding)
+        y = conv2d(x, self.weight, stride, padding)
         if "bias" not in self:
             return y
         return exact.add_bias(y, self.bias) if on_cpu() else y + self.bias
-
-
-def _convolve(x: Array, weight: Array, stride: int, padding: int) -> Array:
-    if stride == 1 or weight.shape[1] == 1 or not on_cpu():
-        return conv2d(x, weight, stride, padding)
-
-    @mx.custom_function
-    def convolve(x: Array, weight: Array) -> Array:
-        return mx.conv2d(x, weight, stride, padding)
-
-    @convolve.vjp
-    def gradient(inputs: tuple[Array, Array], cotangent: Array, _: Array) -> list[Array]:
-        return mx.vjp(lambda x, weight: conv2d(x, weight, stride, padding), list(inputs), [cotangent])[1]
-
-    return convolve(x, weight)  # type: ignore[return-value]  # MLX types the result as an object
 
 
 class BatchNorm(nn.BatchNorm):
