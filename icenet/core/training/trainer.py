@@ -23,8 +23,8 @@ from icenet.core.data.datasets import Dataset, dataset_for
 from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.data.user import UserDataset
 from icenet.core.distributed import processes, watchdog
-from icenet.core.engine import Batch, Engine, StepResult
-from icenet.core.errors import CheckpointError, IceNetError, UsageError
+from icenet.core.engine import Batch, Engine
+from icenet.core.errors import CheckpointError, IceNetError
 from icenet.core.families import sentence_transformers
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
@@ -34,11 +34,14 @@ from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training import continued, initial_weights
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
+from icenet.core.training.evaluation import evaluate
+from icenet.core.training.given import Given
 from icenet.core.training.loss_scale import LossScale
 from icenet.core.training.notices import continuation, loss_twins, unused_keys
 from icenet.core.training.prefetch import Prefetch
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.signals import on_stop_signal
+from icenet.core.training.skipped_steps import SkippedSteps
 from icenet.core.weights.origin import Origin
 
 
@@ -72,30 +75,6 @@ class Result:
     """Why there is no plot."""
 
 
-@dataclass(frozen=True)
-class Given:
-    """What a program passes in place of keys of the configuration. A checkpoint records that it was given."""
-
-    data: Any = None
-    loss: Callable[..., Any] | None = None
-
-    def names(self) -> list[str]:
-        return [name for name in ("data", "loss") if getattr(self, name) is not None]
-
-    def notes(self) -> list[str]:
-        keys = {"data": "the section data", "loss": "training.loss"}
-        return [f"{name} is given in Python; {keys[name]} has no effect" for name in self.names()]
-
-    def check(self, stored: Any, source: str) -> None:
-        """Raises UsageError if a checkpoint was trained with something that is missing."""
-        if missing := [name for name in stored or () if name in ("data", "loss") and name not in self.names()]:
-            options = ", ".join(f"{name}=..." for name in missing)
-            raise UsageError(
-                f"{source}: was trained with {' and '.join(missing)} given in Python; continue it with "
-                f"Trainer.resume(..., {options})"
-            )
-
-
 class PendingStep(NamedTuple):
     """A training step that was submitted to the engine, and whose result has not been read."""
 
@@ -105,10 +84,6 @@ class PendingStep(NamedTuple):
     """Result of `Engine.train_step`, for `Engine.read`."""
     data_wait: float
     """Seconds that the step waited for its batch."""
-
-
-MAX_SKIPPED_STEPS = 10
-"""Number of steps in a row without a finite gradient that ends a run even with `training.on_nan: skip`."""
 
 
 class Trainer:
@@ -170,8 +145,7 @@ class Trainer:
         """Whether a number is added to the name of the folder if that exists."""
         self._known_checkpoints = checkpoints.list_checkpoints(run)
         self._stop_signal: str | None = None
-        self._num_skipped = 0
-        """Steps in a row without a finite gradient."""
+        self._skipped = SkippedSteps(config.training)
         self._last_loss = math.nan
         self._last_validation_loss: float | None = None
         self._last_accuracy: float | None = None
@@ -411,7 +385,10 @@ class Trainer:
         if not result.finite:
             batch = self.dataset.train_batch(pending.step, self.config.training.batch_size)
             self.engine.check_embeddings(batch, pending.step)
-        self._check_finite(step, result)
+        if not self._skipped.count(result, self.scale.scale):
+            with contextlib.suppress(IceNetError):
+                self._writer.wait()  # the checkpoint that is being written may be the last good one
+            raise self._skipped.error(step, result, last_good(self.run))
         is_fp16 = self.config.training.mixed_precision == "fp16"
         if is_fp16:
             self.scale.update(result.finite)
@@ -427,50 +404,18 @@ class Trainer:
             skipped=not result.finite if is_fp16 or not result.finite else None,
         )
 
-    def _check_finite(self, step: int, result: StepResult) -> None:
-        """Raises IceNetError if loss or gradients of a step are not finite and the step may not be skipped."""
-        training = self.config.training
-        if result.finite:
-            self._num_skipped = 0
-            return
-        self._num_skipped += 1
-        overflow = training.mixed_precision == "fp16" and math.isfinite(result.loss) and self.scale.scale > 1
-        if overflow or (training.on_nan == "skip" and self._num_skipped < MAX_SKIPPED_STEPS):
-            return
-        with contextlib.suppress(IceNetError):
-            self._writer.wait()  # the checkpoint that is being written may be the last good one
-        repeated = f", {self._num_skipped} times in a row" if self._num_skipped > 1 else ""
-        largest = ", ".join(f"{path} {norm:.3g}" for path, norm in result.largest)
-        ways = ", raise training.warmup_steps, or skip such steps with training.on_nan=skip"
-        if training.on_nan == "skip":
-            ways = " or raise training.warmup_steps"
-        raise IceNetError(
-            f"step {step}: the loss is {result.loss} and the gradient norm {result.grad_norm}{repeated} "
-            f"(largest: {largest}); {last_good(self.run)}. "
-            f"Lower training.learning_rate{ways}"
-        )
-
     def _evaluate(self, reporter: Reporter) -> bool:
         """Evaluates the model and reports the result. Returns whether it is the best so far."""
         training = self.config.training
-        total = count = num_correct = 0.0
-        is_classifier = False
-        self.engine.average_statistics()
-        for batch in self.dataset.validation_batches(training.batch_size, training.eval_batches):
-            self._watchdog.beat()
-            found = self.engine.evaluate(processes.local_batch(batch, self.process_group))
-            total, count = total + found.loss * found.labels, count + found.labels
-            num_correct, is_classifier = num_correct + (found.correct or 0), found.correct is not None
-        total, count, num_correct = self.process_group.gather([total, count, num_correct]).sum(axis=0).tolist()
-        if not count:
+        batches = self.dataset.validation_batches(training.batch_size, training.eval_batches)
+        found = evaluate(self.engine, batches, self._watchdog.beat)
+        if found is None:
             return False
-        self._last_validation_loss = total / count
-        if is_classifier:
-            self._last_accuracy = num_correct / count
-        reporter.log_evaluation(
-            self.step, self._last_validation_loss, self._last_accuracy if is_classifier else None, count
-        )
-        return self.early_stopping.update(self.step, self._last_validation_loss)
+        self._last_validation_loss = found.loss
+        if found.accuracy is not None:
+            self._last_accuracy = found.accuracy
+        reporter.log_evaluation(self.step, found.loss, found.accuracy, found.num_labels)
+        return self.early_stopping.update(self.step, found.loss)
 
     def save(self, wait: bool = False) -> Path:
         """Writes a checkpoint of the current step in the background, unless there is one.
