@@ -27,7 +27,7 @@ class SkippedSteps:
             loss_scale: The loss scale of the step. An overflow of fp16 is skipped until the scale is 1.
 
         Returns:
-            Whether training may go on: the step is finite or may be skipped.
+            Whether training continues: the step is finite or may be skipped.
         """
         if result.finite:
             self._in_a_row = 0
