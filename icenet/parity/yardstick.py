@@ -368,98 +368,161 @@ def judge_values(
             Then the other values may be judged with fewer samples.
         gradient_floor, output_floor: Known lower bounds of the noise of gradients and outputs (floor 2).
     """
-    sizes = gradient_rms({_path(name): value for name, value in reference.items() if _is_gradient(name)})
-    noises: dict[str, Floats] = {}
-
-    def floor_of(name: str) -> float:
-        if name.startswith(("gradient:", "input ")):
-            return gradient_floor
-        return output_floor if name.startswith("output") else 0.0
-
-    def judge_one(name: str, array: npt.ArrayLike) -> Judgement:
-        return judge(
-            array,
-            torch[name].array,
-            reference[name].array,
-            dtype,
-            stored=torch[name].dtype,
-            layer_rms=sizes[_parent(name)] if _is_gradient(name) else 0.0,
-            min_noise=_loss_noise(torch, reference) if name == "loss:" else floor_of(name),
-            sampled_noise=noises.get(name),
-        )
-
+    run = _Run(mlx, torch, reference, dtype, gradient_floor, output_floor)
     found = {
-        name: judge_one(name, mlx[name].array)
-        for name, exact in reference.items()
-        if exact.is_float and name in mlx and name in torch
+        name: run.judge(name) for name, exact in reference.items() if exact.is_float and name in mlx and name in torch
     }
     over = [name for name, judgement in found.items() if judgement.is_over]
     if samples is None or not over:
         return found
-
-    def judge_again(name: str) -> Judgement:
-        return judge_one(name, mlx[name].array)
-
     needed = _needed_for_worst if only_worst else _needed_for_verdict
-    reference_of = _kept(samples.reference, over)
-    count = samples.count or SAMPLES
+    return found | _Resampling(run, samples, over, needed).judge(over)
 
-    def sample_noise(run: Callable[[int], Values], pending: list[str]) -> list[str]:
-        """Sets the noise of values to the RMS error of `count` runs; returns those that were given fewer."""
+
+class _Run:
+    """The values of a run by the three sides, and the noise that is known of them. The arguments: `judge_values`.
+
+    Attributes:
+        mlx, torch, reference: The values.
+        noises: Noise of each element that samples have shown (floors 5 to 7), by name.
+    """
+
+    def __init__(
+        self, mlx: Values, torch: Values, reference: Values, dtype: str, gradient_floor: float, output_floor: float
+    ) -> None:
+        self.mlx, self.torch, self.reference = mlx, torch, reference
+        self.noises: dict[str, Floats] = {}
+        self._dtype = dtype
+        self._gradient_floor, self._output_floor = gradient_floor, output_floor
+        gradients = {_path(name): value for name, value in reference.items() if _is_gradient(name)}
+        self._layer_rms = gradient_rms(gradients)
+
+    def judge(self, name: str, array: npt.ArrayLike | None = None) -> Judgement:
+        """Judges a value with the noise that is known of it.
+
+        Args:
+            name: Its name.
+            array: What to judge in place of the value of MLX.
+        """
+        return judge(
+            self.mlx[name].array if array is None else array,
+            self.torch[name].array,
+            self.reference[name].array,
+            self._dtype,
+            stored=self.torch[name].dtype,
+            layer_rms=self._layer_rms[_parent(name)] if _is_gradient(name) else 0.0,
+            min_noise=self._min_noise(name),
+            sampled_noise=self.noises.get(name),
+        )
+
+    def _min_noise(self, name: str) -> float:
+        if name == "loss:":
+            return _loss_noise(self.torch, self.reference)
+        if name.startswith(("gradient:", "input ")):
+            return self._gradient_floor
+        return self._output_floor if name.startswith("output") else 0.0
+
+
+class _Resampling:
+    """Judges values over the tolerance again, with samples of their noise and repetitions of MLX.
+
+    Args:
+        run: The values. The noise of the samples is added to it.
+        samples: See `judge_values`.
+        names: The values over the tolerance.
+        needed: Returns whether more runs are needed, given the values that are undecided, those that are over the
+            tolerance, and the number of runs so far.
+    """
+
+    def __init__(
+        self,
+        run: _Run,
+        samples: Samples[Callable[[int], Values]],
+        names: list[str],
+        needed: Callable[[list[str], list[str], int], bool],
+    ) -> None:
+        self._run, self._samples, self._needed = run, samples, needed
+        self._reference = _kept(samples.reference, names)
+        self._count = samples.count or SAMPLES
+
+    def judge(self, names: list[str]) -> dict[str, Judgement]:
+        judged, cut = self._judge_with_samples(names)
+        if self._samples.may_jump:
+            judged |= self._judge_with_jumps(judged)
+        judged |= self._judge_repeatedly(judged, cut)
+        if cut and all(judged[name].passed for name in names if name not in cut):
+            return judged | self.judge(cut)  # what ended the sampling passes by repetition
+        return judged
+
+    def _judge_with_samples(self, names: list[str]) -> tuple[dict[str, Judgement], list[str]]:
+        """Returns the judgements with the floors 5 and 6, and the values that were given fewer samples."""
+        run, in_order = self._run, self._samples.in_order
+        cut = self._sample_noise(self._samples.torch, names)
+        judged = {name: run.judge(name) for name in names}
+        still_over = [name for name in names if judged[name].is_over]
+        if in_order is not None and still_over:
+            cut = self._sample_noise(in_order, still_over)
+            judged |= {name: replace(run.judge(name), plain_ratio=judged[name].ratio) for name in still_over}
+        return judged, cut
+
+    def _sample_noise(self, sample: Callable[[int], Values], pending: list[str]) -> list[str]:
+        """Sets the noise of values to the RMS error of `count` samples; returns those that were given fewer."""
         squares: dict[str, Floats] = {}  # only sums are kept, because a sample may have all activations of a model
         failed: list[str] = []
-        for index in range(count):
-            values, exact = run(index), reference_of(index)
+        for index in range(self._count):
+            values, exact = sample(index), self._reference(index)
             for name in pending:
                 squares[name] = squares.get(name, 0.0) + squared_distance(values[name].array, exact[name].array)
-            if index + 1 == count or index + 1 in LIMITS:
-                noises.update({name: np.sqrt(squares[name] / (index + 1)) for name in pending})
+            if index + 1 == self._count or index + 1 in LIMITS:
+                self._run.noises.update({name: np.sqrt(squares[name] / (index + 1)) for name in pending})
                 limit = LIMITS.get(index + 1, math.inf)
-                failed += [name for name in pending if judge_again(name).ratio > limit]
+                failed += [name for name in pending if self._run.judge(name).ratio > limit]
                 pending = [name for name in pending if name not in failed]
-                if not needed(pending, failed, index + 1):
-                    return pending if index + 1 < count else []
+                if not self._needed(pending, failed, index + 1):
+                    return pending if index + 1 < self._count else []
         return []
 
-    def nearby_distance(name: str) -> Floats:
-        exact = reference[name].array
-        squares = [squared_distance(reference_of(index)[name].array, exact) for index in range(FEW)]
+    def _judge_with_jumps(self, judged: Mapping[str, Judgement]) -> dict[str, Judgement]:
+        """Returns the judgements of the gradients that jump between nearby problems (floor 7)."""
+        run, found = self._run, {}
+        for name, judgement in judged.items():
+            if not judgement.is_over or not _is_gradient(name):
+                continue
+            jump = self._nearby_distance(name)
+            if rms(jump) > max(FACTOR * judgement.noise, JUMP * judgement.scale):
+                run.noises[name] = np.maximum(jump, run.noises[name])
+                found[name] = run.judge(name)
+        return found
+
+    def _nearby_distance(self, name: str) -> Floats:
+        exact = self._run.reference[name].array
+        squares = [squared_distance(self._reference(index)[name].array, exact) for index in range(FEW)]
         distance: Floats = np.sqrt(np.mean(squares, axis=0))
         return distance
 
-    def decide(names: list[str]) -> dict[str, Judgement]:
-        cut = sample_noise(samples.torch, names)
-        judged = {name: judge_again(name) for name in names}
-        still_over = [name for name in names if judged[name].is_over]
-        if samples.in_order is not None and still_over:
-            cut = sample_noise(samples.in_order, still_over)
-            judged |= {name: replace(judge_again(name), plain_ratio=judged[name].ratio) for name in still_over}
-        for name in names if samples.may_jump else ():
-            if judged[name].is_over and _is_gradient(name):
-                jump = nearby_distance(name)
-                if rms(jump) > max(FACTOR * judged[name].noise, JUMP * judged[name].scale):
-                    noises[name] = np.maximum(jump, noises[name])
-                    judged[name] = judge_again(name)
-        repeats = {name: [judged[name]] for name in names if judged[name].is_over}
+    def _judge_repeatedly(self, judged: Mapping[str, Judgement], cut: list[str]) -> dict[str, Judgement]:
+        """Returns the medians of the values over the tolerance when MLX solves nearby problems, too.
+
+        Args:
+            judged: The judgements with all floors.
+            cut: The values that were given fewer samples. They do not end the repetitions.
+        """
+        repeats = {name: [judgement] for name, judgement in judged.items() if judgement.is_over}
         for index in range(REPEATS):
             undecided = [name for name, judgements in repeats.items() if not _is_decided(judgements)]
             decided = [name for name in repeats if name not in (*undecided, *cut)]
             failed = [name for name in decided if not median(repeats[name]).passed]
-            if samples.mlx is None or not needed(undecided, failed, FEW):
+            if self._samples.mlx is None or not self._needed(undecided, failed, FEW):
                 break
-            run, exact_run = samples.mlx(index), reference_of(index)
+            run, exact_run = self._samples.mlx(index), self._reference(index)
             for name, judgements in repeats.items():
                 # the error there, at the reference here
                 value, exact = (np.asarray(values[name].array, np.float64) for values in (run, exact_run))
                 with np.errstate(invalid="ignore"):
-                    moved = np.where(np.isfinite(value - exact), reference[name].array + (value - exact), value)
-                judgements.append(judge_one(name, moved))
-        judged |= {name: median(judgements) for name, judgements in repeats.items()}
-        if cut and all(judged[name].passed for name in names if name not in cut):
-            return judged | decide(cut)  # what ended the sampling passes by repetition
-        return judged
-
-    return found | decide(over)
+                    error = value - exact
+                    moved = np.where(np.isfinite(error), self._run.reference[name].array + error, value)
+                judgements.append(self._run.judge(name, moved))
+        return {name: median(judgements) for name, judgements in repeats.items()}
 
 
 def _needed_for_worst(pending: list[str], failed: list[str], count: int) -> bool:
