@@ -11,7 +11,7 @@ import pytest
 
 from icenet.core import rng
 from icenet.parity.curves import judge_curve
-from icenet.parity.measures import half_ulp, rms, round_to
+from icenet.parity.measures import BLOCK, half_ulp, rms, round_to
 from icenet.parity.nearby import nearby, perturb_by_ulp
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import FACTOR, FEW, LIMITS, REPEATS, SAMPLES, Judgement, Samples, judge, judge_values
@@ -114,6 +114,12 @@ def test_a_perturbation_is_as_large_as_a_rounding(dtype: str) -> None:
     assert SAMPLES == 12
     assert abs(ulps.sum()) < 300  # half of them up
     assert ((ulps**2).sum(axis=1) > 330).all()  # 5000 / 12 = 417 in each sample
+
+
+def test_each_block_of_an_array_has_perturbations_of_its_own() -> None:
+    moved = perturb_by_ulp(np.ones((2, BLOCK)), "fp32", rng.key(1, "perturbation"), 0) != 1
+    both = (moved[0] & moved[1]).sum()
+    assert both < 1.5 * BLOCK / SAMPLES**2  # those of independent draws
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -106,6 +106,7 @@ OTHER = {
     "buffer": lambda self, t, padding: self.band[:t, :t],
     "anticausal": lambda self, t, padding: places(t)[0] <= places(t)[1],
     "float": lambda self, t, padding: (places(t)[0] - places(t)[1]).abs() * -0.5,
+    "fewer points for later keys": lambda self, t, padding: torch.full((t, t), -3.0).triu(1),
     "strictly causal but one": lambda self, t, padding: places(t)[1] <= places(t)[0].clamp(min=1),
 }
 

@@ -76,6 +76,24 @@ def test_indices_computed_from_floats_have_no_gradient(name: str) -> None:
         np.testing.assert_allclose(np.array(gradients["layer"]["weight"]), expected, rtol=1e-4, atol=1e-4)
 
 
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.embedding(steps(x)).sum(-1)
+
+
+def test_indices_computed_from_an_input_have_no_gradient_by_it() -> None:
+    module, x = Steps(), torch.randn(4, 6, requires_grad=True)
+    model, _ = ported(module, x.detach())
+    module(x).sum().backward()
+    _, gradients = mx.vjp(model, [mx.array(x.detach().numpy())], [mx.ones((4, 6))])
+    assert x.grad is not None
+    close(gradients[0], x.grad)
+
+
 class Positions(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import icenet.blas  # noqa: F401  (before mlx)
 
 import mlx.core as mx
@@ -100,6 +102,40 @@ def test_a_norm_of_which_a_part_is_a_result_stays() -> None:
     assert "rms_norm" not in source
     for ours, theirs in zip(model(mx.array(x.numpy())), Variance()(x), strict=True):
         close(ours, theirs)
+
+
+def root(x: torch.Tensor) -> torch.Tensor:
+    return torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 0.1)
+
+
+OTHERS = {
+    "twice eps": lambda x, w: x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 0.1, alpha=2)),
+    "squares of another value": lambda x, w: x / root(x + 1),
+    "rounded": lambda x, w: torch.div(x, root(x), rounding_mode="floor"),
+    "means of rows for columns": lambda x, w: x @ (w * torch.rsqrt(w.pow(2).mean(-1) + 0.1)),
+}
+"""Formulas that are nearly an RMS norm."""
+MULTIPLIED = {
+    "by its input": lambda x, w: x / root(x) * x,
+    "and added": lambda x, w: (y := x / root(x)) * w[0] + y,
+}
+
+
+class Formula(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.randn(8, 8)), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.weight)
+
+
+@pytest.mark.parametrize("name", [*OTHERS, *MULTIPLIED])
+def test_another_formula_is_no_rms_norm_and_another_product_no_weight(name: str) -> None:
+    module, x = Formula((OTHERS | MULTIPLIED)[name]).eval(), torch.randn(2, 5, 8)
+    model, source = ported(module, x)
+    assert "rms_norm(x, None, 0.1)" in source if name in MULTIPLIED else "rms_norm" not in source, source
+    close(model(mx.array(x.numpy())), module(x))
 
 
 def test_the_weight_of_a_norm_in_bfloat16_is_applied_after_rounding() -> None:
