@@ -52,7 +52,7 @@ def export(
     Raises:
         PortError: The graph breaks; the message names the line.
     """
-    with _same_attributes(module):
+    with same_attributes(module):
         module.train(training)
         program, shapes, functions = _program(module, args, kwargs, dynamic, repeated := Repeated())
         if repeated.varied():
@@ -65,10 +65,10 @@ def export(
 
 
 @contextlib.contextmanager
-def _same_attributes(module: nn.Module) -> Iterator[None]:
+def same_attributes(module: nn.Module) -> Iterator[None]:
     """Restores the attributes of all modules when the context is left: modes, and what a `forward` stores.
 
-    An export calls `forward` with tensors that have no values.
+    An export calls `forward` with tensors that have no values; a proof calls it with sizes that it may store.
     """
     before = [(inner, dict(vars(inner)), _containers(inner)) for inner in module.modules()]
     try:

@@ -71,6 +71,9 @@ def broken(error: Exception) -> PortError:
         remedy = "; write it with torch.where, or compute the condition before the call"
     elif isinstance(error, TypeError) and ("forward()" in text or "argument" in text):
         remedy = "; check the example inputs"
+    elif "fake tensor in the exported program constant" in text:
+        first = "a tensor is changed through .data, as in buffer.data.copy_(...), which an export does not see"
+        remedy = "; write buffer.copy_(...) under torch.no_grad()"
     elif "Constraints violated" in text:
         remedy = "; give `dynamic` only the dimensions that may change"
     return PortError(f"{where}cannot be exported: {first}{remedy}{version_note(torch.__version__)}")

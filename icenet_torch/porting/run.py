@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules import rnn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.printers import PythonPrinter
 
 from icenet.parity.trace import Value, short_dtype
 from icenet_torch.porting import export, inputs
@@ -179,6 +180,7 @@ class Reference:
             torch.set_default_dtype(torch.float64)
         try:
             with (
+                export.same_attributes(module),
                 inputs.unchanged(module.buffers()),
                 calls.assigned(module, weights or {}),
                 within(module),
@@ -317,13 +319,51 @@ def _state(program: Any) -> list[torch.Tensor]:
     return [value for value in found if isinstance(value, torch.Tensor)]
 
 
-def limits(program: Any) -> dict[str, tuple[int, int | None]]:
-    """Returns the least and the largest size of a graph, None for any, by the names of the sizes that have limits."""
+def guards(program: Any) -> list[tuple[str, dict[str, tuple[tuple[int, int], ...]]]]:
+    """Returns the conditions on sizes under which an exported program computes what the module computes.
+
+    Returns:
+        Each as a Python expression, the shortest first, and for each of its names the places, as (number of the
+        tensor, dimension), which have that size. A name with several places is a size that the module has there in
+        common. Inequalities (`!=`) come after the others; most follow from them.
+    """
+    inputs_of = set(program.graph_signature.user_inputs)
+    tensors = [
+        node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs_of
+    ]
+    common: dict[Any, Any] = {}
+    own: dict[Any, list[tuple[int, int]]] = {}
+    environment = None
+    for number, tensor in enumerate(item for item in tensors if isinstance(item, torch.Tensor)):
+        for dim, size in enumerate(tensor.shape):
+            if isinstance(size, torch.SymInt) and size.node._expr.is_Symbol:
+                environment = size.node.shape_env
+                common[size.node._expr] = size.node.expr
+                own.setdefault(size.node._expr, []).append((number, dim))
+    if environment is None:
+        return []
+    places: dict[Any, list[tuple[int, int]]] = {}
+    own = {symbol: of for symbol, of in own.items() if common[symbol].is_Symbol}  # others are fixed
+    for symbol, of in own.items():
+        places.setdefault(common[symbol], []).extend(of)
+    expressions = sorted(
+        (guard.expr for guard in environment.guards),
+        key=lambda expression: (expression.func.__name__ == "Unequality", len(str(expression))),
+    )
+    for symbol, limit in program.range_constraints.items():  # most follow from the guards
+        if limit.lower > 1:
+            expressions.append(symbol >= limit.lower)
+        if limit.upper.is_Integer and limit.upper < 2**31:
+            expressions.append(symbol <= limit.upper)
     found = {}
-    for symbol, limit in program.range_constraints.items():
-        high = int(limit.upper) if limit.upper.is_Integer and limit.upper < 2**31 else None
-        found[str(symbol)] = int(limit.lower), high
-    return found
+    for expression in expressions:
+        shared = expression.xreplace(common)
+        kept, table = (shared, places) if shared.free_symbols else (expression, own)  # `x.shape[0] == y.shape[0]`
+        symbols = sorted(kept.free_symbols, key=lambda symbol: table.get(symbol, []))
+        if symbols and all(symbol in table for symbol in symbols):
+            text = PythonPrinter().doprint(kept).replace("torch.sym_float", "float")
+            found[text] = {str(symbol): tuple(table[symbol]) for symbol in symbols}
+    return list(found.items())
 
 
 def accepts(program: Any, args: Any, kwargs: Any) -> bool:

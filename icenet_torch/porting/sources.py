@@ -146,6 +146,12 @@ def load_weights(module: nn.Module, path: Path) -> None:
             raise WeightsError(f"{path}: cannot be read as a file of tensors only: {first[:160]}") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
+    if isinstance(state, dict):
+        expected, found = (
+            {name: tuple(value.shape) for name, value in table.items() if isinstance(value, torch.Tensor)}
+            for table in (module.state_dict(), state)
+        )
+        files.check(expected, found, str(path), "give the weights of this module, under its names")
     try:
         module.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:

@@ -270,3 +270,12 @@ def test_a_pickle_of_other_things_is_refused(tmp_path: Path, capsys: pytest.Capt
     torch.save(made(nets.Net), path)
     assert command(f"{FILE}:Net", "--shape", "1x3x10x10", "--weights", str(path)) == 1
     assert is_one_line(capsys.readouterr().err.strip(), "w.pt", "tensors only", "state_dict()")
+
+
+def test_weights_of_another_model_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "w.pt"
+    state = made(nets.Net).state_dict()
+    first = next(iter(state))
+    torch.save({f"{number}": value for number, value in enumerate(state.values())}, path)
+    assert command(f"{FILE}:Net", "--shape", "1x3x10x10", "--weights", str(path)) == 1
+    assert is_one_line(capsys.readouterr().err.strip(), "w.pt", f"{len(state)} missing ({first}", "of this module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import icenet.blas
@@ -278,3 +279,53 @@ def test_a_branch_on_a_size_limits_the_sizes_of_the_port() -> None:
     assert port.module(mx.zeros((2, 5, 4))).shape == (2, 4)
     with pytest.raises(ValueError, match="x has 4 in dimension 1; the port was made for at least 5"):
         port.module(mx.zeros((2, 4, 4)))
+
+
+class Halves(nn.Module):
+    """PyTorch's export fixes the window, and says so in a guard only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(x, (x.shape[2] // 2, x.shape[3] // 2))
+
+
+class HalfWindows(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unfold(3, x.shape[3] // 2, 1)
+
+
+class Steps(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(x.shape[2] // 4):
+            x = x * 2
+        return x
+
+
+class Even(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[2] % 2 == 0 else x
+
+
+class Wide(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(2) if x.shape[3] > x.shape[2] else x.mean(3)
+
+
+@pytest.mark.parametrize(
+    ("module", "right", "wrong", "message"),
+    [
+        (Halves(), (9, 11), (12, 10), "x has 12 in dimension 2; the port was made for 8 to 9"),
+        (HalfWindows(), (15, 11), (8, 20), "x has 20 in dimension 3; the port was made for 10 to 11"),
+        (Steps(), (11, 20), (12, 10), "x has 12 in dimension 2; the port was made for 8 to 11"),
+        (Even(), (2, 3), (7, 10), "x has 7 in dimension 2; the port was made for x.shape[2] % 2 == 0"),
+        (Wide(), (2, 3), (3, 3), "the port was made for x.shape[3] > x.shape[2]"),
+    ],
+)
+def test_sizes_that_an_export_decides_with_limit_the_port(
+    module: nn.Module, right: tuple[int, int], wrong: tuple[int, int], message: str
+) -> None:
+    port = icenet.port(module, R(2, 3, 8, 10))
+    assert len([note for note in port.report.notes if "computes something else" in note]) == 1
+    x = torch.randn(3, 5, *right)
+    np.testing.assert_allclose(port.module(mx.array(x.numpy())), module(x), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        port.module(mx.zeros((2, 3, *wrong)))

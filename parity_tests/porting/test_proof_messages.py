@@ -350,3 +350,20 @@ def test_a_failed_export_names_an_old_version_of_pytorch(
 def test_an_example_without_finite_values_is_noted(example: torch.Tensor) -> None:
     notes = icenet.port(nn.Linear(5, 3), example).report.notes
     assert any(is_one_line(note, "no finite value") for note in notes)
+
+
+class Codes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.codes.data.copy_(self.codes * 0.9 + x.mean(0))
+        return x + self.codes
+
+
+def test_a_change_through_data_is_named() -> None:
+    notes = icenet.port(Codes(), torch.randn(3, 4)).report.notes
+    assert any(".data" in note and note.endswith("write buffer.copy_(...) under torch.no_grad()") for note in notes)
+    assert not any("issue" in note for note in notes)

@@ -394,7 +394,10 @@ def shapes(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
 
 
 def check(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str = "the weights"
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    source: str = "the weights",
+    remedy: str = "",
 ) -> None:
     """Checks that two tables of names and shapes are equal.
 
@@ -402,6 +405,7 @@ def check(
         expected: Name -> shape that the model has.
         found: Name -> shape of the weights.
         source: Beginning of the message, such as a path.
+        remedy: End of the message; by default the config, or the option of `icenet convert` that removes prefixes.
 
     Raises:
         WeightsError: They differ. The message names the first three parameters of each kind of difference, with the
@@ -427,10 +431,11 @@ def check(
         if found_prefixes:
             raise WeightsError(
                 f"{source}: not the parameters of this model: {len(extra)} names have the prefix "
-                f"{' and '.join(found_prefixes)}; {prefixes.advice(found_prefixes)}"
+                f"{' and '.join(found_prefixes)}; {remedy or prefixes.advice(found_prefixes)}"
             )
         raise WeightsError(
-            f"{source}: not the parameters of this model: {'; '.join(problems)}; use the config they belong to"
+            f"{source}: not the parameters of this model: {'; '.join(problems)}; "
+            f"{remedy or 'use the config they belong to'}"
         )
 
 

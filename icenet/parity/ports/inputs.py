@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -112,12 +111,12 @@ def _resized(given: Arguments, chosen: dict[str, int], plan: Plan) -> Arguments 
     return found
 
 
-def with_size(given: Arguments, places: set[tuple[int, int]], size: int) -> Arguments:
-    """Returns random inputs with another size at some dimensions, given as (number of the input, dimension)."""
-    rng, numbers = np.random.default_rng(1), itertools.count()
+def with_sizes(given: Arguments, sizes: dict[tuple[int, int], int]) -> Arguments:
+    """Returns random inputs with other sizes at some dimensions, given by (number of the input, dimension)."""
+    rng = np.random.default_rng(1)
     arrays = []
-    for number, array in zip(numbers, arrays_of(given), strict=False):
-        shape = tuple(size if (number, dim) in places else old for dim, old in enumerate(array.shape))
+    for number, array in enumerate(arrays_of(given)):
+        shape = tuple(sizes.get((number, dim), old) for dim, old in enumerate(array.shape))
         arrays.append(array if shape == array.shape else drawn_like(array, shape, rng))
     found: Arguments = with_arrays(given, arrays)
     return found

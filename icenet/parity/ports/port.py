@@ -217,7 +217,7 @@ def port(
         if functions and all(check.passed for check in report.checks if check.what != "gradients"):
             report.culprit += f"; {functions[0]} has a backward of its own, which a port cannot have"
         raise PortError(f"the port of {graph.modules[''].class_name} differs: {report.culprit}\n{report}")
-    if report.fixed or report.limits:
+    if report.fixed or report.limits or report.guards:
         plan = replace(plan, source=_with_sizes(plan, report, layout == "nhwc"))
         model = load.make(plan.source, plan.class_name, plan.native(weights))
     ports.mark(model, plan.places())
@@ -238,23 +238,43 @@ def _with_sizes(plan: Plan, report: PortReport, nhwc: bool) -> str:
     for item in plan.graph.signature:
         if item.name in parameters:
             texts.update({leaf: text for leaf, text, _ in signature.leaves(item.value, item.name, item.name)})
+
+    def axes(name: str) -> tuple[int, ...]:
+        ndim = plan.graph.tensors[name].ndim
+        return (0, *range(2, ndim), 1) if nhwc and ndim == 4 else tuple(range(ndim))
+
+    def size_text(name: str, dim: int) -> str:
+        return f"{texts[name]}.shape[{axes(name).index(dim)}]"
+
     lines = []
     for name in {**report.fixed, **report.limits}:
         text = texts.get(name)
         if text is None:
             continue
-        ndim = plan.graph.tensors[name].ndim
-        order = (0, *range(2, ndim), 1) if nhwc and ndim == 4 else tuple(range(ndim))
         wrong = {dim: (f"{{}} != {size}", f"{size}") for dim, size in report.fixed.get(name, {}).items()}
         for dim, (low, high) in report.limits.get(name, {}).items():
             outside = f"{{}} < {low}" if high is None else f"{{}} > {high}"
             outside = outside if low is None or high is None else f"not {low} <= {{}} <= {high}"
             wrong[dim] = outside, limit_text(low, high)
-        for dim, (condition, made_for) in sorted((order.index(dim), found) for dim, found in wrong.items()):
+        for dim, (condition, made_for) in sorted((axes(name).index(dim), found) for dim, found in wrong.items()):
             lines += [
                 f"        if {condition.format(f'{text}.shape[{dim}]')}:\n",
                 f'            raise ValueError(f"{text} has {{{text}.shape[{dim}]}} in dimension {dim}; '
                 f'the port was made for {made_for}")\n',
+            ]
+    inputs = [ref.name for ref in plan.graph.inputs]
+    for guard in report.guards:
+        places = [(inputs[number], dim) for (number, dim), *_ in guard.places.values()]
+        if all(name in texts for name, _ in places):
+            condition, outside = guard.texts(lambda place: size_text(inputs[place[0]], place[1]))
+            given = " and ".join(
+                f"{texts[name]} has {{{size_text(name, dim)}}} in dimension {axes(name).index(dim)}"
+                for name, dim in places
+            )
+            lines += [
+                f"        if {outside}:\n",
+                f'            raise ValueError(f"{given}; "\n',
+                f'                             "the port was made for {condition}")\n',
             ]
     return plan.source[: match.end()] + "".join(lines) + plan.source[match.end() :]
 

@@ -21,7 +21,8 @@ from icenet.core.errors import IceNetError, PortError
 from icenet.core.porting.build import Plan
 from icenet.parity.engines import Perturbation
 from icenet.parity.ports import places as proof_places
-from icenet.parity.ports.inputs import Arguments, arrays_of, other_sizes, sizes_text, with_arrays, with_size
+from icenet.parity.ports.inputs import Arguments, arrays_of, other_sizes, sizes_text, with_arrays, with_sizes
+from icenet.parity.ports.limits import Guard, find_limits
 from icenet.parity.trace import Value, short_dtype
 from icenet.parity.yardstick import FACTOR, FEW, Samples, judge_values
 
@@ -63,6 +64,8 @@ class PortReport:
     """The sizes, by dimension, of each input that the original may have at another size and the port may not."""
     limits: dict[str, dict[int, list[int | None]]] = field(default_factory=dict)
     """The least and the largest size, by dimension, of each input, beyond which the original computes otherwise."""
+    guards: list[Guard] = field(default_factory=list)
+    """Other conditions on the sizes, outside of which the original computes otherwise."""
 
     @property
     def passed(self) -> bool:
@@ -154,8 +157,9 @@ def prove(
                 report.notes.append(f"not compared: {error}")
         if not training and report.passed:
             progress("comparing, other sizes")
+            guards = [Guard(*guard) for guard in run.guards(program)]
+            _try_limits(plan, model, exact, single, example, report, guards)
             _try_fixed_sizes(plan, model, exact, single, example, report)
-            _try_limits(plan, model, exact, single, example, report, run.limits(program))
             if len({check.sizes for check in report.checks}) == 1:
                 report.notes.append("compared on the sizes of the example only: the module or the port has no others")
             if place := proof_places.jump_that_differs(plan, program, module, example):
@@ -211,7 +215,7 @@ def _try_fixed_sizes(plan: Plan, model: Any, exact: Any, single: Any, example: A
     for size, places in same.items():
         tries = [places, *([place] for place in places)] if len(places) > 1 else [places]
         for chosen in tries:
-            given = with_size(example, set(chosen), size + (32 if size % 32 == 0 else 1))
+            given = with_sizes(example, dict.fromkeys(chosen, size + (32 if size % 32 == 0 else 1)))
             if not _runs(single, given):  # the module does not have this size
                 continue
             try:
@@ -238,32 +242,30 @@ def _try_limits(
     single: Any,
     example: Arguments,
     report: PortReport,
-    limits: dict[str, tuple[int, int | None]],
+    guards: list[Guard],
 ) -> None:
-    """Tries sizes beyond the limits of the graph, as of `if x.shape[1] > 4`; those that differ are in the report."""
-    shapes = [(ref.name, plan.graph.tensors[ref.name].shape) for ref in plan.graph.inputs]
-    for symbol, (low, high) in limits.items():
-        places = {
-            (number, dim) for number, (_, shape) in enumerate(shapes) for dim, s in enumerate(shape) if s == symbol
-        }
-        for size, index in ((low - 1, 0), (None if high is None else high + 1, 1)):
-            if not places or not size or size < 1:
-                continue
-            given = with_size(example, places, size)
-            if not _runs(single, given):
-                continue
-            try:
-                served = all(c.passed for c in _Pair(plan, model, exact, single, given, False).checks(False, []))
-            except PortError:
-                served = False
-            if served:
-                continue
-            for number, dim in sorted(places):
-                limit = report.limits.setdefault(shapes[number][0], {}).setdefault(dim, [None, None])
-                limit[index] = (low, high)[index]
-    for name, found in report.limits.items():
-        text = ", ".join(f"{limit_text(*limit)} in dimension {dim}" for dim, limit in sorted(found.items()))
-        report.notes.append(f"{name} has {text}; beyond, the port computes something else than the module")
+    """Tries sizes that violate the guards of the graph; those at which the port differs are in the report."""
+
+    def serves(given: Arguments) -> bool:
+        try:
+            return all(check.passed for check in _Pair(plan, model, exact, single, given, False).checks(False, []))
+        except PortError:
+            return False
+
+    names = [ref.name for ref in plan.graph.inputs]
+    found = find_limits(example, guards, functools.partial(_runs, single), serves)
+    for (number, dim), (low, high) in sorted(found.ranges.items()):
+        if low is not None and low == high:
+            report.fixed.setdefault(names[number], {})[dim] = low
+        else:
+            report.limits.setdefault(names[number], {})[dim] = [low, high]
+    report.guards = found.guards
+    texts = [
+        f"{name} has {', '.join(f'{limit_text(*limit)} in dimension {dim}' for dim, limit in sorted(sizes.items()))}"
+        for name, sizes in report.limits.items()
+    ]
+    texts += [guard.texts(lambda place: f"{names[place[0]]}.shape[{place[1]}]")[0] for guard in found.guards]
+    report.notes += [f"{text}; beyond, the port computes something else than the module" for text in texts]
 
 
 def limit_text(low: int | None, high: int | None) -> str:
