@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,17 +18,12 @@ def nearby(values: npt.ArrayLike, dtype: str, sample: int) -> Floats:
     The difference is a function of the value and the sample, so it does not depend on the axes of the array, and
     equal values stay equal. Zeros and values that are not finite (masks) stay.
     """
-    array = np.asarray(values, np.float64)
-    flat = array.reshape(-1)
-    moved = np.empty_like(flat)
     key = rng.key(0, "nearby", sample)
-    for start in range(0, flat.size, BLOCK):
-        part = flat[start : start + BLOCK]
-        uniform = _hash(part.astype(np.float32).view(np.uint32), key) * 2.0**-31 - 1
-        movable = np.isfinite(part) & (part != 0)
-        change = 8 * uniform * half_ulp(np.where(movable, part, 1.0), dtype)
-        moved[start : start + BLOCK] = part + np.where(movable, change, 0.0)
-    return moved.reshape(array.shape)
+
+    def uniform(part: Floats, start: int) -> Floats:
+        return _hash(part.astype(np.float32).view(np.uint32), key).astype(np.float64) * 2.0**-31 - 1
+
+    return _moved(values, dtype, 8, uniform)
 
 
 def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32], sample: int) -> Floats:
@@ -36,16 +33,31 @@ def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32
     changes is ulp^2 / 12, that of a rounding. The result is exact in `dtype`. Zeros and values that are not finite
     (masks) stay.
     """
+
+    def ulps(part: Floats, start: int) -> Floats:
+        places = np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32)
+        slots = _hash(places, key).astype(np.uint64) * (2 * yardstick.SAMPLES) >> np.uint64(32)
+        return (slots == 2 * sample).astype(np.float64) - (slots == 2 * sample + 1)
+
+    return _moved(values, dtype, 2, ulps)
+
+
+def _moved(values: npt.ArrayLike, dtype: str, halves: int, share: Callable[[Floats, int], Floats]) -> Floats:
+    """Returns values that are moved by shares of some halves of an ulp. Zeros and values that are not finite stay.
+
+    Args:
+        values: The values, which are moved block by block.
+        dtype: That of the ulps.
+        halves: Number of halves of an ulp.
+        share: Returns the shares, -1 to 1, of a block and the place of its first value.
+    """
     array = np.asarray(values, np.float64)
     flat = array.reshape(-1)
     moved = np.empty_like(flat)
     for start in range(0, flat.size, BLOCK):
         part = flat[start : start + BLOCK]
-        places = np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32)
-        slots = _hash(places, key).astype(np.uint64) * (2 * yardstick.SAMPLES) >> np.uint64(32)
-        ulps = (slots == 2 * sample).astype(np.float64) - (slots == 2 * sample + 1)
         movable = np.isfinite(part) & (part != 0)
-        change = 2 * ulps * half_ulp(np.where(movable, part, 1.0), dtype)
+        change = halves * share(part, start) * half_ulp(np.where(movable, part, 1.0), dtype)
         moved[start : start + BLOCK] = part + np.where(movable, change, 0.0)
     return moved.reshape(array.shape)
 
