@@ -63,12 +63,7 @@ def find_rotary(trial: Trial) -> str:
     """
     if not trial.is_forward or not _turns(trial):
         return ""
-    places = trial.pair.input_places()
-    floats = [
-        index
-        for index, ((source, _), value) in enumerate(zip(places, trial.given.values, strict=True))
-        if source is not None and value.is_float and value.array.ndim >= 3
-    ]
+    floats = [index for index in _float_inputs(trial) if trial.given.values[index].array.ndim >= 3]
     chosen = [[index] for index in floats if trial.given.values[index].array.shape[-1] % 3 == 0]
     chosen += [list(pair) for pair in itertools.combinations(floats[:4], 2)]
     for indices in chosen:
@@ -88,6 +83,16 @@ def find_rotary(trial: Trial) -> str:
     return ""
 
 
+def _float_inputs(trial: Trial) -> list[int]:
+    """Returns the numbers of the inputs that are floats and come from the call."""
+    places = trial.pair.input_places()
+    return [
+        index
+        for index, ((source, _), value) in enumerate(zip(places, trial.given.values, strict=True))
+        if source is not None and value.is_float
+    ]
+
+
 def find_partial(trial: Trial) -> str:
     """Returns whether rotary positions turn another part of each head, or positions at another scale.
 
@@ -95,12 +100,7 @@ def find_partial(trial: Trial) -> str:
     """
     if not trial.is_forward or not _turns(trial):
         return ""
-    places = trial.pair.input_places()
-    floats = [
-        index
-        for index, ((source, _), value) in enumerate(zip(places, trial.given.values, strict=True))
-        if source is not None and value.is_float and value.array.ndim in (3, 4)
-    ]
+    floats = [index for index in _float_inputs(trial) if trial.given.values[index].array.ndim in (3, 4)]
     held = _held(trial)
     for indices in _queries_and_keys(trial, floats):
         arrays = [trial.given.values[index].array for index in indices]
