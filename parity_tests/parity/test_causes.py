@@ -18,7 +18,7 @@ import torch
 import torch.nn as T
 import torch.nn.functional as F
 from pairs import draw, randomized, tokens
-from written_pairs import Pair, convolution, linear, net
+from written_pairs import Pair, convolution, linear, net, verdict
 
 import icenet
 from icenet.parity import compare
@@ -28,15 +28,6 @@ from icenet.parity import compare
 def seeded(mlx_on_cpu: None) -> None:
     """Draws the same initial values in each run, on the CPU."""
     torch.manual_seed(0)
-
-
-def cause_of(pair: Pair, given: Any, **options: Any) -> str:
-    """Returns the first line of the report of a pair with equal weights, which must differ."""
-    randomized(pair.theirs)
-    icenet.from_torch(pair.theirs, pair.ours)
-    report = compare(pair.ours, pair.theirs, given, copy_weights=False, **{"stages": ["forward"], **options})
-    assert not report.passed, report
-    return report.verdict
 
 
 def mlp(ours: Callable[[Any], Any], theirs: Callable[[Any], Any], **layers: Any) -> Pair:
@@ -100,14 +91,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name: str) -> None:
     ours, theirs, words = FUNCTIONS[name]
-    cause = cause_of(mlp(ours, theirs), draw(2, 5, 6))
+    cause = verdict(mlp(ours, theirs), draw(2, 5, 6))
     assert any(word in cause for word in words.split("|")), cause
 
 
 def test_the_default_eps_of_the_rms_norms() -> None:
     """That of PyTorch is the epsilon of the dtype."""
     pair = net(lambda m, x: m.norm(x), lambda m, x: m.norm(x), norm=(M.RMSNorm(6), T.RMSNorm(6)))
-    assert "eps is 1e-05 in a, 1.19209e-07 in b" in cause_of(pair, 0.01 * draw(2, 6))
+    assert "eps is 1e-05 in a, 1.19209e-07 in b" in verdict(pair, 0.01 * draw(2, 6))
 
 
 # ---- attention ----------------------------------------------------------------------------------------------
@@ -172,12 +163,12 @@ def test_masks(name: str, how: str) -> None:
     ours, words = MASKS[name]
     if (name, how) == ("itself", "masked_fill"):
         pytest.skip("the first row would have no finite score")
-    cause = cause_of(attention(ours, how), draw(2, 6, 8))
+    cause = verdict(attention(ours, how), draw(2, 6, 8))
     assert any(word in cause for word in words.split("|")), cause
 
 
 def test_the_scale_of_attention() -> None:
-    cause = cause_of(attention(lambda keep, n: keep, "where", scale=0.5), draw(2, 6, 8))
+    cause = verdict(attention(lambda keep, n: keep, "where", scale=0.5), draw(2, 6, 8))
     assert "scale is" in cause or "multiplied" in cause, cause
 
 
@@ -200,7 +191,7 @@ def rotate_half(x: Any, theta: float = 10000.0) -> Any:
 def test_rotary_layers(options: dict[str, Any], words: str) -> None:
     """MLX's layer next to the code of Hugging Face's models."""
     pair = attention(lambda keep, n: keep, "where", turn=(M.RoPE(4, **options), rotate_half))
-    cause = cause_of(pair, draw(2, 6, 8))
+    cause = verdict(pair, draw(2, 6, 8))
     assert words in cause, cause
     assert compare(
         *attention(lambda keep, n: keep, "where", turn=(M.RoPE(4), rotate_half)),
@@ -227,7 +218,7 @@ def test_rotary_tables_that_the_model_hands_to_its_layers(options: dict[str, Any
     layer = net(mlx_layer, torch_layer, **{name: linear(8, 8) for name in ("q", "k", "out")})
     layer.ours.rope = M.RoPE(4, **options)
     pair = net(lambda m, x: m.layer(x), lambda m, x: m.layer(x, *tables(x, 10000.0)), layer=layer)
-    cause = cause_of(pair, draw(2, 6, 8))
+    cause = verdict(pair, draw(2, 6, 8))
     assert words in cause, cause
 
 
@@ -243,7 +234,7 @@ def test_padding_modes(mode: str, shown: str) -> None:
         lambda m, x: m.conv(F.pad(x, (1, 1, 1, 1), mode="reflect")),
         conv=convolution(3, 4, 3),
     )
-    cause = cause_of(pair, draw(2, 6, 6, 3))
+    cause = verdict(pair, draw(2, 6, 6, 3))
     assert f"padding mode {shown} in a" in cause, cause
 
 
@@ -255,7 +246,7 @@ def test_align_corners(is_aligned: bool) -> None:
         conv=convolution(3, 4, 3),
     )
     pair.ours.up = M.Upsample(2, "linear", align_corners=is_aligned)
-    assert f"align_corners is {is_aligned} in a, {not is_aligned} in b" in cause_of(pair, draw(2, 6, 6, 3))
+    assert f"align_corners is {is_aligned} in a, {not is_aligned} in b" in verdict(pair, draw(2, 6, 6, 3))
 
 
 def test_numbers_of_layers_whose_shapes_differ() -> None:
@@ -276,13 +267,13 @@ def test_numbers_of_layers_whose_shapes_differ() -> None:
 def test_two_numbers_of_a_module() -> None:
     """Neither explains the difference alone."""
     pair = net(lambda m, x: m.bent(x), lambda m, x: m.bent(x), bent=Pair(Bent(0.5, 2.0), TorchBent(1.0, 3.0)))
-    assert "alpha is 0.5 in a, 1 in b; beta is 2 in a, 3 in b" in cause_of(pair, draw(4, 6))
+    assert "alpha is 0.5 in a, 1 in b; beta is 2 in a, 3 in b" in verdict(pair, draw(4, 6))
 
 
 def test_a_number_that_is_no_cause_does_not_hide_one() -> None:
     pair = net(lambda m, x: m.bent(x), lambda m, x: m.bent(x), bent=Pair(Bent(1.0, 2.0), TorchBent(1.0, 3.0)))
     pair.ours.bent.alpha = 0.5  # the code does not use it
-    assert "; cause: beta is 2 in a, 3 in b" in cause_of(pair, draw(4, 6))
+    assert "; cause: beta is 2 in a, 3 in b" in verdict(pair, draw(4, 6))
 
 
 class Bent(M.Module):
@@ -339,14 +330,14 @@ def test_batch_norms(layer: Callable[[], Any], words: str) -> None:
         conv=convolution(3, 4, 3),
         norm=Pair(layer(), T.BatchNorm2d(4)),
     )
-    assert words in cause_of(pair, draw(3, 6, 6, 3))
+    assert words in verdict(pair, draw(3, 6, 6, 3))
 
 
 def test_dropout() -> None:
     pair = mlp(lambda m, x: m.drop(x), lambda m, x: m.drop(x), drop=Pair(M.Dropout(0.2), T.Dropout(0.1)))
-    assert "the rate p of the dropout is 0.2 in a, 0.1 in b" in cause_of(pair, draw(2, 5, 6))
+    assert "the rate p of the dropout is 0.2 in a, 0.1 in b" in verdict(pair, draw(2, 5, 6))
     pair = mlp(lambda m, x: m.drop(x), lambda m, x: m.drop(x), drop=Pair(M.Dropout(0.1).eval(), T.Dropout(0.1)))
-    assert "differs in drop; it is in evaluation mode in a" in cause_of(pair, draw(2, 5, 6))
+    assert "differs in drop; it is in evaluation mode in a" in verdict(pair, draw(2, 5, 6))
 
 
 # ---- weights, precision, training ---------------------------------------------------------------------------
@@ -409,7 +400,7 @@ def test_tf32() -> None:
         up=linear(6, 32),
         down=linear(32, 6),
     )
-    assert "products in TF32 in a" in cause_of(pair, draw(4, 6))
+    assert "products in TF32 in a" in verdict(pair, draw(4, 6))
 
 
 def test_a_missing_cast() -> None:
@@ -425,7 +416,7 @@ def test_a_missing_cast() -> None:
         ),
         down=linear(9, 4),
     )
-    cause = cause_of(pair, {"x": draw(5, 6), "t": tokens(5, below=1000, seed=3)}, dtype="bf16")
+    cause = verdict(pair, {"x": draw(5, 6), "t": tokens(5, below=1000, seed=3)}, dtype="bf16")
     assert "a cast to fp32 is missing" in cause, cause
 
 
@@ -451,7 +442,7 @@ def test_options_of_the_optimizer(options: dict[str, Any], theirs: Any, words: s
     pair = mlp(lambda m, x: mx.tanh(x), lambda m, x: torch.tanh(x))
     settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "bias_correction": True, **options}
     stages = ["forward", "loss", "gradients", "optimizer"]
-    cause = cause_of(pair, draw(4, 6), stages=stages, optimizer=(optimizers.AdamW(**settings), theirs))
+    cause = verdict(pair, draw(4, 6), stages=stages, optimizer=(optimizers.AdamW(**settings), theirs))
     assert words in cause, cause
 
 
@@ -477,7 +468,7 @@ def test_difference_in_training_convergence_between_pytorch_and_mlx() -> None:
     optimizer = optimizers.AdamW(learning_rate=4e-4, weight_decay=0.1)
     torch_optimizer = partial(torch.optim.AdamW, lr=4e-4, weight_decay=0.1)
     stages = ["forward", "loss", "gradients", "optimizer"]
-    cause = cause_of(pair, tokens(2, 6, below=20), stages=stages, optimizer=(optimizer, torch_optimizer))
+    cause = verdict(pair, tokens(2, 6, below=20), stages=stages, optimizer=(optimizer, torch_optimizer))
     assert "no bias correction in a: pass bias_correction=True" in cause
 
 
@@ -494,7 +485,7 @@ def test_different_outputs_from_pytorch_and_mlx_on_a_simple_mlp() -> None:
         lambda m, x: call(m, x, F.relu, 2),
         layers=[linear(6, 8), linear(8, 8), linear(8, 4)],
     )
-    cause = cause_of(pair, draw(5, 6))
+    cause = verdict(pair, draw(5, 6))
     assert "ReLU in addition in a" in cause, cause
 
 
@@ -553,5 +544,5 @@ def test_results_with_bert_are_not_the_same_as_torch(is_layer_at_fault: bool) ->
         attention=layer,
     )
     mask = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], np.int32)
-    cause = cause_of(pair, {"ids": tokens(2, 6, below=30), "mask": mask})
+    cause = verdict(pair, {"ids": tokens(2, 6, below=30), "mask": mask})
     assert "the attention mask of 0 and 1 is" in cause and "cause: exp" not in cause, cause

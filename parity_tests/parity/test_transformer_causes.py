@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import icenet.blas
-
 import mlx.core as mx
 import mlx.nn as M
 import numpy as np
@@ -15,10 +13,9 @@ import pytest
 import torch
 import torch.nn as T
 import torch.nn.functional as F
-from pairs import draw, randomized, tokens
-from written_pairs import Pair, convolution, linear, net
+from pairs import draw, tokens
+from written_pairs import Pair, convolution, linear, net, verdict
 
-import icenet
 from icenet.parity import compare
 
 Function = Callable[[Any], Any]
@@ -28,15 +25,6 @@ Function = Callable[[Any], Any]
 def seeded(mlx_on_cpu: None) -> None:
     """Draws the same initial values in each run, on the CPU."""
     torch.manual_seed(0)
-
-
-def verdict(pair: Pair, given: Any, **options: Any) -> str:
-    """Returns the first line of the report of a pair with equal weights, which must differ."""
-    randomized(pair.theirs)
-    icenet.from_torch(pair.theirs, pair.ours)
-    report = compare(pair.ours, pair.theirs, given, copy_weights=False, **{"stages": ["forward"], **options})
-    assert not report.passed, report
-    return report.verdict
 
 
 def same(x: Any) -> Any:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from pairs import randomized
 
 import icenet
+from icenet.parity import compare
 
 DTYPES = ("fp32", "fp32", "bf16", "fp16")
 
@@ -74,6 +75,15 @@ class Pair(NamedTuple):
 
     ours: Any
     theirs: Any
+
+
+def verdict(pair: Pair, given: Any, **options: Any) -> str:
+    """Returns the first line of the report of a pair with equal weights, which must differ."""
+    randomized(pair.theirs)
+    icenet.from_torch(pair.theirs, pair.ours)
+    report = compare(pair.ours, pair.theirs, given, copy_weights=False, **{"stages": ["forward"], **options})
+    assert not report.passed, report
+    return report.verdict
 
 
 def net(ours: Callable[..., Any], theirs: Callable[..., Any], *arrays: tuple[str, int], **layers: Any) -> Pair:
