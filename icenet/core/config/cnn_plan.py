@@ -15,7 +15,10 @@ layers have four times the parameters.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from icenet.core.config.model import CNNConfig
 
 Stem = Literal["conv3", "conv7"]
 BlockType = Literal["alternating", "conv", "basic", "bottleneck"]
@@ -24,22 +27,6 @@ Classifier = Literal["hidden", "linear"]
 
 EXPANSION = 4
 """Output channels of a bottleneck block divided by its inner channels (He et al., 2015)."""
-
-
-class CNNFields(Protocol):
-    """The fields of `CNNConfig` that determine the blocks. A protocol, because `CNNConfig` imports this module."""
-
-    num_layers: int
-    hidden_size: int
-    base_channels: int
-    image_channels: int
-    block: BlockType
-    stem: Stem
-    classifier: Classifier
-    stage_depths: list[int] | None
-    stage_widths: list[int] | None
-    first_stage_stride: Literal[1, 2]
-    bottleneck_stride: BottleneckStride
 
 
 class Block(NamedTuple):
@@ -54,7 +41,7 @@ class Block(NamedTuple):
     stride: int
 
 
-def depths(config: CNNFields) -> list[int]:
+def depths(config: CNNConfig) -> list[int]:
     """Returns the number of blocks of each stage."""
     if config.stage_depths is not None:
         return config.stage_depths
@@ -64,12 +51,12 @@ def depths(config: CNNFields) -> list[int]:
     return found
 
 
-def widths(config: CNNFields) -> list[int]:
+def widths(config: CNNConfig) -> list[int]:
     """Returns the channels of each stage."""
     return config.stage_widths or [config.base_channels * 2**stage for stage in range(len(depths(config)))]
 
 
-def blocks(config: CNNFields) -> list[Block]:
+def blocks(config: CNNConfig) -> list[Block]:
     """Returns all blocks in order."""
     found: list[Block] = []
     channels, total = config.base_channels, sum(depths(config))
@@ -85,13 +72,13 @@ def blocks(config: CNNFields) -> list[Block]:
     return found
 
 
-def min_image_size(config: CNNFields) -> int:
+def min_image_size(config: CNNConfig) -> int:
     """Returns the smallest height and width for which each halving of the resolution has at least two pixels."""
     halvings = len(depths(config)) - 1 + (2 if config.stem == "conv7" else 0) + (config.first_stage_stride == 2)
     return 2 ** (halvings - 1) + 1 if halvings else 1
 
 
-def check(config: CNNFields) -> None:
+def check(config: CNNConfig) -> None:
     """Checks that the stages agree with each other.
 
     Raises:
@@ -119,7 +106,7 @@ def check(config: CNNFields) -> None:
         )
 
 
-def size_problem(config: CNNFields, height: int, width: int) -> str:
+def size_problem(config: CNNConfig, height: int, width: int) -> str:
     """Returns why the strides do not allow a size of images; an empty text if they do."""
     smallest = min_image_size(config)
     if min(height, width) >= smallest:

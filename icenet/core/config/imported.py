@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from icenet.core.config.custom import is_custom
 from icenet.core.config.data import PIXEL_KEYS
 from icenet.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from icenet.core.runs.model_path import ModelAtPath
 
 MAX_LENGTH = 1024
 """Tokens in a training sequence of an imported model with more positions, unless data.seq_length is given."""
@@ -28,6 +25,22 @@ SCHEMA = {
 }
 """Schema of `model.path`, which is no field of a section."""
 _log = logging.getLogger("icenet")
+
+
+class ModelAtPath(NamedTuple):
+    """What a configuration takes from a model, as trees of values."""
+
+    path: Path
+    """The path on this machine, also of the id of a repository."""
+    input_kind: str
+    """What the model reads: tokens or images."""
+    model: dict[str, Any]
+    tokenizer: str
+    """The value of `data.tokenizer`."""
+    generation: dict[str, Any]
+    embedding: dict[str, Any]
+    image_keys: Callable[[], dict[str, Any]]
+    """Returns the keys of `data` that read images as the model does. ConfigError: its processor is not supported."""
 
 
 def expand(
@@ -111,6 +124,9 @@ def _find(path: str, folder: Path) -> Path:
 
 
 def _read(path: Path) -> ModelAtPath:
-    """Returns the model at a path. What opens it reads configurations, so it is above and is imported by name."""
+    """Returns the model at a path.
+
+    The function that opens it reads the configuration of that model, so it is in a folder above this one.
+    """
     found: ModelAtPath = importlib.import_module("icenet.core.runs.model_path").read(path)
     return found

@@ -5,9 +5,12 @@ The blocks of both backends take these values and not the configuration, so that
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from icenet.core.config.rotary_scaling import RotaryScaling
+
+if TYPE_CHECKING:
+    from icenet.core.config.model import TransformerConfig
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 FeedForward = Literal["plain", "gated"]
@@ -18,55 +21,6 @@ Output = Literal["linear", "transform", "none"]
 Positions = Literal["sinusoidal", "learned", "rotary", "none"]
 QueryKeyNorm = Literal["none", "head", "all"]
 RotaryPairs = Literal["half", "interleaved"]
-
-
-class TransformerFields(Protocol):
-    """The fields of `TransformerConfig` that determine the parts. A protocol, because it imports this module."""
-
-    hidden_size: int
-    num_layers: int
-    dropout: float
-    num_heads: int
-    num_kv_heads: int | None
-    head_size: int | None
-    causal: bool
-    positions: Positions
-    position_offset: int
-    relative_buckets: int | None
-    relative_max_distance: int
-    rotary_theta: float
-    sliding_rotary_theta: float | None
-    rotary_scaling: RotaryScaling | None
-    rotary_layers: list[int] | None
-    rotary_fraction: float
-    rotary_pairs: RotaryPairs
-    attention_bias: bool
-    attention_output_bias: bool | None
-    attention_scale: float | None
-    attention_softcap: float | None
-    query_key_norm: QueryKeyNorm
-    sliding_window: int | None
-    layer_types: list[LayerType] | None
-    activation: Activation
-    feed_forward: FeedForward
-    feed_forward_multiplier: int
-    feed_forward_size: int | None
-    feed_forward_bias: bool
-    num_experts: int | None
-    experts_per_token: int
-    expert_size: int | None
-    expert_layers: list[int] | None
-    normalize_expert_weights: bool
-    router_aux_loss_coef: float
-    norm: Norm
-    norm_eps: float
-    norm_offset: bool
-    norm_position: NormPosition
-    parallel_residual: bool
-    output: Output
-    tie_embeddings: bool
-    output_bias: bool
-    logit_softcap: float | None
 
 
 class NormPlan(NamedTuple):
@@ -145,7 +99,7 @@ class BlockPlan(NamedTuple):
     parallel: bool = False
 
 
-def blocks(config: TransformerFields) -> list[BlockPlan]:
+def blocks(config: TransformerConfig) -> list[BlockPlan]:
     """Returns the plan of each block."""
     width, heads = config.hidden_size, config.num_heads
     init_scale = (2 * config.num_layers) ** -0.5
@@ -189,12 +143,12 @@ def blocks(config: TransformerFields) -> list[BlockPlan]:
     ]
 
 
-def layer_types(config: TransformerFields) -> list[LayerType]:
+def layer_types(config: TransformerConfig) -> list[LayerType]:
     """Returns whether each block has the window, if there is one."""
     return config.layer_types or ["sliding"] * config.num_layers
 
 
-def rotary_types(config: TransformerFields) -> list[LayerType | None]:
+def rotary_types(config: TransformerConfig) -> list[LayerType | None]:
     """Returns the type of layers whose angles each block takes, a key of `rotary_plans`; None without rotation."""
     if config.positions != "rotary":
         return [None] * config.num_layers
@@ -205,7 +159,7 @@ def rotary_types(config: TransformerFields) -> list[LayerType | None]:
     return [kind if index in layers else None for index, kind in enumerate(kinds)]
 
 
-def rotary_plans(config: TransformerFields) -> dict[LayerType, RotaryPlan]:
+def rotary_plans(config: TransformerConfig) -> dict[LayerType, RotaryPlan]:
     """Returns the angles of rotary positions: `full` for all layers, or `sliding` for sliding ones if they differ."""
     size, used = rotary_size(config), rotary_types(config)
     plans: dict[LayerType, RotaryPlan] = {"full": RotaryPlan(size, config.rotary_theta, config.rotary_scaling)}
@@ -214,35 +168,35 @@ def rotary_plans(config: TransformerFields) -> dict[LayerType, RotaryPlan]:
     return {kind: plan for kind, plan in plans.items() if kind in used}
 
 
-def experts(config: TransformerFields, feed_forward: FeedForwardPlan) -> FeedForwardPlan:
+def experts(config: TransformerConfig, feed_forward: FeedForwardPlan) -> FeedForwardPlan:
     """Returns the plan of a mixture of experts, from that of a feed-forward network."""
     plan = ExpertsPlan(config.num_experts or 1, config.experts_per_token, config.normalize_expert_weights)
     return feed_forward._replace(inner=config.expert_size or feed_forward.inner, experts=plan)
 
 
-def expert_layers(config: TransformerFields) -> list[int]:
+def expert_layers(config: TransformerConfig) -> list[int]:
     """Returns the indices of the layers with experts."""
     if config.num_experts is None:
         return []
     return list(range(config.num_layers)) if config.expert_layers is None else config.expert_layers
 
 
-def norm(config: TransformerFields) -> NormPlan:
+def norm(config: TransformerConfig) -> NormPlan:
     """Returns the plan of the norms of blocks and of the final norm."""
     return NormPlan(config.norm, config.norm_eps, config.norm_offset)
 
 
-def head_size(config: TransformerFields) -> int:
+def head_size(config: TransformerConfig) -> int:
     """Returns the width of an attention head."""
     return config.head_size or config.hidden_size // config.num_heads
 
 
-def rotary_size(config: TransformerFields) -> int:
+def rotary_size(config: TransformerConfig) -> int:
     """Returns how many values of a head are rotated."""
     return int(head_size(config) * config.rotary_fraction)
 
 
-def _check_rotary(config: TransformerFields) -> None:
+def _check_rotary(config: TransformerConfig) -> None:
     """Raises ValueError if options of rotary positions contradict each other."""
     for name in ("rotary_scaling", "sliding_rotary_theta", "rotary_layers"):
         if getattr(config, name) is not None and config.positions != "rotary":
@@ -265,7 +219,7 @@ def _check_rotary(config: TransformerFields) -> None:
             raise ValueError(f"rotary_scaling.{name} has {len(factors)} factors, and a head {pairs} rotated pairs")
 
 
-def _check_experts(config: TransformerFields) -> None:
+def _check_experts(config: TransformerConfig) -> None:
     """Raises ValueError if options of experts contradict each other."""
     if config.num_experts is None:
         unused = {
@@ -290,7 +244,7 @@ def _check_experts(config: TransformerFields) -> None:
         )
 
 
-def check(config: TransformerFields) -> None:
+def check(config: TransformerConfig) -> None:
     """Raises ValueError if options contradict each other."""
     heads, width = config.num_heads, config.hidden_size
     if config.head_size is None and width % heads:

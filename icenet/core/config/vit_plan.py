@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
-from icenet.core.config.transformer_plan import Activation, AttentionPlan, BlockPlan, FeedForwardPlan, NormPlan
+from icenet.core.config.transformer_plan import AttentionPlan, BlockPlan, FeedForwardPlan, NormPlan
+
+if TYPE_CHECKING:
+    from icenet.core.config.model import ViTConfig
 
 Pooling = Literal["token", "mean"]
 Distillation = Literal["none", "token", "classifier"]
 
 
-class ViTFields(Protocol):
-    """The fields of `ViTConfig` that determine the parts. A protocol, because it imports this module."""
-
-    hidden_size: int
-    num_layers: int
-    dropout: float
-    image_size: int | list[int]
-    patch_size: int
-    pooling: Pooling
-    distillation: Distillation
-    num_heads: int
-    head_size: int | None
-    attention_bias: bool
-    activation: Activation
-    feed_forward_size: int | None
-    norm_eps: float
-
-
-def blocks(config: ViTFields) -> list[BlockPlan]:
+def blocks(config: ViTConfig) -> list[BlockPlan]:
     """Returns the plan of each block."""
     width, init_scale = config.hidden_size, (2 * config.num_layers) ** -0.5
     attention = AttentionPlan(
@@ -50,29 +35,29 @@ def blocks(config: ViTFields) -> list[BlockPlan]:
     return [BlockPlan(attention, feed_forward, norm(config))] * config.num_layers
 
 
-def norm(config: ViTFields) -> NormPlan:
+def norm(config: ViTConfig) -> NormPlan:
     """Returns the plan of the norms of blocks and of the final norm."""
     return NormPlan("layer_norm", config.norm_eps)
 
 
-def head_size(config: ViTFields) -> int:
+def head_size(config: ViTConfig) -> int:
     """Returns the width of an attention head."""
     return config.head_size or config.hidden_size // config.num_heads
 
 
-def num_positions(config: ViTFields) -> int:
+def num_positions(config: ViTConfig) -> int:
     """Returns the number of patches, the class token and the distillation token."""
     height, width = (length // config.patch_size for length in image_shape(config))
     return height * width + (config.pooling == "token") + (config.distillation != "none")
 
 
-def image_shape(config: ViTFields) -> tuple[int, int]:
+def image_shape(config: ViTConfig) -> tuple[int, int]:
     """Returns the height and width of the images."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def size_problem(config: ViTFields, height: int, width: int) -> str:
+def size_problem(config: ViTConfig, height: int, width: int) -> str:
     """Returns why a size of images does not fit; an empty text if it is that of the model."""
     own = image_shape(config)
     if (height, width) == own:
@@ -83,7 +68,7 @@ def size_problem(config: ViTFields, height: int, width: int) -> str:
     )
 
 
-def check(config: ViTFields) -> None:
+def check(config: ViTConfig) -> None:
     """Raises ValueError if options contradict each other."""
     if config.patch_size > min(image_shape(config)):
         raise ValueError(f"patch_size {config.patch_size} is larger than image_size {config.image_size}")

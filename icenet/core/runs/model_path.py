@@ -1,42 +1,17 @@
-"""What the configuration takes from the model at `model.path`.
-
-`icenet.core.config.imported` is below this folder and imports this module by name.
-"""
+"""Reads the model at `model.path` for `icenet.core.config.imported`, which calls `read` by its name."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from icenet.core.config import written
 from icenet.core.config.custom import is_custom
+from icenet.core.config.imported import ModelAtPath
 from icenet.core.errors import ConfigError
 from icenet.core.models.inference import lacks_tokenizer
 from icenet.core.runs import open_model
 from icenet.core.weights import hub
-
-
-class ModelAtPath(NamedTuple):
-    """A model at a path, as trees of values of a configuration."""
-
-    path: Path
-    """The path on this machine, also of the id of a repository."""
-    input_kind: str
-    """What the model reads: tokens or images."""
-    model: dict[str, Any]
-    tokenizer: str
-    """The value of `data.tokenizer`."""
-    generation: dict[str, Any]
-    embedding: dict[str, Any]
-
-    def image_keys(self) -> dict[str, Any]:
-        """Returns the keys of `data` that read images as the model does.
-
-        Raises:
-            ConfigError: The image processor of its folder is not supported.
-        """
-        facts = open_model.image_facts(self.path)
-        return {} if facts is None else facts.data_keys()
 
 
 def read(path: Path) -> ModelAtPath:
@@ -59,6 +34,11 @@ def read(path: Path) -> ModelAtPath:
     tokenizer = getattr(config.data, "tokenizer", "bytes")
     if lacks_tokenizer(config, weights):
         tokenizer = str(path.absolute() / "tokenizer.json")  # which reading the data then reports as missing
+
+    def image_keys() -> dict[str, Any]:
+        facts = open_model.image_facts(path)
+        return {} if facts is None else facts.data_keys()
+
     return ModelAtPath(
         path=path,
         input_kind=config.model.input_kind,
@@ -66,4 +46,5 @@ def read(path: Path) -> ModelAtPath:
         tokenizer=tokenizer,
         generation=written.tree(config.generation),
         embedding=written.tree(config.embedding),
+        image_keys=image_keys,
     )
