@@ -8,6 +8,7 @@
 The criterion, for all comparisons:
 
 yardstick    error of MLX over noise of PyTorch, both relative to PyTorch in float64
+resampling   the same with the noise of nearby problems, for all values of a run
 curves       the same for training curves
 nearby       values of nearby problems, in which the noise is sampled
 measures     sizes, distances and roundings of arrays

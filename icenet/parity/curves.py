@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from icenet.parity import yardstick
+from icenet.parity import resampling
 from icenet.parity.measures import Floats, half_ulp, squared_distance
-from icenet.parity.yardstick import FACTOR, Samples
+from icenet.parity.resampling import Samples
+from icenet.parity.yardstick import FACTOR
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def judge_curve(
 
 def _curve_noise(run: Callable[[int], npt.ArrayLike], reference: Callable[[int], npt.ArrayLike]) -> Floats:
     """Returns the RMS noise of SAMPLES runs at each step."""
-    squares = [squared_distance(run(index), reference(index)) for index in range(yardstick.SAMPLES)]
+    squares = [squared_distance(run(index), reference(index)) for index in range(resampling.SAMPLES)]
     noise: Floats = np.sqrt(np.mean(squares, axis=0))
     return noise
 

@@ -205,7 +205,7 @@ def perturbed(
 
 
 class Perturbation:
-    """The values of a sample of the noise (see `icenet.parity.yardstick`).
+    """The values of a sample of the noise (see `icenet.parity.resampling`).
 
     Args:
         dtype: Compute dtype under test.

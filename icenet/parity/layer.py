@@ -18,14 +18,15 @@ from icenet.core import rng
 from icenet.parity.align import AlignedReplay, ReplayError
 from icenet.parity.fp16 import Replay, scaled_for_fp16
 from icenet.parity.measures import half_ulp, rms, round_to
+from icenet.parity.resampling import Samples, Values, judge_values
 from icenet.parity.ties import Ties, may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Trace, Value
-from icenet.parity.yardstick import FACTOR, Judgement, Samples, Values, judge_values
+from icenet.parity.yardstick import FACTOR, Judgement
 
 Array = npt.NDArray[Any]
 
 SampledReplay = Callable[[int, str, Call, list[Value] | None], dict[str, Value]]
-"""The same in the sample with the given number (see `icenet.parity.yardstick`)."""
+"""The same in the sample with the given number (see `icenet.parity.resampling`)."""
 
 
 def replay_layer(
@@ -98,50 +99,58 @@ def judge_layer(
         The judgement of each result by name (`output`, `input 0`, `gradient:weight`, ...), and whether gradients are
         within the tolerance only where the inputs were moved apart.
     """
-    judge: Any
-    if cotangents is None:
-        judge = partial(_judge_replay, path, cotangents=None, replays=replays, dtype=dtype)
-        found = judge(call, samples=None)
-        if samples and any(judgement.is_over for judgement in found.values()):
-            passing = quick and _judge_quickly(path, call, None, replays, dtype, samples, found)
-            found = passing or judge(call, samples=samples)
-        return found, False
-    cotangents = replays[0].cotangents(path, cotangents)
-    if dtype == "fp16":
-        cotangents = scaled_for_fp16(path, call, cotangents, replays)
-    judge = partial(_judge_replay, path, cotangents=cotangents, replays=replays, dtype=dtype)
-
-    def exact(at: Call) -> dict[str, Value]:
-        return replays[2](path, at, cotangents)
-
-    found = judge(call, samples=None)
-    if not any(judgement.is_over for judgement in found.values()):
-        return found, False
-
-    def smooth() -> dict[str, Judgement]:
-        """Returns the judgements with the noise of samples, if the layer has a derivative at the inputs."""
-        if samples is None:
-            return found
-        passing = quick and (
-            _judge_known(samples, found, quick)
-            or _judge_quickly(path, call, cotangents, replays, dtype, samples, found)
-        )
-        return passing or _without_edges(judge, exact, call, dtype, samples, judge(call, samples=samples))
-
-    is_backward = any(j.is_over for name, j in found.items() if not name.startswith(("output", "statistic")))
-    if not (ties and is_backward and _may_be_kink(call)):
-        return smooth(), False
-    if quick and samples and (passing := _judge_known(samples, found, quick)):
+    if cotangents is not None:
+        cotangents = replays[0].cotangents(path, cotangents)
+        if dtype == "fp16":
+            cotangents = scaled_for_fp16(path, call, cotangents, replays)
+    judge = _LayerJudge(path, cotangents, replays, dtype, samples, quick)
+    found = judge.once(call)
+    over = [name for name, judgement in found.items() if judgement.is_over]
+    is_backward = any(not name.startswith(("output", "statistic")) for name in over)
+    if cotangents is None or not (ties and is_backward and _may_be_kink(call)):
+        return judge.judge_over(call, found) if over else found, False
+    if passing := judge.judge_known(found):
         return passing, False
     at_ties = _Replays(path, call, cotangents, replays)
     if at_ties.has_inputs and not at_ties.ties.are_kinks:
-        return smooth(), False
+        return judge.judge_over(call, found), False
+    return _judge_apart(judge, at_ties, call, found, is_leaf)
+
+
+def _judge_apart(
+    judge: _LayerJudge, at_ties: _Replays, call: Call, found: dict[str, Judgement], is_leaf: bool
+) -> tuple[dict[str, Judgement], bool]:
+    """Judges a layer whose gradients are over the tolerance at ties: at inputs that are moved apart, and their sums.
+
+    Args:
+        judge: Judges the layer.
+        at_ties: Its replays at the ties.
+        call: The arguments, with ties.
+        found: The judgements there by one run.
+        is_leaf: Whether no other layer is within it.
+
+    Returns:
+        See `judge_layer`.
+    """
     # samples break exact ties at random, which would count as noise, so only outputs are sampled there
     if any(judgement.is_over for name, judgement in found.items() if name.startswith("output")):
-        found.update({n: j for n, j in judge(call, samples=samples).items() if n.startswith("output")})
+        found = found | {n: j for n, j in judge.sampled(call).items() if n.startswith("output")}
     worst, part = _worst(found)
     if part.startswith("output") or not worst.is_over:
         return found, False
+    nearby = _apart(judge.path, call)
+    moved = judge.without_edges(nearby, judge.sampled(nearby))
+    passed = _worst(moved)[0].passed
+    is_larger = any(found[name].error > FACTOR * moved[name].noise for name in found if name in moved)
+    if passed and is_leaf and at_ties.has_inputs:
+        judgement = at_ties.judge_sums(nearby, judge.dtype, judge.samples)
+        if not judgement.passed:
+            return {"input, at ties": judgement}, False
+    return moved, passed and is_larger
+
+
+def _apart(path: str, call: Call) -> Call:
+    """Returns the arguments of a call of a layer, in which equal values are moved apart by a few ulps."""
     numbers = count()
 
     def apart(value: Value) -> Value:
@@ -150,109 +159,133 @@ def judge_layer(
             return value
         return Value(round_to(moved_apart(value.array, value.dtype, key), value.dtype), value.dtype)
 
-    nearby = call.map(apart)
-    moved = judge(nearby, samples=samples)
-    if samples:
-        moved = _without_edges(judge, exact, nearby, dtype, samples, moved)
-    passed = _worst(moved)[0].passed
-    is_larger = any(found[name].error > FACTOR * moved[name].noise for name in found if name in moved)
-    if passed and is_leaf and at_ties.has_inputs:
-        judgement = at_ties.judge_sums(nearby, dtype, samples)
-        if not judgement.passed:
-            return {"input, at ties": judgement}, False
-    return moved, passed and is_larger
+    return call.map(apart)
 
 
-def _without_edges(
-    judge: Callable[..., dict[str, Judgement]],
-    exact: Callable[[Call], dict[str, Value]],
-    call: Call,
-    dtype: str,
-    samples: Samples[SampledReplay],
-    found: dict[str, Judgement],
-) -> dict[str, Judgement]:
-    """Returns the judgements without the gradients at inputs that are within a rounding of an edge.
+class _LayerJudge:
+    """Judges the results of one layer, with as many replays as are needed. The arguments: see `judge_layer`."""
 
-    In half precision the next number below 3 plus 3 is 6, so that the gradient of hardswish by MLX is that of the
-    other side of its edge. So if only gradients are over the tolerance, the reference computes the gradients two
-    ulps above and below the inputs. An error counts as none where it is within the jump between them, and the jump is
-    over the tolerance. Of a smooth layer no element has such a jump.
-    """
-    over = [name for name, judgement in found.items() if judgement.is_over]
-    if dtype == "fp32" or not over or any(name.startswith("output") for name in over):
-        return found
-    here = _named(exact(call))
-    jumps = {name: np.zeros(here[name].array.shape) for name in over if name in here}
-    for sign in (2, -2):
+    def __init__(
+        self,
+        path: str,
+        cotangents: list[Value] | None,
+        replays: tuple[AlignedReplay, Replay, Replay],
+        dtype: str,
+        samples: Samples[SampledReplay] | None,
+        quick: Callable[[str], Array | None] | None,
+    ) -> None:
+        self.path, self.dtype, self.samples = path, dtype, samples
+        self._cotangents, self._replays, self._quick = cotangents, replays, quick
 
-        def moved(value: Value, sign: int = sign) -> Value:
-            if not value.is_float:
-                return value
-            finite = np.isfinite(value.array)
-            ulps = 2 * sign * half_ulp(np.where(finite, value.array, 0.0), value.dtype)
-            return replace(value, array=round_to(np.where(finite, value.array + ulps, value.array), value.dtype))
+    def once(self, call: Call) -> dict[str, Judgement]:
+        """Returns the judgements by one run."""
+        return _judge_replay(self.path, call, self._cotangents, self._replays, self.dtype, None)
 
-        there = _named(exact(call.map(moved)))
-        for name, jump in jumps.items():
-            distance = np.abs(np.asarray(there[name].array, np.float64) - here[name].array)
-            jumps[name] = np.maximum(jump, np.where(np.isfinite(distance), distance, 0.0))
-    least = {name: FACTOR * found[name].noise for name in jumps}
-    edges = {name: np.where(jump > least[name], jump + least[name], 0.0) for name, jump in jumps.items()}
-    if not any(edge.any() for edge in edges.values()):
-        return found
-    return judge(call, samples=replace(samples, mlx=None), edges=edges)
+    def sampled(self, call: Call) -> dict[str, Judgement]:
+        """Returns the judgements with the noise of samples, if there are any."""
+        return _judge_replay(self.path, call, self._cotangents, self._replays, self.dtype, self.samples)
 
+    def judge_over(self, call: Call, found: dict[str, Judgement]) -> dict[str, Judgement]:
+        """Returns the judgements of values of which some are over the tolerance by one run.
 
-def _judge_known(
-    samples: Samples[SampledReplay], found: Mapping[str, Judgement], known: Callable[[str], Array | None]
-) -> dict[str, Judgement] | None:
-    """Returns the judgements if every value is far within a noise that is known without a replay, else None."""
-    if samples.in_order is None:
-        return None
-    passing = dict(found)
-    for name, judgement in found.items():
-        if judgement.passed:
-            continue
-        noise = known(name) if judgement.is_over else None
-        size = 0.0 if noise is None else rms(noise)
-        # a single wrong element would have a peak that is far larger than the RMS
-        is_spread = judgement.peak_ratio <= FACTOR / 2 * judgement.rms_ratio
-        if not is_spread or judgement.error > FACTOR / 2 * size:
+        Args:
+            call: The arguments, at which the layer has a derivative.
+            found: The judgements by one run.
+        """
+        if self.samples is None:
+            return found
+        passing = self.judge_known(found) or (self._judge_quickly(call, found) if self._quick else None)
+        return passing or self.without_edges(call, self.sampled(call))
+
+    def judge_known(self, found: Mapping[str, Judgement]) -> dict[str, Judgement] | None:
+        """Returns the judgements if every value is far within a noise known without a replay (`quick`), else None."""
+        if self._quick is None or self.samples is None or self.samples.in_order is None:
             return None
-        ratio = judgement.error / size
-        passing[name] = replace(judgement, rms_ratio=ratio, peak_ratio=ratio, plain_ratio=judgement.ratio)
-    return passing
-
-
-def _judge_quickly(
-    path: str,
-    call: Call,
-    cotangents: list[Value] | None,
-    replays: tuple[AlignedReplay, Replay, Replay],
-    dtype: str,
-    samples: Samples[SampledReplay],
-    found: Mapping[str, Judgement],
-) -> dict[str, Judgement] | None:
-    """Returns the judgements if every value is far within the noise of the first sample, else None."""
-    run = samples.in_order or samples.torch
-    if not all(judgement.passed or judgement.is_over for judgement in found.values()):
-        return None
-    sampled, nearby_exact = (_named(r(0, path, call, cotangents)) for r in (run, samples.reference))
-    ours, exact = (_named(replay(path, call, cotangents)) for replay in (replays[0], replays[2]))
-    noises = {}
-    passing = dict(found)
-    for name, value in exact.items():
-        if name in found and value.is_float and name in sampled and name in nearby_exact:
-            distance = np.asarray(sampled[name].array, np.float64) - nearby_exact[name].array
-            noises[name] = Value(value.array + np.where(np.isfinite(distance), distance, 0.0), sampled[name].dtype)
-    judged = judge_values(ours, noises, {name: exact[name] for name in noises}, dtype)
-    for name, judgement in found.items():
-        if judgement.is_over:
-            if name not in judged or judged[name].ratio > FACTOR / 2:
+        passing = dict(found)
+        for name, judgement in found.items():
+            if judgement.passed:
+                continue
+            noise = self._quick(name) if judgement.is_over else None
+            size = 0.0 if noise is None else rms(noise)
+            # a single wrong element would have a peak that is far larger than the RMS
+            is_spread = judgement.peak_ratio <= FACTOR / 2 * judgement.rms_ratio
+            if not is_spread or judgement.error > FACTOR / 2 * size:
                 return None
-            plain = judgement.ratio if samples.in_order else 0.0
-            passing[name] = replace(judged[name], plain_ratio=plain)
-    return passing
+            ratio = judgement.error / size
+            passing[name] = replace(judgement, rms_ratio=ratio, peak_ratio=ratio, plain_ratio=judgement.ratio)
+        return passing
+
+    def _judge_quickly(self, call: Call, found: Mapping[str, Judgement]) -> dict[str, Judgement] | None:
+        """Returns the judgements if every value is far within the noise of the first sample, else None."""
+        samples = self.samples
+        assert samples is not None
+        run = samples.in_order or samples.torch
+        if not all(judgement.passed or judgement.is_over for judgement in found.values()):
+            return None
+        sampled, nearby_exact = (
+            _named(replay(0, self.path, call, self._cotangents)) for replay in (run, samples.reference)
+        )
+        ours, exact = (_named(self._replays[side](self.path, call, self._cotangents)) for side in (0, 2))
+        noises = {}
+        passing = dict(found)
+        for name, value in exact.items():
+            if name in found and value.is_float and name in sampled and name in nearby_exact:
+                distance = np.asarray(sampled[name].array, np.float64) - nearby_exact[name].array
+                noises[name] = Value(
+                    value.array + np.where(np.isfinite(distance), distance, 0.0), sampled[name].dtype
+                )
+        judged = judge_values(ours, noises, {name: exact[name] for name in noises}, self.dtype)
+        for name, judgement in found.items():
+            if judgement.is_over:
+                if name not in judged or judged[name].ratio > FACTOR / 2:
+                    return None
+                plain = judgement.ratio if samples.in_order else 0.0
+                passing[name] = replace(judged[name], plain_ratio=plain)
+        return passing
+
+    def without_edges(self, call: Call, found: dict[str, Judgement]) -> dict[str, Judgement]:
+        """Returns the judgements without the gradients at inputs that are within a rounding of an edge.
+
+        In half precision the next number below 3 plus 3 is 6, so that the gradient of hardswish by MLX is that of the
+        other side of its edge. So if only gradients are over the tolerance, the reference computes the gradients two
+        ulps above and below the inputs. An error counts as none where it is within the jump between them, and the
+        jump is over the tolerance. Of a smooth layer no element has such a jump.
+        """
+        over = [name for name, judgement in found.items() if judgement.is_over]
+        if self.samples is None or self._cotangents is None or self.dtype == "fp32":
+            return found
+        if not over or any(name.startswith("output") for name in over):
+            return found
+        jumps = self._jumps(call, over)
+        least = {name: FACTOR * found[name].noise for name in jumps}
+        edges = {name: np.where(jump > least[name], jump + least[name], 0.0) for name, jump in jumps.items()}
+        if not any(edge.any() for edge in edges.values()):
+            return found
+        once = replace(self.samples, mlx=None)
+        return _judge_replay(self.path, call, self._cotangents, self._replays, self.dtype, once, edges)
+
+    def _jumps(self, call: Call, names: list[str]) -> dict[str, Array]:
+        """Returns how far gradients of the reference are from those two ulps above and below the inputs."""
+
+        def exact(at: Call) -> dict[str, Value]:
+            return _named(self._replays[2](self.path, at, self._cotangents))
+
+        here = exact(call)
+        jumps = {name: np.zeros(here[name].array.shape) for name in names if name in here}
+        for sign in (2, -2):
+
+            def moved(value: Value, sign: int = sign) -> Value:
+                if not value.is_float:
+                    return value
+                finite = np.isfinite(value.array)
+                ulps = 2 * sign * half_ulp(np.where(finite, value.array, 0.0), value.dtype)
+                return replace(value, array=round_to(np.where(finite, value.array + ulps, value.array), value.dtype))
+
+            there = exact(call.map(moved))
+            for name, jump in jumps.items():
+                distance = np.abs(np.asarray(there[name].array, np.float64) - here[name].array)
+                jumps[name] = np.maximum(jump, np.where(np.isfinite(distance), distance, 0.0))
+        return jumps
 
 
 class _Replays:

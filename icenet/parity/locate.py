@@ -33,14 +33,10 @@ from icenet.parity.align import (
 )
 from icenet.parity.fp16 import Replay
 from icenet.parity.layer import SampledReplay, judge_integers, replay_layer
+from icenet.parity.resampling import Samples, Values, judge_values
 from icenet.parity.ties import tie_remark
 from icenet.parity.trace import Trace
-from icenet.parity.yardstick import (
-    Judgement,
-    Samples,
-    Values,
-    judge_values,
-)
+from icenet.parity.yardstick import Judgement
 
 Array = npt.NDArray[Any]
 

@@ -1,4 +1,4 @@
-"""Values of nearby problems, in which the noise is sampled (see `icenet.parity.yardstick`)."""
+"""Values of nearby problems, in which the noise is sampled (see `icenet.parity.resampling`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import rng
-from icenet.parity import yardstick
+from icenet.parity import resampling
 from icenet.parity.measures import BLOCK, Floats, half_ulp
 
 
@@ -36,7 +36,7 @@ def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32
 
     def ulps(part: Floats, start: int) -> Floats:
         places = np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32)
-        slots = _hash(places, key).astype(np.uint64) * (2 * yardstick.SAMPLES) >> np.uint64(32)
+        slots = _hash(places, key).astype(np.uint64) * (2 * resampling.SAMPLES) >> np.uint64(32)
         return (slots == 2 * sample).astype(np.float64) - (slots == 2 * sample + 1)
 
     return _moved(values, dtype, 2, ulps)

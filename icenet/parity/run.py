@@ -36,8 +36,8 @@ from icenet.parity.locate import (
 from icenet.parity.measures import rms
 from icenet.parity.randomness import check_randomness
 from icenet.parity.report import Report, Section
+from icenet.parity.resampling import F, Samples
 from icenet.parity.trace import Call, Trace, Value, short_dtype
-from icenet.parity.yardstick import F, Samples
 
 Array = npt.NDArray[Any]
 

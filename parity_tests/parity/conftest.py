@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from parity_config import transformer_config
 
-from icenet.parity import yardstick
+from icenet.parity import resampling
 from icenet.parity.engines import Engines, build
 from icenet.parity.run import random_batch
 
@@ -26,4 +26,4 @@ def batch() -> dict[str, np.ndarray]:
 @pytest.fixture
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures the noise with few samples, for faults that are far above it."""
-    monkeypatch.setattr(yardstick, "SAMPLES", 2)
+    monkeypatch.setattr(resampling, "SAMPLES", 2)

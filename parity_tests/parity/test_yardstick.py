@@ -13,8 +13,9 @@ from icenet.core import rng
 from icenet.parity.curves import judge_curve
 from icenet.parity.measures import BLOCK, half_ulp, rms, round_to
 from icenet.parity.nearby import nearby, perturb_by_ulp
+from icenet.parity.resampling import FEW, LIMITS, REPEATS, SAMPLES, Samples, judge_values
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import FACTOR, FEW, LIMITS, REPEATS, SAMPLES, Judgement, Samples, judge, judge_values
+from icenet.parity.yardstick import FACTOR, Judgement, judge
 
 
 def noisy(seed: int, scale: float, shape: tuple[int, ...] = (64, 32)) -> tuple[np.ndarray, np.ndarray]:

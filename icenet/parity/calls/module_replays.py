@@ -8,7 +8,7 @@ cost one run, and a difference is attributed to the module whose code has it, be
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,75 +28,13 @@ Array = npt.NDArray[Any]
 
 def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
     """Computes a call alone; see `Side.replay`."""
-    pair, values, cotangents, weights = given.pair, given.values, given.cotangents, given.weights
-    left_out = given.left_out
-    is_test = side.is_test
-    own = pair.a if is_test else pair.b if side.is_reference else pair.noise
-    module = side.modules[own.path]
+    call = _ReplayedCall(side, given)
+    inputs, cotangent = call.inputs(), call.cotangent()
+    own, module = call.own, side.modules[call.own.path]
     prefix = f"{own.path}." if own.path else ""
-    hows = pair.input_hows if is_test else [align.SAME] * len(values)
-    inputs = [Value(align.to_mlx(how, item.array), item.dtype) for how, item in zip(hows, values, strict=True)]
-    if is_test:
-        inputs = [_filled_in(item, mask) for item, mask in zip(inputs, pair.masks, strict=True)]
-    count = len(pair.arguments)
-    stubs = _stubs(pair, own, is_test)
-    inner = {path: side.modules[path] for path, _ in stubs}
-    draws = side.draws
-    first_calls: dict[str, int] = {}
-    for event in own.walk() if draws is not None else ():
-        inner[event.path] = side.modules[event.path]
-        first_calls.setdefault(side.names.get(event.path, event.path), event.call)
-    inner.pop(own.path, None)
-    captured: dict[int, list[Any]] = {}
-
-    def call(*arrays: Any) -> list[Any]:
-        captured.clear()
-        if draws is not None:
-            draws.begin(pair.path, pair.b.call, first_calls)
-        calls: dict[str, int] = {}
-        results = _results_of_calls(side, pair, arrays[count:], is_test)
-
-        def handle(path: str, original: Any, args: Any, kwargs: Any) -> Any:
-            number = calls.get(path, 0)
-            calls[path] = number + 1
-            index = stubs.get((path, number))
-            if index is None:
-                return original(*args, **kwargs) if draws is None else draws.handle(path, original, args, kwargs)
-            captured[index] = arrays_of((args, kwargs), side.tools.ARRAY)
-            return results[index]
-
-        given = {i if is_test else j: array for (i, j, _), array in zip(pair.arguments, arrays, strict=False)}
-        natives = _filled(side, own.arguments, given)
-        natives = [None if index in left_out else item for index, item in enumerate(natives)]
-        args, kwargs = rebuild(own.given, natives)
-        if left_out:
-            args, kwargs = tuple(map(_without_empty, args)), {n: _without_empty(item) for n, item in kwargs.items()}
-        with side.tools.intercepting(inner, handle):
-            result = module(*args, **kwargs)
-        outputs = arrays_of(result, side.tools.ARRAY)
-        try:
-            found = [outputs[i if is_test else j] for i, j, _ in pair.outputs]
-            for index, child in enumerate(pair.children):
-                found += [captured[index][i if is_test else j] for i, j, _ in child.arguments]
-        except (IndexError, KeyError):
-            raise align.ReplayError("calls other modules in the replay than in the run") from None
-        return found + [arrays[index] for index, _ in others]
-
-    others = [(index, item) for index, item in enumerate(given.others) if item is not None]
-    result_hows = pair.result_hows if is_test else [align.SAME] * len(pair.result_hows)
-    seed_hows = [*result_hows, *(hows[index] for index, _ in others)]
-    cotangent = None
-    if cotangents is not None:
-        seeds = [*cotangents, *(item for _, item in others)]
-
-        def cotangent(index: int, shape: tuple[int, ...]) -> Any:
-            seed = seeds[index]
-            array = align.to_mlx(seed_hows[index], seed.array)
-            return array if seed.is_float and array.shape == shape else None
-
-    parameters = _own_names(side, pair, own)
-    overrides = {parameters[name]: array for name, array in (weights or {}).items() if name in parameters}
-    relative = [name[len(prefix) :] for name in parameters.values()] if cotangents is not None else []
+    parameters = _own_names(side, given.pair, own)
+    overrides = {parameters[name]: array for name, array in (given.weights or {}).items() if name in parameters}
+    relative = [name[len(prefix) :] for name in parameters.values()] if given.cotangents is not None else []
     with side.opened(own), _overridden(side, own.path, prefix, overrides), side.tools.without_checkpoints():
         before = side.tools.buffers(module) if side.train else {}
         try:
@@ -107,23 +45,129 @@ def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise align.ReplayError(f"fails on the inputs of the reference: {reason}") from error
         after = side.tools.buffers(module) if side.train else {}
-    found = {
-        output_name(index): Value(align.to_torch(how, item.array), item.dtype)
-        for index, (item, how) in enumerate(zip(outputs, result_hows, strict=False))
-    }
-    if cotangents is not None:
-        number = 0
-        for item, gradient, how in zip(values, gradients, hows, strict=True):
-            if item.is_float:
-                assert gradient is not None
-                found[f"input {number}"] = Value(align.to_torch(how, gradient.array), gradient.dtype)
-                number += 1
+    found = call.named_outputs(outputs)
+    if given.cotangents is not None:
         names = {ours: name for name, ours in parameters.items()}
+        found |= call.named_gradients(gradients)
         found |= {f"gradient {names[prefix + name]}": item for name, item in by_name.items()}
     for name, array in after.items():
         if not np.array_equal(array, before[name], equal_nan=True):
             found[f"statistic {name}"] = Value(array, short_dtype(array.dtype))
-    return pair.hidden(found)
+    return given.pair.hidden(found)
+
+
+class _ReplayedCall:
+    """A call that a side computes alone, as a function of arrays: its inputs, and the results of the calls within it.
+
+    It returns the outputs of the module, the arguments of the calls that are left out, and those of its inputs whose
+    gradients by other calls are known (`Replay.others`).
+
+    Attributes:
+        own: The event of this side.
+    """
+
+    def __init__(self, side: ModuleCopy, given: Replay) -> None:
+        pair = given.pair
+        self._side, self._given, self._pair, self._is_test = side, given, pair, side.is_test
+        self.own = pair.a if side.is_test else pair.b if side.is_reference else pair.noise
+        self._hows = pair.input_hows if side.is_test else [align.SAME] * len(given.values)
+        self._result_hows = pair.result_hows if side.is_test else [align.SAME] * len(pair.result_hows)
+        self._others = [(index, item) for index, item in enumerate(given.others) if item is not None]
+        self._stubs = _stubs(pair, self.own, side.is_test)
+        self._inner, self._first_calls = self._intercepted()
+
+    def _intercepted(self) -> tuple[dict[str, Any], dict[str, int]]:
+        """Returns the modules whose calls are intercepted, and the number of the first call of each that may draw."""
+        side, first_calls = self._side, dict[str, int]()
+        inner = {path: side.modules[path] for path, _ in self._stubs}
+        for event in self.own.walk() if side.draws is not None else ():
+            inner[event.path] = side.modules[event.path]
+            first_calls.setdefault(side.names.get(event.path, event.path), event.call)
+        inner.pop(self.own.path, None)
+        return inner, first_calls
+
+    def inputs(self) -> list[Value]:
+        """Returns the inputs with the axes of this side."""
+        hows = zip(self._hows, self._given.values, strict=True)
+        found = [Value(align.to_mlx(how, item.array), item.dtype) for how, item in hows]
+        if not self._is_test:
+            return found
+        return [_filled_in(item, mask) for item, mask in zip(found, self._pair.masks, strict=True)]
+
+    def cotangent(self) -> Callable[[int, tuple[int, ...]], Any] | None:
+        """Returns a function of the number and shape of a result that returns its cotangent; None without."""
+        if self._given.cotangents is None:
+            return None
+        seeds = [*self._given.cotangents, *(item for _, item in self._others)]
+        hows = [*self._result_hows, *(self._hows[index] for index, _ in self._others)]
+
+        def cotangent(index: int, shape: tuple[int, ...]) -> Any:
+            seed = seeds[index]
+            array = align.to_mlx(hows[index], seed.array)
+            return array if seed.is_float and array.shape == shape else None
+
+        return cotangent
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        side, pair, count = self._side, self._pair, len(self._pair.arguments)
+        if side.draws is not None:
+            side.draws.begin(pair.path, pair.b.call, self._first_calls)
+        args, kwargs = self._arguments(arrays)
+        handle, captured = self._handler(_results_of_calls(side, pair, arrays[count:], self._is_test))
+        with side.tools.intercepting(self._inner, handle):
+            result = side.modules[self.own.path](*args, **kwargs)
+        outputs = arrays_of(result, side.tools.ARRAY)
+        try:
+            found = [outputs[i if self._is_test else j] for i, j, _ in pair.outputs]
+            for index, child in enumerate(pair.children):
+                found += [captured[index][i if self._is_test else j] for i, j, _ in child.arguments]
+        except (IndexError, KeyError):
+            raise align.ReplayError("calls other modules in the replay than in the run") from None
+        return found + [arrays[index] for index, _ in self._others]
+
+    def _arguments(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
+        """Returns the positional and keyword arguments of the module."""
+        left_out, numbers = self._given.left_out, zip(self._pair.arguments, arrays, strict=False)
+        given = {i if self._is_test else j: array for (i, j, _), array in numbers}
+        natives = _filled(self._side, self.own.arguments, given)
+        args, kwargs = rebuild(
+            self.own.given, [None if index in left_out else item for index, item in enumerate(natives)]
+        )
+        if left_out:
+            return tuple(map(_without_empty, args)), {n: _without_empty(item) for n, item in kwargs.items()}
+        return args, kwargs
+
+    def _handler(self, results: Sequence[Any]) -> tuple[Callable[..., Any], dict[int, list[Any]]]:
+        """Returns what takes the calls within the module, and the arguments that it gets of those left out."""
+        side, calls, captured = self._side, dict[str, int](), dict[int, list[Any]]()
+
+        def handle(path: str, original: Any, args: Any, kwargs: Any) -> Any:
+            number = calls.get(path, 0)
+            calls[path] = number + 1
+            index = self._stubs.get((path, number))
+            if index is None:
+                draws = side.draws
+                return original(*args, **kwargs) if draws is None else draws.handle(path, original, args, kwargs)
+            captured[index] = arrays_of((args, kwargs), side.tools.ARRAY)
+            return results[index]
+
+        return handle, captured
+
+    def named_outputs(self, outputs: Sequence[Value]) -> dict[str, Value]:
+        """Returns the results by name, with the axes of the reference."""
+        return {
+            output_name(index): Value(align.to_torch(how, item.array), item.dtype)
+            for index, (item, how) in enumerate(zip(outputs, self._result_hows, strict=False))
+        }
+
+    def named_gradients(self, gradients: Sequence[Value | None]) -> dict[str, Value]:
+        """Returns the gradients by the float inputs by name, with the axes of the reference."""
+        found: dict[str, Value] = {}
+        for item, gradient, how in zip(self._given.values, gradients, self._hows, strict=True):
+            if item.is_float:
+                assert gradient is not None
+                found[f"input {len(found)}"] = Value(align.to_torch(how, gradient.array), gradient.dtype)
+        return found
 
 
 def sampled_replay(side: ModuleCopy, given: Replay, sample: Sample) -> dict[str, Value]:

@@ -163,7 +163,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class Sample:
-    """A nearby problem, in which the noise is measured (see `icenet.parity.yardstick`).
+    """A nearby problem, in which the noise is measured (see `icenet.parity.resampling`).
 
     Attributes:
         number: Its number, from 0.

@@ -24,10 +24,10 @@ from icenet.parity import align
 from icenet.parity.calls.events import Store
 from icenet.parity.calls.pairs import Pair, Sample, rounded
 from icenet.parity.measures import half_ulp, rms, squared_distance
+from icenet.parity.resampling import FEW, REPEATS
 from icenet.parity.results.rows import index_of, split_at
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import FEW, REPEATS
 
 Array = npt.NDArray[Any]
 

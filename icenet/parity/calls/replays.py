@@ -16,10 +16,11 @@ from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.calls.sides import Side
 from icenet.parity.layer import judge_layer
 from icenet.parity.measures import rms, rms_distance, squared_distance
+from icenet.parity.resampling import FEW, LIMITS, SAMPLES, Samples
 from icenet.parity.state import Comparison
 from icenet.parity.ties import tie_remark
 from icenet.parity.trace import Call, Value
-from icenet.parity.yardstick import FACTOR, FEW, LIMITS, SAMPLES, ZERO, Judgement, Samples, judge
+from icenet.parity.yardstick import FACTOR, ZERO, Judgement, judge
 
 Array = npt.NDArray[Any]
 

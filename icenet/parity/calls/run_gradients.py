@@ -14,9 +14,10 @@ from icenet.parity import align
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.forced import forced_runs
 from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair
+from icenet.parity.resampling import judge_values
 from icenet.parity.results.rows import split_at
 from icenet.parity.state import Comparison
-from icenet.parity.yardstick import Judgement, judge, judge_values
+from icenet.parity.yardstick import Judgement, judge
 
 _CLEAR = 1e-4
 """Largest noise of a gradient, relative to its size, with which the run shows whether it agrees."""

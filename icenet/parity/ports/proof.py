@@ -23,8 +23,9 @@ from icenet.parity.engines import Perturbation
 from icenet.parity.ports import places as proof_places
 from icenet.parity.ports.inputs import Arguments, arrays_of, other_sizes, sizes_text, with_arrays, with_sizes
 from icenet.parity.ports.limits import Guard, find_limits
+from icenet.parity.resampling import FEW, Samples, judge_values
 from icenet.parity.trace import Value, short_dtype
-from icenet.parity.yardstick import FACTOR, FEW, Samples, judge_values
+from icenet.parity.yardstick import FACTOR
 
 Array = np.ndarray
 
@@ -450,7 +451,7 @@ class _Pair:
         return next((dtype for dtype in ("bf16", "fp16") if dtype in found), "fp32")
 
     def _samples(self, names: list[str]) -> Samples[Any]:
-        """Returns the nearby problems (see `icenet.parity.yardstick`).
+        """Returns the nearby problems (see `icenet.parity.resampling`).
 
         The outputs of modules are not moved by ulps: that takes several times as long as the module, and few values
         of a port need more noise than that of sums in order.

@@ -5,7 +5,7 @@
 
 A comparison asks its reference for runs, replays of single calls, a loss, updates and training steps. `record`
 computes them and writes the results, `icenet.parity.recordings.recorded` returns them. The noise of each result is
-measured with them, by the samples that a comparison takes of a module (`icenet.parity.yardstick`).
+measured with them, by the samples that a comparison takes of a module (`icenet.parity.resampling`).
 
 A replay leaves out the calls that both sides make. Those of the other side are not known yet, so the replays of a
 module with others within are recorded for several sets of calls (`_cuts`), and the finest is used that the other side
@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from icenet.core import backends, rng
 from icenet.core.errors import UsageError
-from icenet.parity import align, yardstick
+from icenet.parity import align, resampling
 from icenet.parity import inputs as drawing
 from icenet.parity.arguments import Progress, check_numbers
 from icenet.parity.calls.events import Run, Store
@@ -49,10 +49,10 @@ from icenet.parity.recordings.trace_files import (
     TraceWriter,
     encode,
 )
+from icenet.parity.resampling import FEW
 from icenet.parity.stages.training import SMALL, default_rate, update_gradients
 from icenet.parity.ties import may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Value
-from icenet.parity.yardstick import FEW
 
 Array = npt.NDArray[Any]
 
@@ -309,7 +309,7 @@ class _Recording:
     def _noise(
         self, sample: Callable[[int, bool, bool], Mapping[str, Value]], count: int = 0, in_order: bool = True
     ) -> list[dict[str, int]]:
-        """Returns the noise of each element of each result, by the samples of the yardstick.
+        """Returns the noise of each element of each result, by the samples of `icenet.parity.resampling`.
 
         Args:
             sample: Returns the results, given the number of the sample, whether values are rounded, and whether sums
@@ -319,7 +319,7 @@ class _Recording:
         """
         kinds = (False, True) if in_order and not self.is_mlx else (False,)
         squares: list[dict[str, Array]] = [{} for _ in kinds]
-        count = count or min(SAMPLES, yardstick.SAMPLES)
+        count = count or min(SAMPLES, resampling.SAMPLES)
         for index in range(count):
             exact = sample(index, False, False)
             for found, kind in zip(squares, kinds, strict=True):

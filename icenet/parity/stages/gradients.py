@@ -20,13 +20,14 @@ from icenet.parity.calls.run_gradients import RunGradients
 from icenet.parity.causes.calls import find_recomputed
 from icenet.parity.causes.weights import find_untied
 from icenet.parity.measures import blocks, rms_distance, squared_distance, sum_of_products
+from icenet.parity.resampling import FEW, median
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import index_of, neutral, split_at
 from icenet.parity.stages.forward import apart_row
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import FACTOR, FEW, Judgement, judge, median
+from icenet.parity.yardstick import FACTOR, Judgement, judge
 
 Array = npt.NDArray[Any]
 

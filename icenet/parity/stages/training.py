@@ -17,12 +17,13 @@ from icenet.parity.curves import judge_curve
 from icenet.parity.engines import Perturbation
 from icenet.parity.inputs import Inputs
 from icenet.parity.measures import rms, rms_distance, squared_distance
+from icenet.parity.resampling import LIMITS, SAMPLES, Samples, judge_values
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import split_at
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import FACTOR, LIMITS, SAMPLES, Samples, judge, judge_values
+from icenet.parity.yardstick import FACTOR, judge
 
 Array = npt.NDArray[Any]
 

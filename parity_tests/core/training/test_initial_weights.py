@@ -23,7 +23,7 @@ from icenet.core.training.trainer import Trainer
 from icenet.core.weights.origin import Origin
 from icenet.parity.curves import judge_curve
 from icenet.parity.nearby import nearby
-from icenet.parity.yardstick import Samples
+from icenet.parity.resampling import Samples
 
 pytest.importorskip("torch")
 
