@@ -3,7 +3,7 @@
 Each class updates the parameters of one group; `Optimizer` combines all groups. Scalars that depend on the step only
 (learning rate, bias corrections, decay) are computed on the host in float64 and stored in the state as fp32 arrays:
 MLX computes 1 - beta^t in fp32, which is off by 3e-5 in the first steps, and a compiled step would keep the value
-that a Python number has when it is traced. docs/training.md has the formulas and their sources.
+that a Python number has when it is traced. docs/optimizers.md has the formulas and their sources.
 """
 
 from __future__ import annotations

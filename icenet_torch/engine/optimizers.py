@@ -1,7 +1,7 @@
 """PyTorch's optimizers, and the two that it lacks or computes in bf16. The mirror is `icenet/engine/optimizers.py`.
 
 Each class updates the parameters of one group; `Optimizer` combines all groups. Everything is computed in the
-parameters' dtype, so that a model in float64 is a reference. docs/training.md has the formulas and their sources.
+parameters' dtype, so that a model in float64 is a reference. docs/optimizers.md has the formulas and their sources.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What docs/training.md says about values and about keys without effect is so."""
+"""What docs/configuration.md says about values and about keys without effect is so."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from icenet.core.engine.parameter_groups import Group
 from icenet.core.errors import ConfigError
 from icenet.core.training.notices.unused_keys import Circumstances, notices
 
-PAGE = "docs/training.md"
+PAGE = "docs/configuration.md"
 
 
 def quoted(cell: str) -> str:

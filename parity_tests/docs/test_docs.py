@@ -1,4 +1,4 @@
-"""The commands and programs of the training page run."""
+"""The commands and programs of the pages on training run, and the links of all pages lead somewhere."""
 
 from __future__ import annotations
 
@@ -13,29 +13,36 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, environment
-from pages import blocks
+from pages import PAGES, blocks
 
 from icenet.cli.main import main
 
 pytest.importorskip("torch")
 pytest.importorskip("mlx")
 
-PAGE = "docs/training.md"
+EXECUTED = ["docs/training.md", "docs/data.md", "docs/optimizers.md", "docs/distributed.md"]
 NOT_RUN = "not run by us"
 """In the title of a section with commands that need machines that a test does not have."""
 
 SMALL = ["model.hidden_size=16", "model.num_layers=1", "model.max_seq_length=16", "training.batch_size=4"]
 """What the default run changes in quickstart."""
 
-EXAMPLES = blocks(PAGE, "bash", "python", skip=NOT_RUN)
+
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors of the titles of a page, as GitHub names them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_the_page_has_examples_and_its_links_exist() -> None:
-    text = (ROOT / PAGE).read_text(encoding="utf-8")
-    assert len(EXAMPLES) >= 8
-    links = re.findall(r"\]\(#([\w-]+)\)", text)
-    titles = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in re.findall(r"^#+ (.*)$", text, re.M)}
-    assert set(links) <= titles, set(links) - titles
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_the_links_of_a_page(page: str) -> None:
+    """Files and titles that a page links to exist."""
+    file = ROOT / page
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for name, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([\w-]+))?\)", text):
+        target = file.parent / name if name else file
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), f"{name}#{anchor}"
 
 
 def icenet_arguments(line: str, source: Path) -> list[str]:
@@ -48,10 +55,13 @@ def icenet_arguments(line: str, source: Path) -> list[str]:
     return [*words, *(part for override in (*SMALL, *text) for part in ("--set", override))]
 
 
-def test_every_command_of_the_page(here: Path, tmp_path_factory: pytest.TempPathFactory, no_plots: None) -> None:
+@pytest.mark.parametrize("page", EXECUTED)
+def test_every_command_of_the_page(
+    page: str, here: Path, tmp_path_factory: pytest.TempPathFactory, no_plots: None
+) -> None:
     """Each succeeds, one after another in an empty folder, in this process and with a small model."""
     source = Path(shutil.copytree(Path(json.__file__).parent, tmp_path_factory.mktemp("source") / "json"))
-    for language, content in EXAMPLES:
+    for language, content in blocks(page, "bash", "python", skip=NOT_RUN):
         if "icenet bench" in content:
             continue
         if language == "python":
@@ -66,14 +76,15 @@ def test_every_command_of_the_page(here: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.slow
-def test_every_command_of_the_page_as_printed(here: Path) -> None:
+@pytest.mark.parametrize("page", EXECUTED)
+def test_every_command_of_the_page_as_printed(page: str, here: Path) -> None:
     """Each succeeds, one after another in an empty folder, as its own process."""
     (here / "bin").mkdir()
     (here / "bin" / "icenet").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m icenet "$@"\n')
     (here / "bin" / "icenet").chmod(0o755)
     path = os.pathsep.join([str(here / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     (here / "work").mkdir()
-    for language, content in EXAMPLES:
+    for language, content in blocks(page, "bash", "python", skip=NOT_RUN):
         run = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
         done = subprocess.run(
             [*run, content],

@@ -120,7 +120,7 @@ class ImageDataConfig(Section):
 
 
 class CustomDataConfig(OpenSection):
-    """A data set in a file of the user, with the options that its class reads (see docs/training.md)."""
+    """A data set in a file of the user, with the options that its class reads (see docs/data.md)."""
 
     section: ClassVar[str] = "data"
     selector: ClassVar[str] = "kind"

@@ -48,7 +48,7 @@ class TrainingConfig(Section):
     loss: Annotated[str, Field(pattern=rf"^cross_entropy$|{custom.PATTERN}")] = "cross_entropy"
     """cross_entropy, or a function in a file: my_loss.py:my_loss (output, batch) -> mean loss."""
     optimizer: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"] = "adamw"
-    """Optimizer; docs/training.md has the formulas and papers."""
+    """Optimizer; docs/optimizers.md has the formulas and papers."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate, reached at the end of the warmup."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 0.0

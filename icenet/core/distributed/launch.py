@@ -61,7 +61,7 @@ def connection_error(launch: Launch, reason: str) -> BackendError:
     """Returns the error of a process that could not connect to the others."""
     return BackendError(
         f"process {launch.rank} of {launch.size} cannot connect to the others: {reason}; "
-        "docs/training.md has the commands"
+        "docs/distributed.md has the commands"
     )
 
 

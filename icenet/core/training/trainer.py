@@ -172,7 +172,7 @@ class Trainer:
             backend, device: Override those of the configuration.
             quiet: Show no progress.
             data: A data set in place of that of the configuration: an object with the methods of a class that
-                `data.kind` names (docs/training.md).
+                `data.kind` names (docs/data.md).
             loss: A loss in place of that of the configuration, for the backend of the run: (output, batch) -> mean.
 
         Raises:

@@ -276,8 +276,8 @@ def test_what_identifies_the_data(project: Path) -> None:
 def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     commands = []
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    section = text.partition("### Your own data and loss")[2].partition("\n## ")[0]
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Your own data and loss")[2].partition("\n## ")[0]
     for language, content in re.findall(r"```(py|yaml|sh)\n(.*?)```", section, re.S):
         if language == "sh":
             commands += content.splitlines()

@@ -2,7 +2,7 @@
 
 A key is reported if the user wrote it. Keys with default values in a file that contains every key, such as the
 config.yaml of a run, do not count as written. A combination that contradicts itself is an error instead, here or when
-the configuration is read. docs/training.md lists the keys.
+the configuration is read. docs/configuration.md lists the keys.
 """
 
 from __future__ import annotations
