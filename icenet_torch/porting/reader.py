@@ -342,7 +342,7 @@ class Reader:
             return None
         while len(found) > 1 and _statement(*found[-1]).code.startswith("return"):
             found.pop()  # what a function returns is a value of the statement that calls it
-        outer = tuple((file, _statements(file).get(line, (line, ()))[0]) for file, line in found[:-1])
+        outer = tuple((file, _statements(file).get(line, (line,))[0]) for file, line in found[:-1])
         place = dataclasses.replace(_statement(*found[-1]), outer=outer)
         # what a hook computes for a layer of torch.nn is no variable of the statement that calls the layer
         return (
@@ -393,13 +393,13 @@ def _plain(tree: Any) -> Any:
 
 
 @functools.cache
-def _statements(file: str) -> dict[int, tuple[int, tuple[str, ...]]]:
-    """Returns the first line and the targets of the innermost statement at each line of a file."""
+def _statements(file: str) -> dict[int, tuple[int, tuple[str, ...], bool]]:
+    """Returns first line and targets of the statement at each line of a file, and whether the line has several."""
     try:
         tree = ast.parse("".join(linecache.getlines(file)))
     except SyntaxError:
         return {}
-    found: dict[int, tuple[int, tuple[str, ...]]] = {}
+    found: dict[int, tuple[int, tuple[str, ...], bool]] = {}
     simple = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr, ast.Raise, ast.Assert, ast.Delete)
     for statement in ast.walk(tree):
         if isinstance(statement, simple):
@@ -410,8 +410,11 @@ def _statements(file: str) -> dict[int, tuple[int, tuple[str, ...]]]:
                 targets = _targets(statement.target)
             elif isinstance(statement, ast.Expr):
                 targets = _changed(statement.value)
+            before = found.get(statement.lineno)
+            if before is not None:  # on the same line
+                targets = tuple(dict.fromkeys((*before[1], *targets)))
             for line in range(statement.lineno, (statement.end_lineno or statement.lineno) + 1):
-                found[line] = (statement.lineno, targets)
+                found[line] = (statement.lineno, targets, before is not None)
     return found
 
 
@@ -434,8 +437,8 @@ def _targets(node: ast.expr) -> tuple[str, ...]:
 
 
 def _statement(file: str, line: int) -> Place:
-    first, targets = _statements(file).get(line, (line, ()))
-    return Place(file, first, linecache.getline(file, first).strip(), targets)
+    first, targets, is_several = _statements(file).get(line, (line, (), False))
+    return Place(file, first, linecache.getline(file, first).strip(), targets, is_several)
 
 
 _SIMPLE = (bool, int, float, str, type(None))

@@ -17,6 +17,7 @@ from icenet.core.porting.graph.indices import detached_indices
 from icenet.core.porting.graph.layout import channels_last
 from icenet.core.porting.graph.masks import with_hiding_masks
 from icenet.core.porting.graph.norms import with_rms_norms
+from icenet.core.porting.graph.ranges import with_short_ranges
 from icenet.core.porting.graph.writes import joined_writes
 from icenet.core.porting.layers import attention, recurrent
 from icenet.core.porting.layers.attention import Attention
@@ -147,7 +148,8 @@ def plan(
 
 def _simple(graph: Graph) -> Graph:
     """Returns a graph as a person would write it: without copies, with known formulas, and with whole indices."""
-    return detached_indices(joined_writes(with_rms_norms(with_activations(without_copies(with_arguments(graph))))))
+    known = with_rms_norms(with_activations(without_copies(with_arguments(graph))))
+    return with_short_ranges(detached_indices(joined_writes(known)))
 
 
 def _in_both(layers: dict[str, Layer], train: dict[str, Layer], graph: Graph) -> dict[str, Layer]:

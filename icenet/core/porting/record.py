@@ -53,7 +53,9 @@ class Place:
     """First line of the statement."""
     code: str
     targets: tuple[str, ...] = ()
-    """The variables to which the statement assigns."""
+    """The variables to which the statement assigns; those of all statements of a line with several."""
+    is_several: bool = False
+    """Whether there are several statements on the line, as in `a = f(x); b = g(x)`."""
     outer: tuple[tuple[str, int], ...] = ()
     """File and first line of the statements that led to it, from the `forward` of its module on."""
 
@@ -165,6 +167,8 @@ class Graph:
     """The parameters of the module, in their order; none if the example cannot be described so."""
     functions: list[str] = field(default_factory=list)
     """The calls of functions that have a backward of their own, of which the graph has the forward."""
+    constants: dict[str, int] = field(default_factory=dict)
+    """The values of buffers that the export took as constants, by path."""
     shared_modules: dict[str, str] = field(default_factory=dict)
     """The first path of each further path of a module."""
 

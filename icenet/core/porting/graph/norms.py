@@ -134,16 +134,55 @@ def _factors(node: Node) -> Iterator[tuple[str, str]]:
 
 
 def norm_of(graph: Graph, call: Call) -> Layer | None:
-    """Returns the layer of mlx.nn for a module that is an RMS norm with its own parameter `weight`, or None."""
+    """Returns the layer of mlx.nn for a module that is an RMS or layer norm with its own parameters, or None.
+
+    A layer norm may be over the channels of images: then its axes are changed before, and changed back.
+    """
     given, items = list(refs(call.given)), call.items
-    if len(items) != 1 or len(given) != 1 or not isinstance(items[0], Node) or items[0].base != "rms_norm":
+    nodes = [item for item in items if isinstance(item, Node)]
+    if len(given) != 1 or len(nodes) != len(items) or len(nodes) not in (1, 3):
         return None
-    node = items[0]
-    weight = graph.arrays.get(next(refs(node.args["weight"]), ""))
-    own = [array.path for array in graph.arrays.values() if array.path.startswith(f"{call.path}.")]
-    if weight is None or weight.kind != "parameter" or own != [f"{call.path}.weight"] or weight.path != own[0]:
+    node, source = nodes[len(nodes) // 2], Ref(given[0])
+    if len(nodes) == 3:
+        ndim = node.out.ndim if isinstance(node.out, Tensor) else 0
+        first, last = [0, *range(2, ndim), 1], [0, ndim - 1, *range(1, ndim - 1)]
+        if _axes(nodes[0]) != first or _axes(nodes[2]) != last or nodes[2].args["self"] != Ref(node.name):
+            return None
+        if nodes[0].args["self"] != source or node.base != "layer_norm":
+            return None
+        source = Ref(nodes[0].name)
+    if node.base not in ("rms_norm", "layer_norm") or node.args["input"] != source:
         return None
-    if node.args["input"] != Ref(given[0]) or call.results != Ref(node.name):
+    if call.results != Ref(nodes[-1].name) or len(node.args["normalized_shape"]) != 1:
+        return None
+    own = {array.path: array.kind for array in graph.arrays.values() if array.path.startswith(f"{call.path}.")}
+    used = {key: next(refs(node.args.get(key)), None) for key in ("weight", "bias")}
+    read = {key: graph.arrays[name].path for key, name in used.items() if name in graph.arrays}
+    if read != {key: f"{call.path}.{key}" for key, name in used.items() if name is not None} or "weight" not in read:
+        return None
+    if own != dict.fromkeys(read.values(), "parameter"):
         return None
     size, eps = node.args["normalized_shape"][0], node.args["eps"]
-    return Layer("nn.RMSNorm", [size], {} if eps == 1e-5 else {"eps": eps})
+    keywords = {} if eps == 1e-5 else {"eps": eps}
+    if node.base == "rms_norm":
+        return Layer("nn.RMSNorm", [size], keywords)
+    keywords |= {} if "bias" in read else {"bias": False}
+    is_image = len(nodes) == 3
+    return Layer(
+        "nn.LayerNorm", [size], keywords, "last" if is_image else "same", node.out.ndim - 2 if is_image else 0
+    )
+
+
+def _axes(node: Node) -> list[int] | None:
+    """Returns the order of axes that a node makes, None for another operation."""
+    if not isinstance(node.out, Tensor) or not isinstance(node.args.get("self"), Ref):
+        return None
+    ndim = node.out.ndim
+    if node.base == "permute":
+        return [dim % ndim for dim in node.args["dims"]]
+    if node.base != "transpose":
+        return None
+    axes = list(range(ndim))
+    first, second = node.args["dim0"] % ndim, node.args["dim1"] % ndim
+    axes[first], axes[second] = axes[second], axes[first]
+    return axes

@@ -428,8 +428,11 @@ class Frame(SizeVariables):
             )
             first = self.graph.parameters(call)[:1]
             reused = self.element_name(call, name, first[0][1]) if first and position == 0 else None
+            on_line = self.target_on_line(call, name) if call.place is not None and call.place.is_several else ""
             if reused:
                 hint = reused
+            elif on_line:
+                hint = on_line
             elif len(results) > 1 and len(targets) < 2 and set(results) <= self.graph.part_names.keys():
                 hint = self.graph.part_names[name]
             elif not hint or hint == "_" or not self.is_final(call, name):

@@ -131,6 +131,14 @@ class _Simplify(ast.NodeTransformer):
                 node.args = [condition.args[0], node.args[2], node.args[1]]
         if name.startswith("mx.conv"):
             node.keywords = [item for item in node.keywords if not _is_default(item)]
+        if name == "mx.full" and len(node.args) == 3 and _is_integer(node.args[1]):
+            function = {"0": "zeros", "1": "ones"}.get(ast.unparse(node.args[1]))
+            if function and ast.unparse(node.args[2]) != "mx.bool_":
+                is_float32 = ast.unparse(node.args[2]) == "mx.float32"
+                made = f"mx.{function}"
+                return ast.Call(
+                    ast.parse(made, mode="eval").body, [node.args[0], *node.args[2:]][: 2 - is_float32], []
+                )
         if name == "mx.concatenate" and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 1:
             return node.args[0].elts[0]
         if name == "mx.pad" and len(node.args) == 2 and ast.unparse(node.args[1]).strip("[(0, )]") == "":
@@ -185,6 +193,9 @@ class _Simplify(ast.NodeTransformer):
         self.generic_visit(node)
         if node.attr == "T" and isinstance(node.value, ast.Attribute) and node.value.attr == "T":
             return node.value.value
+        made = node.value
+        if node.attr == "shape" and isinstance(made, ast.Call) and _dotted(made.func) in ("mx.zeros", "mx.ones"):
+            return made.args[0]
         return node
 
     def visit_BinOp(self, node: ast.BinOp) -> Any:

@@ -59,7 +59,7 @@ def arange(n: Operation) -> str:
     ):
         bounds = n["end"] if start in (0, None) and step in (1, None) else f"{n.source(start or 0)}, {n['end']}"
         bounds += f", {n.source(step)}" if step not in (1, None) else ""
-        return f"mx.arange({bounds}, dtype=mx.{dtype})"
+        return f"mx.arange({bounds}{'' if dtype == 'int32' else f', dtype=mx.{dtype}'})"
     return n.call("arange", n.source(start or 0), n["end"], n.source(step or 1), f"mx.{dtype}")
 
 

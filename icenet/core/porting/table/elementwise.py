@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from icenet.core.porting.record import Dtype, Tensor
 from icenet.core.porting.table.arrays import fill_value
 from icenet.core.porting.table.base import Operation, atom, entry, mlx_dtype, promoted, templates
@@ -387,8 +389,15 @@ def where(n: Operation) -> str:
     condition = n.cast("condition", "bool")
     if "self" not in n.args:
         return n.call("nonzero_where", condition)
-    a, b = operands(n, "self", "other")
-    return _where(n, condition, _bare(a), _bare(b))
+    a, b = (_bare(text) for text in operands(n, "self", "other"))
+    return _where(n, condition, _number(n, a, "other"), _number(n, b, "self"))
+
+
+def _number(n: Operation, text: str, other: str) -> str:
+    """Returns an array of one number as the number, if another argument has the dtype of the result and axes."""
+    tensor = n.tensor(other)
+    found = re.fullmatch(rf"mx\.array\(([^\[\]]+), mx\.{mlx_dtype(n.out.dtype)}\)", text)
+    return found[1] if found and tensor is not None and tensor.ndim and tensor.dtype == n.out.dtype else text
 
 
 def _where(n: Operation, condition: str, a: str, b: str) -> str:

@@ -67,7 +67,9 @@ def amax(n: Operation) -> str:
 @entry("max", "min")
 def max_(n: Operation) -> str:
     if "other" in n.args:
-        return n.call("maximum" if n.node.base == "max" else "minimum", n["self"], n["other"])
+        name = "maximum" if n.node.base == "max" else "minimum"
+        is_exact = n.out.is_floating  # where both are equal, MLX gives the gradient to one
+        return n.call(name, n["self"], n["other"]) if is_exact else f"mx.{name}({n['self']}, {n['other']})"
     if "dim" not in n.args:
         return f"{n.atom('self')}.{n.node.base}()"
     return n.call(f"{n.node.base}_with_indices", n["self"], n["dim"], repr(flag(n, "keepdim")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from icenet.core.porting.record import Ref
 from icenet.core.porting.table.arrays import dtype_option, sizes_of, tuple_source
 from icenet.core.porting.table.base import Operation, atom, entry, mlx_dtype, shape_source
 
@@ -113,6 +114,8 @@ def expand(n: Operation) -> str:
     if tuple(sizes) == tensor.shape or all(size == -1 for size in sizes):
         return n["self"]
     added = len(sizes) - tensor.ndim
+    sizes = [tensor.shape[index - added] if size == -1 else size for index, size in enumerate(sizes)]
+    sizes = [size if isinstance(size, (int, Ref)) else -1 for size in sizes]
     if -1 in sizes and not n["self"].isidentifier():
         return n.call("expand", n["self"], n["size"])
     given = [

@@ -1,0 +1,122 @@
+"""The source of a port, next to what an MLX developer writes for the same module."""
+
+from __future__ import annotations
+
+import icenet.blas  # noqa: F401  (before mlx)
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from made_ports import close, ported
+from torch import nn
+
+from icenet.core.porting.source.simplify import simplified, text
+
+
+def checked(module: nn.Module, *args: torch.Tensor) -> str:
+    """Returns the source of a port whose result is that of the module."""
+    model, source = ported(module.eval(), *args)
+    close(model(*(mx.array(item.numpy()) for item in args)), module(*args))
+    return source
+
+
+class Encoder(nn.Module):
+    """Several statements on a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.spread = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # fmt: off
+        mu = torch.tanh(self.mean(x)); logvar = self.spread(x)  # noqa: E702
+        total = mu + logvar; kept = total * mu  # noqa: E702
+        # fmt: on
+        return kept - logvar
+
+
+def test_statements_on_one_line_have_their_variables() -> None:
+    source = checked(Encoder(), torch.randn(2, 8))
+    assert "mu, logvar = mx.tanh(self.mean(x)), self.spread(x)" in source, source
+    assert "kept = (mu + logvar) * mu" in source and "return kept - logvar" in source
+
+
+class Norm(nn.Module):
+    """A layer norm by hand, over the last axis or the channels of images."""
+
+    def __init__(self, size: int, is_image: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size))
+        self.bias = nn.Parameter(torch.randn(size)) if bias else None
+        self.is_image = is_image
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_image:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-6).permute(0, 3, 1, 2)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.image, self.head = nn.Conv2d(3, 4, 1), Norm(4, True), Norm(4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.image(self.conv(x)).mean((2, 3)))
+
+
+def test_a_layer_norm_by_hand_is_that_of_mlx() -> None:
+    source = checked(Normed(), torch.randn(2, 3, 4, 5))
+    assert "self.image = nn.LayerNorm(4, eps=1e-6)" in source, source
+    assert "self.head = nn.LayerNorm(4, bias=False)" in source
+    assert "class Norm(" not in source and source.count("transpose") == 1
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.token = nn.Embedding(9, 4), nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        place = torch.arange(x.shape[1])
+        x = x + self.table(place)[None] * (torch.arange(x.shape[1]) < 2)[:, None]
+        step = torch.arange(x.shape[1])
+        return torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1), step * 2
+
+
+def test_a_range_has_a_dtype_only_if_a_result_has_it() -> None:
+    x = torch.randn(2, 3, 4)
+    model, source = ported(Positions().eval(), x)
+    assert "place = mx.arange(T)" in source and "mx.arange(T) < 2" in source, source
+    assert "mx.broadcast_to(self.token, (B, 1, 4))" in source and "def expand" not in source
+    assert np.array(model(mx.array(x.numpy()))[1]).dtype == np.int64
+
+
+class Choices(nn.Module):
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        ids = torch.min(ids, torch.full_like(ids, 3))
+        x = torch.where(x > 0, x, torch.tensor(0.5))
+        start = torch.empty(x.shape[0], 1).fill_(0)
+        return torch.cat((start, x), dim=1) + ids[:, None]
+
+
+def test_numbers_are_no_arrays() -> None:
+    source = checked(Choices(), torch.randn(2, 3), torch.tensor([1, 7]))
+    assert "mx.where(x > 0, x, 0.5)" in source and "mx.minimum(ids, " in source, source
+    assert "mx.zeros((B, 1))" in source and "def minimum" not in source
+
+
+@pytest.mark.parametrize(
+    ("code", "written"),
+    [
+        ("y = mx.full((B, 1), 0, mx.int64)", "y = mx.zeros((B, 1), mx.int64)"),
+        ("y = mx.full(x.shape, 1, mx.float32)", "y = mx.ones(x.shape)"),
+        ("y = mx.full(x.shape, 2, mx.float32)", "y = mx.full(x.shape, 2, mx.float32)"),
+        ("y = mx.full(mx.zeros((B, 1)).shape, 3, mx.int64)", "y = mx.full((B, 1), 3, mx.int64)"),
+    ],
+)
+def test_new_arrays(code: str, written: str) -> None:
+    assert text(simplified(code)) == written
