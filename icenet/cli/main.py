@@ -64,7 +64,7 @@ for command in (  # in the order of the help
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 for a usage error, 1 for any other failure.
+    """Runs a command and returns its exit code: 0, 2 for a usage error, 130 for Ctrl-C, 1 for any other failure.
 
     Errors are printed to standard error as one line. With ICENET_DEBUG=1 they are raised. Output that cannot be
     written is a failure, except if its reader, such as head, has exited: then the command ends without a message.
@@ -111,7 +111,7 @@ def _run(arguments: list[str] | None) -> int:
     except signals.Stopped as error:
         return _fail(f"stopped by {error}", 1)
     except (KeyboardInterrupt, click.Abort):
-        return _fail("stopped by Ctrl-C", 1)
+        return _fail("stopped by Ctrl-C", 130)
     except BrokenPipeError:  # the reader of the output, such as head, has exited
         return 1
     except OSError as error:

@@ -395,6 +395,6 @@ def test_ctrl_c_before_the_first_checkpoint(place: Path, tmp_path: Path) -> None
             _, err = process.communicate(timeout=60)
         finally:
             process.kill()
-        assert process.returncode in (1, -signal.SIGINT)
-        if process.returncode == 1:
+        assert process.returncode in (1, 130, -signal.SIGINT)  # 1: the run was saved; the last: Python was starting
+        if process.returncode != -signal.SIGINT:
             assert is_one_line(err, "icenet: ", "Ctrl-C"), err

@@ -93,7 +93,7 @@ def test_lines_of_a_pipe(
     [
         (b"ok\n\xff\xfe\n", 2, ["line 2", "UTF-8"]),
         (b"fail\nnever\n", 1, ["not finite"]),
-        (b"stop\nnever\n", 1, ["Ctrl-C"]),
+        (b"stop\nnever\n", 130, ["Ctrl-C"]),
         (b"x" * 300, 2, ["200", "new conversation"]),
         (None, 2, ["standard input", "--message"]),
     ],

@@ -150,6 +150,13 @@ def test_python_m_icenet_is_the_command(place: Path) -> None:
 # ---- train and resume -------------------------------------------------------------------------------------
 
 
+def test_ctrl_c_while_the_command_line_is_imported(place: Path) -> None:
+    (place / "early").mkdir()
+    (place / "early" / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    process = icenet("--help", folder=place, code=130, PYTHONPATH=str(place / "early"))
+    assert process.stdout == "" and is_one_line(process.stderr.strip(), "icenet: ", "Ctrl-C")
+
+
 def test_train_and_resume_on_the_other_backend(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--set", "training.max_steps=6", "--set", "training.checkpoint_every=3"]
     assert main(["train", "tiny.yaml", "--run", "moved", "--backend", "torch", *options]) == 0
