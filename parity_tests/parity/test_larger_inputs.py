@@ -138,6 +138,16 @@ def test_a_slope_that_no_value_uses_is_compared(slope: float) -> None:
     assert slope == 0.2 or report.verdict.startswith("differs in the model (Net) itself, after size"), report.verdict
 
 
+@pytest.mark.parametrize("bound", [20, 30])
+def test_a_bound_of_a_function_of_positive_numbers_is_compared(bound: float) -> None:
+    """Numbers of both signs make no result finite, so that the signs of the run are kept."""
+    a = Net(lambda m, x: mx.sqrt(mx.minimum(m.size(x), bound)).sum(-1), size=Net(lambda m, x: mx.abs(x)))
+    b = TorchNet(lambda m, x: torch.sqrt(m.size(x).clamp(max=30)).sum(-1), size=TorchNet(lambda m, x: x.abs()))
+    report = compare(a, b, draw(4, 6))
+    assert report.passed == (bound == 30), report.verdict
+    assert bound == 30 or report.verdict.startswith("differs in the model (Net) itself, after size"), report.verdict
+
+
 SAME: dict[str, tuple[Function, Function]] = {
     "softplus": (lambda x: mx.log(1 + mx.exp(x)), F.softplus),
     "sigmoid": (lambda x: 1 / (1 + mx.exp(-x)), torch.sigmoid),
@@ -254,3 +264,7 @@ def test_a_small_array_reaches_a_narrow_range() -> None:
     assert "at larger inputs" in report.verdict, report.verdict
     report = within(lambda x: mx.logaddexp(x, 0), F.softplus)
     assert report.passed, report.verdict
+    bound = TorchNet(lambda m, x: x.clamp(max=44))  # six values reach the last eighth of the range
+    a = Net(lambda m, x: m.act(x), act=Net(lambda m, x: mx.minimum(x, 40)))
+    report = compare(a, TorchNet(lambda m, x: m.act(x), act=bound), draw(2, 3))
+    assert report.verdict.startswith("differs in act"), report.verdict

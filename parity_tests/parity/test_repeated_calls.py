@@ -89,6 +89,35 @@ def test_a_shared_encoder_may_be_called_in_another_way(calls: tuple[str, str], k
         assert factor == 1 or (report.culprit, report.failed_stage.name) == ("encoder", "forward"), report.verdict
 
 
+ORDERS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "equal arguments": ((1, 0, 0), (0, 0, 1)),
+    "one more": ((0, 1, 2), (1, 3, 2, 0)),
+    "a new argument": ((2, 1, 0), (0, 1, 2)),
+}
+"""By name: the arguments of each call of an encoder in `a` and in `b`, as numbers of the inputs."""
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_calls_correspond_by_their_arguments(name: str) -> None:
+    """The results of two calls with equal arguments are used in different ways, in their order."""
+
+    def call(m: Any, *given: Any, order: tuple[int, ...], factor: float = 1.0) -> Any:
+        codes: dict[int, list[Any]] = {}
+        for index in order:
+            codes.setdefault(index, []).append(m.encoder(given[index] * (factor if index == 2 else 1.0)))
+        last = codes.get(2, codes[0])[0]
+        return m.head(codes[1][0] * codes[0][0] * codes[0][-1] * codes[0][-1] - last)
+
+    ours, theirs = ORDERS[name]
+    b = TorchCall(partial(call, order=theirs), encoder=T.Linear(6, 8), head=T.Linear(8, 3))
+    given = tuple(draw(3, 6, seed=seed) for seed in range(4))
+    for factor in (1.0, 1.1):
+        a = Call(partial(call, order=ours, factor=factor), encoder=M.Linear(6, 8), head=M.Linear(8, 3))
+        report = compare(a, b, given, copy_weights=True)
+        assert report.passed == (factor == 1 or 2 not in ours), report.verdict
+        assert report.passed or "; input of encoder is off by" in report.verdict, report.verdict
+
+
 @pytest.mark.parametrize("layer", ["linear", "conv"])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_result_may_be_computed_again(times: int, layer: str) -> None:

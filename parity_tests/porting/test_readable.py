@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import icenet.blas  # noqa: F401  (before mlx)
 
 import mlx.core as mx
@@ -11,6 +13,7 @@ from made_ports import close, ported
 from torch import nn
 
 from icenet.core.porting.record import Tensor
+from icenet.core.porting.source.originals import second_name
 from icenet.core.porting.source.simplify import simplified, text
 from icenet.core.porting.source.sizes import named, shape_comment
 
@@ -80,6 +83,74 @@ def test_a_class_has_the_names_of_its_own_sizes() -> None:
     assert "self.table.as_linear(x[:, -1:])" in source
     for ours, theirs in zip(model(mx.array(a.numpy()), mx.array(b.numpy())), module(a, b), strict=True):
         close(ours, theirs)
+
+
+class Repeated(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        x = x.mean(1)
+        return x[:, None].expand(-1, length, -1)
+
+
+class Joint(nn.Module):
+    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        q = x.view(x.shape[0], x.shape[1], 2, 2).transpose(1, 2)
+        k = memory.view(memory.shape[0], memory.shape[1], 2, 2).transpose(1, 2)
+        return q @ k.transpose(2, 3)
+
+
+class Flat(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.reshape(x.shape[0], 12)
+        return x * 2
+
+
+class Shifted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x[:, 1:]
+        length = x.shape[1]
+        x = x.mean(1)
+        return x[:, None].expand(-1, length, -1)
+
+
+@pytest.mark.parametrize(
+    ("module", "lengths", "written"),
+    [
+        (Repeated(), (3,), ["T = x.shape[1]", "x = x.mean(axis=1)"]),  # read after x has another value
+        (Joint(), (3, 5), ["B, T, _ = x.shape", "memory.reshape(B, memory.shape[1], 2, 2)"]),  # one B for both
+        (Flat(), (3,), ["x = x.reshape(x.shape[0], 12)"]),
+        (Shifted(), (3,), ["x.shape[1], unsqueeze.shape[2])"]),  # the length of the part, as in the original
+    ],
+    ids=["replaced", "two", "once", "part"],
+)
+def test_sizes_are_read_where_the_original_reads_them(
+    module: nn.Module, lengths: tuple[int, ...], written: list[str]
+) -> None:
+    model, source = ported(module, *(torch.randn(2, length, 4) for length in lengths))
+    assert all(text in source for text in written), source
+    given = [torch.randn(3, length if isinstance(module, Flat) else length + 1, 4) for length in lengths]
+    close(model(*(mx.array(x.numpy()) for x in given)), module(*given))
+
+
+def test_a_second_name_is_that_of_the_value_and_of_its_function(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text(
+        """\
+def forward(x):
+    first = x
+    shortcut = x
+    def inner(x):
+        own = x
+        x = x + 1
+        return own
+    x = norm(x)
+    x = inner(x) + shortcut
+    return x, first
+"""
+    )
+    assert second_name(str(file), "x", 0, 8) == "shortcut"  # the last one
+    assert second_name(str(file), "x", 0, 6) == "own"
+    assert second_name(str(file), "x", 8, 9) == ""  # both names are those of the parameter
 
 
 class Heads(nn.Module):

@@ -31,13 +31,12 @@ def calls_in_order(run_a: Run, run_b: Run, to_a: Mapping[str, str]) -> dict[tupl
         same = [number for number, pair in enumerate(zip(x, y, strict=False)) if _are_near(*pair)]
         if len(same) == min(len(x), len(y)):
             continue
-        order = {number: number for number in same}
-        for number, event in enumerate(y):
-            if number not in order:
-                free = (k for k, other in enumerate(x) if k not in order.values() and _are_near(other, event))
-                if (other := next(free, None)) is not None:
-                    order[number] = other
-        if len(order) == len(same):
+        order: dict[int, int] = {}
+        for number, event in enumerate(y):  # calls with equal arguments keep their order
+            free = (k for k, other in enumerate(x) if k not in order.values() and _are_near(other, event))
+            if (other := next(free, None)) is not None:
+                order[number] = other
+        if len(order) <= len(same):
             continue
         left = iter([k for k in range(len(x)) if k not in order.values()])
         for number in range(len(y)):

@@ -67,7 +67,11 @@ def second_name(file: str, variable: str, after: int, until: int) -> str:
     function = _function_at(file, until)
     start = after if after < until else 0
     found = function.renamings if function is not None else ()
-    names = [item.name for item in found if item.source == variable and start < item.line < until]
+    names = [
+        item.name
+        for item in found
+        if item.source == variable and start < item.line < until and _function_at(file, item.line) is function
+    ]
     return names[-1] if names else ""
 
 
