@@ -34,7 +34,9 @@ class LayerNorm(nn.LayerNorm):
     def __call__(self, x: Array) -> Array:
         if _uses_kernel(x, self.weight):
             return training_kernels.layer_norm(x, self.weight, self.bias, self.eps)
-        return mx.fast.layer_norm(x.astype(self.weight.dtype), self.weight, self.bias, self.eps).astype(x.dtype)
+        y = x.astype(self.weight.dtype)
+        norm = _layer_norm if has_wrong_gradient(y) else mx.fast.layer_norm
+        return norm(y, self.weight, self.bias, self.eps).astype(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -65,6 +67,22 @@ class RMSNorm(nn.RMSNorm):
         if on_cpu():  # the fused operation sums the gradient of the weight term by term there
             return exact.scale(mx.fast.rms_norm(y, None, self.eps), weight).astype(x.dtype)
         return mx.fast.rms_norm(y, weight, self.eps).astype(x.dtype)
+
+
+def has_wrong_gradient(x: Array) -> bool:
+    """Returns whether the gradient of `mx.fast.layer_norm` is wrong for x: on CUDA, in rows of no multiple of 16 bytes.
+
+    The kernel of MLX 0.32.4 (`layer_norm_vjp`) then reads values behind those that a thread holds.
+    """
+    return not on_cpu() and bool(mx.cuda.is_available()) and x.shape[-1] * x.itemsize % 16 != 0
+
+
+def _layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """Returns what `mx.fast.layer_norm` returns, of single operations."""
+    y = x.astype(mx.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * mx.rsqrt(mx.square(y).mean(-1, keepdims=True) + eps)
+    return (y * weight.astype(y.dtype) + bias.astype(y.dtype)).astype(x.dtype)
 
 
 def _uses_kernel(x: Array, weight: Array) -> bool:

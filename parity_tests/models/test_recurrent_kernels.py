@@ -130,6 +130,9 @@ def check(kind: str, size: tuple[int, int, int], padded: bool = False, dtype: st
     options = {"activation": "relu"} if kind == "relu" else {}
     layer = KINDS[kind](INPUTS, hidden, **options)
     values = weights(kind, hidden)
+    if kind == "relu" and dtype != "float32":  # no value near the edge of the ReLU, where rounding decides
+        values["bias"] += 4 * np.sign(values["bias"])
+        values["weight_hh"] /= 4
     layer.update({name: mx.array(value) for name, value in values.items()})
     layer.train()
     given = inputs(steps, batch, hidden, layer.states, padded)

@@ -20,7 +20,7 @@ from helpers import tiny
 
 from icenet.core import backends
 from icenet.core.config import Config
-from icenet.nn import conv, training_kernels
+from icenet.nn import conv, norm, training_kernels
 from icenet.nn.arrays import from_numpy, to_numpy
 from icenet.nn.training_kernels import activations, common, losses, norms, pooling, updates
 from icenet.parity.yardstick import judge
@@ -224,6 +224,25 @@ def test_layer_norm(dtype: str, shape: tuple[int, ...], is_centered: bool, devic
         return [training_kernels.layer_norm(x, weight, bias[0] if bias else None, 1e-5)]
 
     check(ours, theirs, [x, weight, bias] if is_centered else [x, weight], dtype)
+
+
+@pytest.mark.parametrize("width", [1, 5, 6, 33, 130])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_norm_of_rows_of_any_size(dtype: str, width: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of `mx.fast.layer_norm` on CUDA is wrong in some of them."""
+    if device == "emulated":
+        monkeypatch.setattr(norm, "has_wrong_gradient", lambda x: True)
+    layer = norm.LayerNorm(width)
+
+    def ours(x: mx.array, weight: mx.array, bias: mx.array) -> list[mx.array]:
+        layer.update({"weight": weight, "bias": bias})
+        return [layer(x)]
+
+    def theirs(x: Any, weight: Any, bias: Any) -> Any:
+        return F.layer_norm(x.to(weight.dtype), (width,), weight, bias, 1e-5).to(x.dtype)
+
+    drawn = draw(dtype, 5, width, offset=3.0), draw("float32", width, offset=1), draw("float32", width)
+    check(ours, theirs, list(drawn), dtype)
 
 
 # ---- elementwise --------------------------------------------------------------------------------------------
