@@ -19,20 +19,22 @@ are judged again, with more samples of the noise and the error:
 
     The RMS of 12 independent normal draws is below a third of its expectation once in 14,000 times, for a single
     number too. If the errors of MLX and PyTorch are equally large, a single number exceeds FACTOR by chance once in
-    13 times with one draw, and once in 270,000 times with 12. Neither number depends on the processor.
+    13 times with one draw, and once in 270,000 times with 12. Neither number depends on the processor. The squared
+    ratio of m numbers has an F distribution with m and 12 m degrees of freedom, so that several exceed FACTOR less
+    often. Where few numbers exceed it more often, the errors are not equally large (floor 6).
 
 6.  Sums of n terms in fp32. PyTorch takes them in many partial sums or in float64, MLX mostly term by term. Then the
     rounding error grows with sqrt(n): 20 times PyTorch's for the statistics of a plain `mlx.nn.BatchNorm` over 16
     images of 32x32, 24 times for the bias gradient of a plain `mlx.nn.Linear` over 8192 tokens. IceNet's own layers
     avoid this and are not granted this floor where IceNet's models are compared. For MLX's own layers, for a user's
     code and in `compare`, if a ratio exceeds FACTOR with floor 5, the samples are taken again with all sums of
-    PyTorch term by term, also those within its norms, softmax and bias gradients, and the products that have few
-    results of many terms (`icenet_torch.tools.sums`): the order there is that of the BLAS, which depends on the
-    processor. The roundings of a long sum hardly depend on the last bits of its terms, so the sums of each sample
-    begin at another term. A value that then passes is reported as less exact, with the ratio without this floor
-    (`plain_ratio`). A wrong eps, momentum or variance is much larger. The error function in fp32 is moved by up to an
-    ulp of 1 in these samples, as MLX's is. Its errors, and those of GELU, are up to 4e-7 on a CPU, PyTorch's 3e-8.
-    `exp` has the errors of MLX's as well.
+    PyTorch term by term, also those within its norms, softmax and bias gradients, and products that have few results
+    of many terms, such as the gradient of a convolution by its weight (`icenet_torch.tools.sums`): the order there
+    depends on the processor, the BLAS and the strides. The roundings of a long sum hardly depend on the last bits of
+    its terms, so the sums of each sample begin at another term. A value that then passes is reported as less exact,
+    with the ratio without this floor (`plain_ratio`). A wrong eps, momentum or variance is much larger. The error
+    function in fp32 is moved by up to an ulp of 1 in these samples, as MLX's is. Its errors, and those of GELU, are
+    up to 4e-7 on a CPU, PyTorch's 3e-8. `exp` has the errors of MLX's as well.
 
 7.  Jumps. A large model has values that are within rounding of the edge of a ReLU, and a gradient jumps if a rounding
     moves one across: in ResNeXt-101 with random weights by 1e-2 of its size, in every second run of either framework.
