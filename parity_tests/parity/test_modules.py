@@ -438,7 +438,7 @@ def test_products_with_few_results_of_many_terms_are_sums_too() -> None:
 
 @pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"])
 def test_gradients_of_convolutions_by_few_weights_are_sums_too(name: str) -> None:
-    """PyTorch takes them image by image, or term by term as MLX does: that depends on strides and on the processor."""
+    """PyTorch takes them image by image, or term by term as MLX does: that depends on strides and the processor."""
     count, function = int(name[-2]), getattr(torch.nn.functional, name)
     x = torch.from_numpy(draw(3, 4, *[9] * (count - 1), 200))
     channels = (4, 3) if "transpose" in name else (6, 2)
