@@ -120,3 +120,47 @@ def test_numbers_are_no_arrays() -> None:
 )
 def test_new_arrays(code: str, written: str) -> None:
     assert text(simplified(code)) == written
+
+
+class Causal(nn.Module):
+    """Convolutions of sequences with their channels last, as in WaveNet and Mamba."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(4, 4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, C]
+        x = F.relu(self.conv(F.pad(x.transpose(1, 2), (1, 0))))[:, :, : x.shape[1]]
+        return self.head(x.transpose(1, 2))
+
+
+class Scaled(nn.Module):
+    """Images with a scale for each channel, as in a U-Net of a diffusion, and blocks that end with channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.time, self.mlp = nn.Conv2d(3, 4, 3), nn.Linear(5, 8), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
+        x = self.conv(x) * (scale + 1) + shift
+        return x + self.mlp(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Flat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def test_axes_are_changed_once() -> None:
+    assert "transpose" not in (source := checked(Causal(), torch.randn(2, 5, 4))), source
+    source = checked(Scaled(), torch.randn(2, 3, 5, 6), torch.randn(2, 5))
+    assert source.count("transpose") == 2 and "self.time(time)[:, None, None]" in source, source
+    assert "self.conv(x.transpose(0, 2, 3, 1)) * (scale + 1) + shift" in source
+    source = checked(Flat(), torch.randn(2, 3, 4, 5))
+    assert "return input.transpose(0, 3, 1, 2).flatten(1)" in source, source
+    assert "return self.net(x.transpose(0, 2, 3, 1))" in source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 
 from icenet.core.porting.record import Node, Ref, map_refs, refs
@@ -19,19 +19,22 @@ class _Call:
     exit: Node
 
 
-def hoisted(nodes: list[Node]) -> list[Node]:
+def hoisted(nodes: list[Node], sequences: Container[str], moved: Container[str]) -> list[Node]:
     """Returns nodes in which a module gets an argument with the axes in which it reads it.
 
-    The change of axes that it makes at first stands before its call. The whole module keeps its arguments.
+    The change of axes that it makes at first stands before its call. The whole module keeps its arguments, and a
+    layer of an `nn.Sequential`, such as `nn.Flatten`, makes the change from channels last to the original's itself.
 
     Args:
         nodes: The nodes of a graph, with "permute" where an operation needs another order.
+        sequences: The paths of modules that are sequences of layers.
+        moved: The values whose axes have another order than the original's.
     """
     items = _parsed(iter(nodes))
     renamed: dict[str, str] = {}
     for item in items:
         if isinstance(item, _Call):
-            _hoist(item, renamed)
+            _hoist(item, renamed, sequences, moved)
 
     def final(ref: Ref) -> Ref:
         name = ref.name
@@ -75,7 +78,7 @@ def _permutation(item: Node | _Call) -> _Permutation | None:
     return item.args["self"].name, tuple(item.args["dims"])
 
 
-def _hoist(call: _Call, renamed: dict[str, str]) -> None:
+def _hoist(call: _Call, renamed: dict[str, str], sequences: Container[str], moved: Container[str]) -> None:
     """Moves the permutations out of the calls in a call, and keeps the first of equal ones."""
     items: list[Node | _Call] = []
     made: dict[_Permutation, str] = {}
@@ -95,11 +98,14 @@ def _hoist(call: _Call, renamed: dict[str, str]) -> None:
             else:
                 add(item, key)
             continue
-        _hoist(item, renamed)
+        _hoist(item, renamed, sequences, moved)
         given = set(refs(item.enter.args))
         for node in list(item.items):
             key = _permutation(node)
-            if key is not None and isinstance(node, Node) and key[0] in given and _is_only_use(item, node):
+            if key is None or not isinstance(node, Node):
+                continue
+            is_own = call.enter.args["path"] in sequences and node.name not in moved
+            if not is_own and key[0] in given and _is_only_use(item, node):
                 _take(item, node)
                 add(replace(node, place=item.enter.place), key)
         items.append(item)

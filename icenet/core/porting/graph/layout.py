@@ -6,17 +6,14 @@ keep it: their dimensions are renumbered. `permute` is inserted where an operati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from icenet.core.porting.graph.hoist import hoisted
 from icenet.core.porting.graph.layout_operations import ALONG, ELEMENTWISE, IMAGE_OPS, REDUCTIONS
+from icenet.core.porting.graph.orders import Order, Orders, identity, last, physical
 from icenet.core.porting.layers.mlx_layers import Layer
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, refs
-
-Order = tuple[int, ...]
-"""The axis of the original at each axis in memory: (0, 2, 3, 1) for images with channels last."""
 
 
 def channels_last(graph: Graph, layers: dict[str, Layer], nhwc: bool) -> tuple[Graph, dict[str, Order]]:
@@ -30,36 +27,8 @@ def channels_last(graph: Graph, layers: dict[str, Layer], nhwc: bool) -> tuple[G
     return _Pass(graph, layers, nhwc).run()
 
 
-def _identity(ndim: int) -> Order:
-    return tuple(range(ndim))
-
-
-def last(ndim: int) -> Order:
-    """Returns the order with the second axis last."""
-    return (0, *range(2, ndim), 1)
-
-
-class _Pass:
-    def __init__(self, graph: Graph, layers: dict[str, Layer], nhwc: bool) -> None:
-        self.graph, self.layers, self.nhwc = graph, layers, nhwc
-        self.tensors: dict[str, Any] = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
-        self.order: dict[str, Order] = {}
-        self.alias: dict[str, str] = {}
-        self.nodes: list[Node] = []
-        self.made: dict[tuple[str, Order], tuple[str, int]] = {}
-        self.depth: list[int] = [0]
-        self.counter = 0
-        self.frame = 0
-        self.viewed: dict[str, tuple[int, str, list[Any]]] = {}
-        """The call, the source and the shape of values that are reshapes."""
-        self.source: dict[str, tuple[int, str]] = {}
-        """The call and the source of values that have its elements in the same order."""
-        self.new_tensors: dict[str, Any] = dict(graph.tensors)
-        self.users: dict[str, list[Node]] = {}
-        """The operations that read each value."""
-        for node in graph.nodes:
-            for name in set(refs(node.args)):
-                self.users.setdefault(name, []).append(node)
+class _Pass(Orders):
+    """Writes the operations in the orders of their values."""
 
     def run(self) -> tuple[Graph, dict[str, Order]]:
         for name, array in self.graph.arrays.items():
@@ -77,7 +46,8 @@ class _Pass:
             path: Ref(self.plain(value.name)) if isinstance(value, Ref) else value
             for path, value in self.graph.updates.items()
         }
-        self.nodes = hoisted(self.nodes)
+        sequences = {path for path, module in self.graph.modules.items() if module.class_name == "Sequential"}
+        self.nodes = hoisted(self.nodes, sequences, self.order)
         if (
             self.nodes and self.nodes[-1].op != "exit"
         ):  # what the outputs need belongs to the call of the whole module
@@ -86,87 +56,6 @@ class _Pass:
         return replace(
             self.graph, nodes=self.nodes, output_tree=output, updates=updates, tensors=self.new_tensors
         ), self.order
-
-    # ---- values
-
-    def ndim(self, name: str) -> int:
-        tensor = self.tensors.get(name)
-        return tensor.ndim if isinstance(tensor, Tensor) else -1
-
-    def shape(self, name: str) -> tuple[Any, ...]:
-        return self.tensors[name].shape
-
-    def of(self, name: str) -> Order | None:
-        """Returns the order of a value, None if it is the original's."""
-        return self.order.get(name)
-
-    def set(self, name: str, order: Order | None) -> None:
-        tensor = self.tensors.get(name)
-        if order is not None and order != _identity(len(order)):
-            self.order[name] = order
-        if isinstance(tensor, Tensor) and name in self.new_tensors and name in self.order:
-            self.new_tensors[name] = physical(tensor, self.order[name])
-
-    def resolve(self, name: str) -> str:
-        while name in self.alias:
-            name = self.alias[name]
-        return name
-
-    def in_order(self, name: str, order: Order) -> str:
-        """Returns the name of a value whose axes are in an order; it is inserted if there is none yet."""
-        name = self.resolve(name)
-        have = self.order.get(name, _identity(self.ndim(name)))
-        if have == order:
-            return name
-        key = (name, order)
-        if key in self.made and self.made[key][1] == self.frame:
-            return self.made[key][0]
-        self.counter += 1
-        new = f"{name}_p{self.counter}"
-        tensor = self.tensors[name]
-        self.tensors[new] = tensor
-        place = self.nodes[-1].place if self.nodes else None
-        moved = self.view_in_order(name, order)
-        if moved is None:
-            dims = [have.index(axis) for axis in order]
-            moved = ("permute", {"self": Ref(name), "dims": dims})
-        self.nodes.append(Node(new, *moved, physical(tensor, order), place))
-        if order != _identity(len(order)):
-            self.order[new] = order
-        self.made[key] = (new, self.frame)
-        return new
-
-    def view_in_order(self, name: str, order: Order) -> tuple[str, dict[str, Any]] | None:
-        """Returns the reshape that makes a value with its axes in an order, None if that takes a transpose.
-
-        Axes of size 1 may stand anywhere: the (B, C, 1, 1) of squeeze and excitation is (B, 1, 1, C).
-        """
-        frame, source, shape = self.viewed.get(name, (-1, "", []))
-        wide = [axis for axis in order if self.shape(name)[axis] != 1]
-        if not shape or frame != self.frame or name in self.order or wide != sorted(wide):
-            return None
-        return "reshape", {"self": Ref(source), "shape": [shape[axis] for axis in order]}
-
-    def plain(self, name: str) -> str:
-        name = self.resolve(name)
-        return self.in_order(name, _identity(self.ndim(name))) if name in self.order else name
-
-    def output(self, name: str) -> str:
-        if self.nhwc and self.ndim(name) == 4:
-            return self.in_order(name, last(4))
-        return self.plain(name)
-
-    def plain_all(self, value: Any) -> Any:
-        return map_refs(value, lambda ref: Ref(self.plain(ref.name)))
-
-    # ---- nodes
-
-    def emit(self, node: Node, args: dict[str, Any], order: Order | None = None) -> None:
-        out = node.out
-        if isinstance(out, Tensor) and order is not None and order != _identity(len(order)):
-            self.order[node.name] = order
-            out = physical(out, order)
-        self.nodes.append(replace(node, args=args, out=out))
 
     def node(self, node: Node) -> None:
         base = node.base
@@ -197,11 +86,15 @@ class _Pass:
             self.item(node, name)
         elif base == "expand_as":
             other = self.resolve(node.args["other"].name)
-            target = self.order.get(other, _identity(self.ndim(other)))
+            target = self.order.get(other, identity(self.ndim(other)))
             same_rank = self.ndim(name) == self.ndim(other)
             moved = self.in_order(name, target) if same_rank else self.plain(name)
             kept = other if same_rank else self.plain(other)
             self.emit(node, {"self": Ref(moved), "other": Ref(kept)}, target if same_rank else None)
+        elif order is None and base in ("permute", "transpose", "swapaxes") and self.becomes_image(node):
+            self.permuted(node, name, identity(self.ndim(name)))
+        elif order is None and base == "unsqueeze" and self.spread(node, name):
+            pass
         elif order is None:
             args = self.plain_all(node.args)
             self.emit(node, args)
@@ -229,22 +122,32 @@ class _Pass:
         else:
             self.emit(node, self.plain_all(node.args))
 
-    def note_view(self, node: Node, args: dict[str, Any]) -> None:
-        """Notes the shape of a reshape, and the source of what has its elements in the same order."""
-        if node.base in ("view", "reshape", "_unsafe_view", "unsqueeze"):
-            self.source[node.name] = (self.frame, args["self"].name)
-        if node.base in ("view", "reshape", "_unsafe_view"):
-            shape = list(args.get("shape", args.get("size", [])))
-            self.viewed[node.name] = (self.frame, args["self"].name, shape)
+    def becomes_image(self, node: Node) -> bool:
+        """Returns whether a change of axes makes an image of a value with channels last.
 
-    def with_shape(self, name: str, shape: list[Any]) -> str | None:
-        """Returns a value or what it is a view of, the one that has a shape: weight for weight[:, None, None]."""
+        Three axes may be any; four are an image.
+        """
+        ndim = self.ndim(node.name)
+        axes = _axes_of(node, ndim)
+        if axes is None or ndim < 3 or tuple(map(axes.index, range(ndim))) != last(ndim):
+            return False
+        return ndim > 3 or self.images.ends_in_images(node.name)
+
+    def spread(self, node: Node, name: str) -> bool:
+        """Writes x[:, :, None, None] as x[:, None, None] if it meets images. Returns whether it did."""
+        ndim, shape = self.ndim(node.name), self.shape(node.name)
         frame = self.frame
-        while list(self.shape(name)) != shape or name in self.order:
+        while self.ndim(name) > 2 and frame == self.frame:
             frame, name = self.source.get(name, (-1, ""))
-            if frame != self.frame:
-                return None
-        return name
+        is_spread = ndim > 3 and tuple(shape[2:]) == (1,) * (ndim - 2) and tuple(shape[:2]) == self.shape_of(name)
+        if not is_spread or frame != self.frame or name in self.order or not self.images.meets_images(node.name):
+            return False
+        for dim in range(1, ndim - 2):
+            new, out = f"{node.name}_s{dim}", Tensor((shape[0], *[1] * dim, shape[1]), node.out.dtype)
+            self.nodes.append(Node(new, "unsqueeze", {"self": Ref(name), "dim": dim}, out, node.place))
+            self.tensors[new], name = out, new
+        self.emit(node, {"self": Ref(name), "dim": ndim - 2}, last(ndim))
+        return True
 
     def others(self, node: Node) -> list[str]:
         return [
@@ -343,7 +246,7 @@ class _Pass:
         names = [self.resolve(ref.name) for ref in node.args[key]]
         orders = [self.order[name] for name in names if name in self.order]
         ndims = {self.ndim(name) for name in names}
-        if not orders and node.base == "cat" and self.is_for_images(node):
+        if not orders and node.base == "cat" and self.images.is_for_images(node):
             orders = [last(self.ndim(node.name))]
         if not orders or len(ndims) != 1:
             self.emit(node, self.plain_all(node.args))
@@ -358,13 +261,6 @@ class _Pass:
         else:
             dim = order.index(dim)
         self.emit(node, {key: [Ref(self.in_order(name, order)) for name in names], "dim": dim}, new)
-
-    def is_for_images(self, node: Node) -> bool:
-        """Returns whether layers that take images with channels last are all that read a value."""
-        users = self.users.get(node.name, [])
-        layers = [self.layers[user.args["path"]] for user in users if user.op == "layer"]
-        is_image = len(layers) == len(users) and all(layer.axes == "last" for layer in layers)
-        return bool(users) and is_image and self.ndim(node.name) > 2
 
     def item(self, node: Node, name: str) -> None:
         order = self.order.get(name)
@@ -393,7 +289,7 @@ class _Pass:
             kept = [axis for axis in order if axis not in logical]
             new = tuple(sorted(kept).index(axis) for axis in kept)
         if isinstance(node.out, list):
-            if new != _identity(len(new)):
+            if new != identity(len(new)):
                 self.order[node.name] = new
             outs = [physical(out, new) if isinstance(out, Tensor) else out for out in node.out]
             self.nodes.append(replace(node, args=args, out=outs))
@@ -419,17 +315,8 @@ class _Pass:
             self.emit(node, args, order)
 
     def permuted(self, node: Node, name: str, order: Order) -> None:
-        ndim = len(order)
-        axes = list(range(ndim))
-        if node.base == "permute":
-            axes = [dim % ndim for dim in node.args["dims"]]
-        elif node.base in ("transpose", "swapaxes"):
-            first, second = (
-                node.args.get("dim0", node.args.get("axis0", 0)),
-                node.args.get("dim1", node.args.get("axis1", 1)),
-            )
-            axes[first % ndim], axes[second % ndim] = axes[second % ndim], axes[first % ndim]
-        else:
+        axes = _axes_of(node, len(order))
+        if axes is None:
             self.emit(node, self.plain_all(node.args))
             return
         new = tuple(axes.index(axis) for axis in order)
@@ -438,7 +325,7 @@ class _Pass:
     def alias_to(self, node: Node, name: str, new: Order) -> None:
         """Gives a value another order of its axes, without an operation."""
         self.nodes.append(Node(node.name, "alias", {"self": Ref(name)}, physical(node.out, new), node.place))
-        if new != _identity(len(new)):
+        if new != identity(len(new)):
             self.order[node.name] = new
 
     def merged(self, node: Node, name: str, order: Order) -> bool:
@@ -498,6 +385,13 @@ class _Pass:
             self.emit(replace(node, op="squeeze.dims"), {"self": Ref(name), "dim": moved}, new)
 
 
-def physical(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """Returns shape and dtype of a value with its axes in an order."""
-    return Tensor(tuple(tensor.shape[axis] for axis in order), tensor.dtype)
+def _axes_of(node: Node, ndim: int) -> list[int] | None:
+    """Returns the axes of its argument in the order in which a node has them, None if it is not known."""
+    if node.base == "permute":
+        return [dim % ndim for dim in node.args["dims"]]
+    if node.base not in ("transpose", "swapaxes"):
+        return None
+    axes = list(range(ndim))
+    first, second = (node.args.get(f"dim{number}", node.args.get(f"axis{number}", number)) for number in (0, 1))
+    axes[first % ndim], axes[second % ndim] = axes[second % ndim], axes[first % ndim]
+    return axes
