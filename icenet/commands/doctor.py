@@ -42,6 +42,8 @@ TESTED = {"mlx": ((0, 32, 1), (0, 33)), "torch": ((2, 6), (2, 14))}
 TESTED_PYTHON = ((3, 10), (3, 14))
 SEVERITIES = {"error": "bold red", "warning": "yellow", "note": "blue"}
 """The severities, the worst first, and their styles."""
+_TIMEOUT = 120.0
+"""Seconds that a backend may take before it counts as hanging."""
 _WIDEST = 160
 """Columns of a console above which cells are wrapped here, to `_CELL` columns."""
 _CELL = 48
@@ -101,14 +103,10 @@ class Report:
             console.print("No problems found.", style="bold green")
 
 
-def examine(timeout: float = 120.0) -> Report:
-    """Examines this machine and each backend; takes about 2 s.
-
-    Args:
-        timeout: Seconds that a backend may take before it counts as hanging.
-    """
+def examine() -> Report:
+    """Examines this machine and each backend; takes about 2 s."""
     system, versions = system_facts(), package_versions()
-    backends = {name: backend_facts(name, timeout) for name in BACKENDS}
+    backends = {name: backend_facts(name, _TIMEOUT) for name in BACKENDS}
     return Report(system, versions, backends, find_problems(system, versions, backends))
 
 

@@ -75,6 +75,23 @@ def convert_model(
         own = getattr(options.get("model"), "config", None)
         settings = Config(model=own) if isinstance(own, ImageModelConfig) else None
         return convert(source, destination, **torchvision.translations(settings, source, destination, to), **common)
+    return _convert_by_config(source, destination, to, config, averaged, common)
+
+
+def _convert_by_config(
+    source: Path,
+    destination: Path,
+    to: str,
+    config: str | Path | Config | None,
+    averaged: bool,
+    common: dict[str, Any],
+) -> Conversion:
+    """Converts weights whose config is given, next to them, or in their folder of Hugging Face.
+
+    Args:
+        source, destination, to, config, averaged: See `convert_model`.
+        common: The other arguments of `convert`.
+    """
     in_folder = destination.is_dir() or not destination.suffix
     if in_folder:
         saved_model.check_apart(source, destination)
@@ -82,7 +99,7 @@ def convert_model(
         source = checkpoint.find(source).path
     if averaged:
         common["arrays"] = open_averaged(source)[1]
-    keeps_names = bool(config or source_form or key or strip_prefix or averaged)
+    keeps_names = bool(config or averaged or any(common[name] for name in ("source_form", "key", "strip_prefix")))
     imported, settings, stored = _find_config(source, config, keeps_names)
     if imported is not None:
         common |= {"arrays": imported.weights, "source_form": "canonical"}
@@ -96,14 +113,14 @@ def convert_model(
         notes.append(f"the weights are dequantized: {describe(packed.layers)} in the source")
     if to == torchvision.FORM:
         to, notes = translations["to"], [f"the names are those of {to}"]
-    _check_target(source, destination_file(destination, to), in_folder, overwrite)
+    _check_target(source, destination_file(destination, to), in_folder, common["overwrite"])
     if settings is not None and to == "canonical" and in_folder:
         companions = _companions(settings, stored, destination)
         if config is None and settings.model.input_kind in ("images", "anything"):
             images = saved_model.image_file(image_facts(source), settings.model)
             companions = {**images, **companions}  # config.yaml is the last
             notes += [problem] if (problem := export.images_problem(source)) else []
-        if not overwrite:
+        if not common["overwrite"]:
             saved_model.refuse_replacing(destination, list(companions), set())
         common["companions"] = companions
     metadata = {**saved_model.code_metadata(checkpoint.code_of(source)), **(common.pop("metadata", None) or {})}

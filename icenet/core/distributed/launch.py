@@ -65,16 +65,16 @@ def connection_error(launch: Launch, reason: str) -> BackendError:
     )
 
 
-def error_prefix(seconds: float = 2.0) -> str:
+def error_prefix() -> str:
     """Returns the beginning of an error message: the rank of this process, or nothing for rank 0 or one process.
 
-    Processes other than rank 0 wait `seconds` first. The launcher ends them when rank 0 ends, so an error that all
+    Processes other than rank 0 wait two seconds first. The launcher ends them when rank 0 ends, so an error that all
     processes have in common is printed only once.
     """
     launch = detect()
     if launch is None or launch.rank == 0:
         return ""
-    time.sleep(seconds)
+    time.sleep(2)
     return f"process {launch.rank}: "
 
 

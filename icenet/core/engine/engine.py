@@ -10,10 +10,8 @@ import contextlib
 import functools
 import math
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +20,8 @@ from icenet.core import rng
 from icenet.core.config import Config, custom, output_size, user_code
 from icenet.core.distributed import processes
 from icenet.core.engine.batches import Array, Batch, MicroBatch, check_ids, count_labels, labelled_rows, micro_batches
-from icenet.core.engine.ema import WeightAverage
+from icenet.core.engine.interface import EngineInterface
 from icenet.core.engine.logits import call_model
-from icenet.core.engine.optimizer import Optimizer
 from icenet.core.engine.results import Evaluation, StepResult, step_result
 from icenet.core.errors import UsageError
 from icenet.core.models import buckets, randomness
@@ -45,13 +42,10 @@ def in_arithmetic(method: Callable[Concatenate[Engine, P], R]) -> Callable[Conca
     return run
 
 
-class Engine(ABC):
+class Engine(EngineInterface):
     """One model and its optimizer on one backend and device.
 
     Arrays are numpy in and out. Weights, gradients and optimizer state are canonical: PyTorch's layouts, by path.
-
-    A backend's constructor takes `(config, device, dtype)`. It calls this constructor, then `_set_model`, and sets
-    `device`, `optimizer`, `average` and `_trainable`. A backend implements the abstract methods.
 
     Args:
         config: The configuration.
@@ -61,28 +55,11 @@ class Engine(ABC):
         ConfigError: The processes cannot share the training (see `processes.check_training`).
 
     Attributes:
-        backend: mlx or torch.
-        detaches: What of the framework ends the gradient of an array, for messages.
-        environment: Environment variables of the framework for training, unless they are set.
-        nn: The backend's `nn` package, whose functions have the same names and meaning on both backends.
-        device: The device's name in the backend.
-        model: A `BaseModel` of the backend.
-        optimizer: The optimizer of the trainable parameters.
-        average: The moving average of the weights with `training.ema_decay`, otherwise None.
-        compiles: Whether the step is compiled.
+        config: The configuration.
+        process_group: The processes that train together.
+        pixel_scale: Scale and shift `[C]` of images of bytes, whose values are byte * scale - shift; None: of values.
+        loss: The loss of the user, (output, batch) -> mean loss; None is the cross-entropy.
     """
-
-    backend: ClassVar[str]
-    detaches: ClassVar[str]
-    nn: ClassVar[ModuleType]
-    environment: ClassVar[Mapping[str, str]] = {}
-    device: str
-    model: Any
-    optimizer: Optimizer
-    average: WeightAverage | None
-    compiles: bool
-    _trainable: list[str]
-    """Paths of the parameters that are trained, in the order of `_norms`."""
 
     def __init__(self, config: Config, process_group: processes.ProcessGroup) -> None:
         processes.check_training(config.training, process_group.size)
@@ -90,9 +67,7 @@ class Engine(ABC):
         self.process_group = process_group
         self._is_checked = False  # see _checked_gradients
         self.pixel_scale: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-        """Scale and shift `[C]` of images of bytes, whose values are byte * scale - shift; None: of values."""
         self.loss: Callable[..., Any] | None = None
-        """The loss of the user, (output, batch) -> mean loss; None is the cross-entropy."""
         if custom.is_custom(config.training.loss):
             self.loss = custom.loss_function(config.training.loss, self.backend)
 
@@ -453,64 +428,6 @@ class Engine(ABC):
 
     def _seed_dropouts(self, keys: Array | None) -> None:
         seed_dropouts(self._dropouts.values(), keys)
-
-    # ---- implemented by each backend ---------------------------------------------------------------------
-
-    @abstractmethod
-    def _normalize(self, pixels: Array, scale: NDArray[np.float32], shift: NDArray[np.float32]) -> Array:
-        """Returns value * scale - shift of images on the device; scale and shift are those of the channels."""
-
-    @abstractmethod
-    def _to_canonical(self, arrays: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
-        """Returns parameters or gradients by path as numpy arrays in PyTorch's layouts."""
-
-    @abstractmethod
-    def _from_canonical(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Array]:
-        """Returns canonical arrays as the backend's; the inverse of `_to_canonical`."""
-
-    @abstractmethod
-    def _to_device(self, array: NDArray[Any]) -> Array:
-        """Returns one array of a batch, or dropout keys (uint32), on the device."""
-
-    @abstractmethod
-    def _to_float_numpy(self, array: Array) -> NDArray[Any]:
-        """Returns an output of the model as numpy; half precision as float32."""
-
-    @abstractmethod
-    def _to_full_precision(self, array: Array) -> Array:
-        """Returns an array of half precision as float32, and others as they are."""
-
-    @abstractmethod
-    def _seed_generator(self, seed: int) -> None:
-        """Seeds the framework's own random generator: that of the process, which `rng: native` is about."""
-
-    @abstractmethod
-    def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:
-        """Returns the mean loss of this process's rows and the gradients summed over the processes, by path.
-
-        The forward and backward passes of all of `_micro_batches`, scaled by `loss_scale` in the backward pass only.
-        """
-
-    @abstractmethod
-    def _update(self, gradients: dict[str, Array], norm: Array, average_weight: float) -> None:
-        """Clips the gradients as `training` describes, and updates parameters, optimizer state and weight average."""
-
-    @abstractmethod
-    def _outputs(self, arrays: Mapping[str, Array], as_loss: bool = False) -> Array:
-        """Returns the output of the model for a batch on the device, or the mean loss that the model computes."""
-
-    @abstractmethod
-    def _predict(self, arrays: Mapping[str, Array], as_loss: bool = False) -> Array:
-        """Returns `_outputs` without gradients, compiled if the step is."""
-
-    def _submit(self, *results: Array) -> Any:
-        """Starts the computation of results and new state on a lazy framework. Returns a handle for `_wait`."""
-        return results
-
-    def _wait(self, handle: Any) -> tuple[Array, Array, Array]:
-        """Returns loss, norm and norms that were passed to `_submit`, when they are computed."""
-        loss, norm, norms = handle
-        return loss, norm, norms
 
 
 def _split_averages(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

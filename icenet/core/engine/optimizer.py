@@ -159,22 +159,21 @@ _SLOTS: list[tuple[tuple[str, ...], str, list[set[str]]]] = [
 """Names of optimizers, the option that selects them, and the sets of slots that their state can have."""
 
 
-def orthogonalize(matrix: Array, norm: Callable[[Array], Array], steps: int = 5) -> Array:
+def orthogonalize(matrix: Array, norm: Callable[[Array], Array]) -> Array:
     """Returns matrices `[..., rows, columns]` with all singular values moved close to 1, in their own dtype.
 
-    The Newton-Schulz iteration of Muon with the quintic polynomial of Jordan, "Muon: an optimizer for hidden layers
-    in neural networks", 2024.
+    Five steps of the Newton-Schulz iteration of Muon, with the quintic polynomial of Jordan, "Muon: an optimizer for
+    hidden layers in neural networks", 2024.
 
     Args:
         matrix: The matrices.
         norm: The framework's Frobenius norm of matrices, `[..., 1, 1]`.
-        steps: The number of iterations.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.swapaxes(-1, -2) if is_tall else matrix
     x = x / (norm(x) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.swapaxes(-1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.swapaxes(-1, -2) if is_tall else x

@@ -250,9 +250,9 @@ class ExportedWeights(Mapping[str, Array]):
         return len(self._tensors) + len(self._counters)
 
 
-def family_tensors(family: Family, config: Config, alternative: Sequence[Row] = ()) -> dict[str, Tensor]:
-    """Returns the tensors of a model by their names in the files of its family, or in one of its `alternatives`."""
-    return _tensors(family, config, alternative, backends.meta_model(config).weight_shapes())
+def family_tensors(family: Family, config: Config) -> dict[str, Tensor]:
+    """Returns the tensors of a model by their names in the files of its family."""
+    return _tensors(family, config, (), backends.meta_model(config).weight_shapes())
 
 
 def _tensors(

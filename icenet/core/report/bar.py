@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from icenet.core.report.console import print_line, stderr_console
 from icenet.core.report.progress import LiveBar, duration, live_bar, short_number
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _DELAY_SECONDS = 1.0
 """Work that takes less time shows nothing."""
@@ -23,20 +19,16 @@ class Bar:
         bar(done, total)      # bytes, from any thread
     """
 
-    def __init__(
-        self, label: str, quiet: bool = False, console: Console | None = None, unit: str | None = None
-    ) -> None:
+    def __init__(self, label: str, quiet: bool = False, unit: str | None = None) -> None:
         """
         Args:
             label: Text in front of the bar.
             quiet: Show nothing.
-            console: Console to draw on; default: standard error.
             unit: What is counted; default: bytes.
         """
         self.label = label
         self.unit = "B" if unit is None else f" {unit}"
         self.quiet = quiet
-        self._console = console
         self._bar: LiveBar | None = None
         self._started = self._last_line_at = time.monotonic()
         self._resumed_at: int | None = None
@@ -59,14 +51,14 @@ class Bar:
         self._done, self._total = done, total
         if self.quiet or now - self._started < _DELAY_SECONDS:
             return
-        self._console = self._console or stderr_console()
+        console = stderr_console()
         if self._bar is None:
-            self._bar = live_bar(self._console, self.label, lambda _: [self.status()], total, done, transient=True)
+            self._bar = live_bar(console, self.label, lambda _: [self.status()], total, done, transient=True)
         if self._bar is not None:
             self._bar.update(done, total)
         elif now - self._last_line_at >= _LINE_SECONDS:
             self._last_line_at = now
-            print_line(self._console, f"{self.label}  {done / max(total, 1):.0%}  {self.status()}")
+            print_line(console, f"{self.label}  {done / max(total, 1):.0%}  {self.status()}")
 
     def status(self) -> str:
         """Returns the bytes done and in total, the speed and the time left."""

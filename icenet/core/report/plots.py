@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _RAW_POINTS = 4000
+_GAP, _ALLOWED = "|MLX − PyTorch|", "allowed: 8 × |PyTorch fp32 − fp64|"
+"""Names in the legend of `plot_parity`."""
 
 
 def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path | None:
@@ -106,8 +108,6 @@ def plot_parity(
     allowed: ArrayLike,
     switch_step: int | None = None,
     switch_label: str = "the checkpoint changes backend",
-    gap_label: str = "|MLX − PyTorch|",
-    allowed_label: str = "allowed: 8 × |PyTorch fp32 − fp64|",
     title: str = "One run, two backends",
     passed: bool | None = None,
 ) -> Path | None:
@@ -123,7 +123,6 @@ def plot_parity(
         allowed: Largest allowed gap per step: 8 x |PyTorch fp32 - PyTorch fp64|.
         switch_step: Last step before the change of backend.
         switch_label: Text next to its line.
-        gap_label, allowed_label: Names in the legend.
         title: Text above the panels; the verdict is below it.
         passed: The verdict. Default: whether every gap is at most `allowed`.
 
@@ -141,26 +140,8 @@ def plot_parity(
     verdict, passed = _verdict(at, gaps, limits, passed)
     figure, (above, below) = new_figure((9, 6.6), [3, 2], title, verdict, GREEN if passed else ORANGE, space=0.24)
 
-    ends, entries = [], []
-    # a thick pale line under a thin dashed one: both are visible if the curves coincide
-    looks: list[dict[str, Any]] = [
-        {"color": PALE_BLUE, "linewidth": 5, "solid_joinstyle": "round"},
-        {"color": ORANGE, "linewidth": 1.5, "dashes": (4, 2)},
-        {"color": INK, "linewidth": 1.2, "dashes": (1, 2)},
-    ]
-    for index, (name, values) in enumerate(curves.items()):
-        look = looks[min(index, len(looks) - 1)]
-        curve = _aligned(values, len(at), name)
-        seen = np.isfinite(curve)
-        entries.append((above.plot(at[seen], curve[seen], **look)[0], name))
-        ends.append(curve[seen])
-    everything = np.concatenate(ends) if ends else np.zeros(0)
-    if len(everything):
-        set_limits(above, everything, everything)
-    above.set_ylabel("loss (nats)")
-    add_legend(above, entries, loc="upper right", frameon=False, fontsize=10.5, handlelength=2.6, labelcolor=INK)
-
-    _draw_gap(below, at, gaps, limits, gap_label, allowed_label)
+    _draw_curves(above, at, curves)
+    _draw_gap(below, at, gaps, limits)
     below.set_xlabel("step")
     figure.align_ylabels([above, below])
     if switch_step is not None:
@@ -181,9 +162,29 @@ def plot_parity(
     return save(figure, path)
 
 
-def _draw_gap(
-    axes: Axes, at: NDArray[Any], gaps: NDArray[Any], limits: NDArray[Any], gap_label: str, allowed_label: str
-) -> None:
+def _draw_curves(axes: Axes, at: NDArray[Any], curves: Mapping[str, ArrayLike]) -> None:
+    """Draws the upper panel: the loss curves."""
+    ends, entries = [], []
+    # a thick pale line under a thin dashed one: both are visible if the curves coincide
+    looks: list[dict[str, Any]] = [
+        {"color": PALE_BLUE, "linewidth": 5, "solid_joinstyle": "round"},
+        {"color": ORANGE, "linewidth": 1.5, "dashes": (4, 2)},
+        {"color": INK, "linewidth": 1.2, "dashes": (1, 2)},
+    ]
+    for index, (name, values) in enumerate(curves.items()):
+        look = looks[min(index, len(looks) - 1)]
+        curve = _aligned(values, len(at), name)
+        seen = np.isfinite(curve)
+        entries.append((axes.plot(at[seen], curve[seen], **look)[0], name))
+        ends.append(curve[seen])
+    everything = np.concatenate(ends) if ends else np.zeros(0)
+    if len(everything):
+        set_limits(axes, everything, everything)
+    axes.set_ylabel("loss (nats)")
+    add_legend(axes, entries, loc="upper right", frameon=False, fontsize=10.5, handlelength=2.6, labelcolor=INK)
+
+
+def _draw_gap(axes: Axes, at: NDArray[Any], gaps: NDArray[Any], limits: NDArray[Any]) -> None:
     """Draws the lower panel: distances as points on a logarithmic axis, and the allowed region shaded."""
     from matplotlib.ticker import NullLocator
 
@@ -196,16 +197,16 @@ def _draw_gap(
     if known.any():
         edge = np.maximum(limits[known], floor)
         axes.fill_between(at[known], floor, edge, color=GREEN, alpha=0.13, linewidth=0)
-        entries.append((axes.plot(at[known], edge, color=GREEN, linewidth=1.2)[0], allowed_label))
+        entries.append((axes.plot(at[known], edge, color=GREEN, linewidth=1.2)[0], _ALLOWED))
     over = gaps > np.where(known, limits, np.inf)
     shown = (gaps > 0) & ~over
     points: dict[str, Any] = {"linestyle": "none", "markeredgewidth": 0, "clip_on": False}
     if shown.any():
-        entries.append((axes.plot(at[shown], gaps[shown], "o", color=BLUE, markersize=3.5, **points)[0], gap_label))
+        entries.append((axes.plot(at[shown], gaps[shown], "o", color=BLUE, markersize=3.5, **points)[0], _GAP))
     if over.any():
         clipped = np.clip(gaps[over], floor, top)
         marks = axes.plot(at[over], clipped, "D", color=ORANGE, markersize=4, **points)
-        entries.append((marks[0], f"{gap_label}, above it"))
+        entries.append((marks[0], f"{_GAP}, above it"))
     if (gaps == 0).any():
         at_floor = np.full(int((gaps == 0).sum()), floor)
         points["markeredgewidth"] = 1

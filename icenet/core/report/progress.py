@@ -109,11 +109,6 @@ class Progress:
         if self._console is not None:
             self._console.print(printable(text), markup=False, highlight=False, soft_wrap=self._bar is None)
 
-    @property
-    def steps_per_second(self) -> float:
-        """The recent speed, including everything between two steps; 0 before the first step."""
-        return self._rate.value
-
     def status(self) -> str:
         """Returns loss, learning rate and speed, as a plain line shows them."""
         return "  ".join(filter(None, self._values().values()))

@@ -18,7 +18,7 @@ from PIL import Image
 from icenet.core.config import ImageDataConfig
 from icenet.core.data.images import files
 from icenet.core.data.images.dataset import ImageDataset
-from icenet.core.data.images.decode import decode, read_image
+from icenet.core.data.images.decode import decode
 from icenet.core.data.images.files import find_images
 from icenet.core.errors import ConfigError, DataError
 
@@ -46,7 +46,7 @@ def over(colour: Any, alpha: float, background: Any) -> Any:
 
 def values(path: Path, channels: int, background: str = "white") -> Any:
     """Returns the pixels of an image of one row, `[width]` or `[width, 3]`."""
-    return read_image(path, None, channels, background)[0].squeeze(-1 if channels == 1 else ())
+    return decode(path, None, channels, background).pixels[0].squeeze(-1 if channels == 1 else ())
 
 
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "#20c0FF": (32, 192, 255)}
@@ -122,7 +122,7 @@ def test_transparent_pixels_are_blended_before_the_image_is_scaled(tmp_path: Pat
     pixels[:, :2] = (0, 0, 0, 255)
     pixels[:, 2:] = (255, 0, 0, 0)  # red, and invisible
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "x.png", 1, 3), [[[128, 128, 128]]])
+    np.testing.assert_array_equal(decode(tmp_path / "x.png", 1, 3).pixels, [[[128, 128, 128]]])
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
@@ -138,7 +138,7 @@ def test_16_bits_are_scaled_to_8(suffix: str, tmp_path: Path) -> None:
 def test_pixels_without_an_8_bit_form(mode: str, value: Any, tmp_path: Path) -> None:
     Image.new(mode, (2, 2), value).save(tmp_path / "x.tif")
     with pytest.raises(DataError) as caught:
-        read_image(tmp_path / "x.tif", None, 3)
+        decode(tmp_path / "x.tif", None, 3)
     assert is_one_line(caught.value, "x.tif", f"mode {mode}", "8-bit")
 
 
@@ -209,12 +209,12 @@ def test_damaged_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     for suffix in ("png", "jpg", "gif", "bmp", "tif", "webp", "ppm"):
         path = tmp_path / f"x.{suffix}"
         Image.fromarray(pixels).save(path)
-        whole, content = read_image(path, None, 3), path.read_bytes()
+        whole, content = decode(path, None, 3).pixels, path.read_bytes()
         refused = 0
         for length in sorted({0, 1, *range(5, len(content), len(content) // 12), len(content) - 1}):
             path.write_bytes(content[:length])
             try:
-                np.testing.assert_array_equal(read_image(path, None, 3), whole)
+                np.testing.assert_array_equal(decode(path, None, 3).pixels, whole)
             except DataError as error:
                 assert is_one_line(error, str(path))
                 refused += 1
@@ -222,5 +222,5 @@ def test_damaged_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(DataError) as caught:
-        read_image(path, None, 3)
+        decode(path, None, 3)
     assert is_one_line(caught.value, str(path), "Git LFS pointer", "git lfs pull")

@@ -26,7 +26,7 @@ from icenet.core.data.datasets import dataset_for
 from icenet.core.data.images import files as image_files
 from icenet.core.data.images.augment import augment, normalize
 from icenet.core.data.images.dataset import ImageDataset, class_table
-from icenet.core.data.images.decode import read_image
+from icenet.core.data.images.decode import decode
 from icenet.core.data.images.files import FileImages, find_images, read_idx
 from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
 from icenet.core.report.metrics import MetricsLog
@@ -251,16 +251,16 @@ def test_runs_below_the_images_are_no_classes(tmp_path: Path) -> None:
 def test_pictures_are_scaled_to_their_shorter_side_and_cut(tmp_path: Path) -> None:
     pixels = noise(16, 40, 3)
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    found = read_image(tmp_path / "wide.png", 4, 3)
+    found = decode(tmp_path / "wide.png", 4, 3).pixels
     middle = pixels[:, 12:28].reshape(4, 4, 4, 4, 3).astype(np.float64).mean(axis=(1, 3))
     assert np.abs(found - middle).max() <= 1  # means of 4 x 4, rounded
     Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=_turned(), quality=100)
-    assert read_image(tmp_path / "turned.jpg", None, 3).shape == (40, 16, 3)
+    assert decode(tmp_path / "turned.jpg", None, 3).pixels.shape == (40, 16, 3)
     for mode in ("1", "L", "LA", "P", "RGBA", "CMYK"):
         suffix = "tif" if mode == "CMYK" else "png"
         Image.fromarray(pixels).convert(mode).save(tmp_path / f"{mode}.{suffix}")
-        assert read_image(tmp_path / f"{mode}.{suffix}", 8, 3).shape == (8, 8, 3)
-        assert read_image(tmp_path / f"{mode}.{suffix}", 8, 1).shape == (8, 8, 1)
+        assert decode(tmp_path / f"{mode}.{suffix}", 8, 3).pixels.shape == (8, 8, 3)
+        assert decode(tmp_path / f"{mode}.{suffix}", 8, 1).pixels.shape == (8, 8, 1)
 
 
 def _turned() -> Image.Exif:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -35,8 +36,9 @@ def test_terminal_shows_a_bar_with_all_there_is_to_know() -> None:
             time.sleep(0.002)
             progress.update(step, loss=5 / step, learning_rate=1.25e-3, ignored=object())
         progress.note("saved [bold]step[/bold] 100")
-        assert 0 < progress.steps_per_second < 600  # it slept 2 ms a step
     last = text_of(console).split("\r")[-1]
+    speed = re.search(r"([\d.]+)k tok/s", last)
+    assert speed and float(speed[1]) < 600  # it slept 2 ms in each step of 1,000 tokens
     assert "100/100  loss 0.0500  lr 1.25e-03" in last and "k tok/s" in last and "in 0:0" in last
     assert "saved [bold]step[/bold] 100\n" in text_of(console)
 
@@ -152,7 +154,7 @@ def test_a_resumed_run_begins_where_it_was() -> None:
     assert isinstance(console.file, io.StringIO)
     frame = console.file.getvalue().split("\r")[-1]
     full = frame.count("━")
-    assert "1200/2000" in frame and progress.steps_per_second == 0 and full >= 10  # 60 % of the bar
+    assert "1200/2000" in frame and "/s" not in progress.status() and full >= 10  # 60 % of the bar
 
 
 @pytest.mark.parametrize("extra", [{}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1", "TERM": "xterm"}])

@@ -56,8 +56,8 @@ def pillow() -> Any:
     return Image
 
 
-def read_image(path: Path, size: int | None, channels: int, background: str = WHITE) -> Pixels:
-    """Reads one image, uint8 `[H, W, channels]`.
+def decode(path: Path, size: int | None, channels: int, background: str = WHITE) -> Decoded:
+    """Reads one image.
 
     The image is rotated as its EXIF orientation says. Transparent pixels are blended with the background. Grey values
     of 16 bits (PNG, TIFF, PGM) are scaled to 8. Of several frames the first one is read.
@@ -72,11 +72,6 @@ def read_image(path: Path, size: int | None, channels: int, background: str = WH
     Raises:
         DataError: The file is not an image, is damaged or too large, or has pixels of an unsupported type.
     """
-    return decode(path, size, channels, background).pixels
-
-
-def decode(path: Path, size: int | None, channels: int, background: str = WHITE) -> Decoded:
-    """Reads one image like `read_image`, and says what its pixels do not show."""
     pillow()  # the error if it is not installed
     with opened(path) as image:
         has_more = has_more_frames(image)
@@ -102,7 +97,7 @@ def opened(path: Path) -> Iterator[Any]:
     """Opens an image whose header is checked. Pillow decodes the pixels when they are used.
 
     Raises:
-        DataError: See `read_image`. Errors of the block, in which the pixels are decoded, are included.
+        DataError: See `decode`. Errors of the block, in which the pixels are decoded, are included.
     """
     Image = pillow()
     try:

@@ -130,7 +130,7 @@ def find_images(
         source: A folder, or 'digits'.
         size: Height and width in pixels; None keeps the images' own, which must be equal.
         channels: 1 or 3; None keeps the images' own, and 3 for class folders.
-        background: Colour behind transparent pixels of image files (see `decode.read_image`).
+        background: Colour behind transparent pixels of image files (see `decode.decode`).
         processor: Resizes and crops the images instead of `size`.
 
     Raises:

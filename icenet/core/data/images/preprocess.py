@@ -159,7 +159,7 @@ class Preprocessor:
     def read(self, path: Path, channels: int, background: str = WHITE) -> tuple[NDArray[np.float32], bool]:
         """Returns the input of the model for a file, and whether the file has more frames, which are not read.
 
-        The image is upright, with the background behind transparent pixels, as in `decode.read_image`.
+        The image is upright, with the background behind transparent pixels, as in `decode.decode`.
 
         Raises:
             DataError: The file is not an image, is damaged or has an extreme shape.
