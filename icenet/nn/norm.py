@@ -70,7 +70,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def has_wrong_gradient(x: Array) -> bool:
-    """Returns whether the gradient of `mx.fast.layer_norm` is wrong for x: on CUDA, in rows of no multiple of 16 bytes.
+    """Returns whether the gradient of `mx.fast.layer_norm` is wrong: on CUDA, if 16 bytes do not divide a row.
 
     The kernel of MLX 0.32.4 (`layer_norm_vjp`) then reads values behind those that a thread holds.
     """

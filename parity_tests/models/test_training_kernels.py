@@ -422,7 +422,7 @@ def test_max_pool(size: int, stride: int, padding: int, shape: tuple[int, ...], 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (2, 0), (7, 3)])
-@pytest.mark.parametrize("length", [9, 12])
+@pytest.mark.parametrize("length", [7, 9, 12])
 def test_convolution_with_cudnns_gradient(kernel: int, padding: int, stride: int, length: int) -> None:
     """Its gradients are written as other convolutions, which any device computes."""
     x, weight = draw("float32", 2, length, length + 1, 3), draw("float32", 4, kernel, kernel, 3)
@@ -432,3 +432,23 @@ def test_convolution_with_cudnns_gradient(kernel: int, padding: int, stride: int
 
     shape = tuple(theirs(torch.from_numpy(x), torch.from_numpy(weight)).shape)
     check(lambda x, w: [conv._conv2d_on_cuda(x, w, stride, padding)], theirs, [x, weight], "float32", shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strides", [(1, 2), (2, 1)])
+def test_convolutions_with_gradients_of_the_same_shapes(strides: tuple[int, int]) -> None:
+    """MLX's cache of cuDNN's plans does not tell them apart."""
+    if not mx.cuda.is_available():
+        pytest.skip("needs CUDA")
+    for stride in strides:
+        layer = conv.Conv2d(8, 8, 3, stride)
+        x, weight = draw("float32", 2, 4 if stride == 1 else 7, 4 if stride == 1 else 7, 8), to_numpy(layer.weight)
+
+        def ours(x: mx.array, weight: mx.array, layer: conv.Conv2d = layer) -> list[mx.array]:
+            layer.update({"weight": weight})
+            return [layer(x)]
+
+        def theirs(x: Any, weight: Any, stride: int = stride) -> Any:
+            return F.conv2d(x.movedim(-1, 1), weight.movedim(-1, 1), None, stride, 1).movedim(1, -1)
+
+        check(ours, theirs, [x, weight], "float32", (2, 4, 4, 8))
