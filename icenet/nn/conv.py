@@ -96,8 +96,8 @@ def _conv2d_on_cuda(x: Array, weight: Array, stride: int, padding: int) -> Array
     def gradient(inputs: tuple[Array, Array], cotangent: Array, _: Array) -> tuple[Array, Array]:
         x, weight = inputs
         kernel = weight.shape[1]
-        # MLX 0.32.4 keeps cuDNN's plans by the shapes, without the stride of a gradient. If the stride leaves no pixel
-        # over, it may take the plan of a convolution with stride 1; one more pixel tells the two apart.
+        # MLX 0.32.4 keeps plans of cuDNN by the shapes, without the stride of a gradient. If it leaves no pixel
+        # over, MLX may take the plan of a convolution with stride 1; one more pixel tells the two apart.
         rests = [(length + 2 * padding - kernel) % stride for length in x.shape[1:3]]
         more = [(0, 0), *((0, int(stride > 1 and rest == 0)) for rest in rests), (0, 0)]
         [dx] = mx.vjp(lambda x: mx.conv2d(mx.pad(x, more), weight, stride, padding), [x], [cotangent])[1]
