@@ -81,6 +81,15 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
 }
 """One small model per family. The text models read bytes, the CNN reads scikit-learn's digits."""
 
+LLAMA: dict[str, Any] = {
+    "positions": "rotary",
+    "norm": "rms_norm",
+    "feed_forward": "gated",
+    "activation": "silu",
+    "num_kv_heads": 2,
+}
+"""The options of a transformer like Llama; sizes are those of the test."""
+
 MODEL_CLASSES = {
     "transformer": "TransformerModel",
     "lstm": "LSTMModel",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,3 +34,16 @@ def unfused() -> Iterator[None]:
     library._ZN3mlx4core16set_compile_modeENS0_11CompileModeE(no_fuse)
     yield
     mx.enable_compile()
+
+
+@pytest.fixture(
+    params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"], ids=["on a GPU", "in Triton's interpreter"]
+)
+def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Returns a device of kernels of Triton. A test imports their module after it."""
+    if request.param == "cpu":
+        if importlib.import_module("torch").cuda.is_available():
+            pytest.skip("Triton compiles for the GPU")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    return str(request.param)

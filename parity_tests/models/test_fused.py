@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build_model, token_ids
+from helpers import LLAMA, build_model, token_ids
 
 from icenet.core.config import ModelConfig
 from icenet.core.generation.request import make_request
@@ -33,24 +33,16 @@ from icenet_torch.models.fused import FusedBlock
 from icenet_torch.models.transformer import FeedForward, TransformerBlock
 from icenet_torch.nn import activation, few_rows
 
-LLAMA: dict[str, Any] = {
-    "positions": "rotary",
-    "norm": "rms_norm",
-    "feed_forward": "gated",
-    "activation": "silu",
-    "num_kv_heads": 2,
-    "attention_bias": False,
-    "feed_forward_bias": False,
-}
+WITHOUT_BIASES: dict[str, Any] = {**LLAMA, "attention_bias": False, "feed_forward_bias": False}
 # kernels of a block: queries, keys and values; the output of attention; the first and the second of the network
 OPTIONS: dict[str, tuple[dict[str, Any], int]] = {
     "default": ({}, 4),
-    "llama": (LLAMA, 4),
-    "gemma": ({**LLAMA, "norm_position": "sandwich", "norm_offset": True, "query_key_norm": "head"}, 4),
+    "llama": (WITHOUT_BIASES, 4),
+    "gemma": ({**WITHOUT_BIASES, "norm_position": "sandwich", "norm_offset": True, "query_key_norm": "head"}, 4),
     "post": ({"norm_position": "post", "activation": "relu"}, 4),
-    "branch": ({**LLAMA, "norm_position": "branch", "query_key_norm": "all"}, 4),
-    "parallel": ({**LLAMA, "parallel_residual": True, "feed_forward": "plain"}, 4),
-    "experts": ({**LLAMA, "num_experts": 4}, 2),
+    "branch": ({**WITHOUT_BIASES, "norm_position": "branch", "query_key_norm": "all"}, 4),
+    "parallel": ({**WITHOUT_BIASES, "parallel_residual": True, "feed_forward": "plain"}, 4),
+    "experts": ({**WITHOUT_BIASES, "num_experts": 4}, 2),
 }
 
 
@@ -283,19 +275,12 @@ CASES = [
 ]
 
 
-@pytest.fixture(
-    params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"], ids=["on a GPU", "in Triton's interpreter"]
-)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture
+def kernel(triton_device: str) -> Any:
     """Returns the module of the kernel and the device."""
-    if request.param == "cpu":
-        if torch.cuda.is_available():
-            pytest.skip("Triton compiles for the GPU")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pytest.importorskip("triton")
     from icenet_torch.nn import linear_kernels
 
-    return linear_kernels, request.param
+    return linear_kernels, triton_device
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from helpers import both_backends, native, plain, token_ids
+from helpers import LLAMA, both_backends, native, plain, token_ids
 
 import icenet
 from icenet.core import backends
@@ -21,13 +21,7 @@ from icenet_torch.nn.attention import rotate
 
 MODELS: dict[str, dict[str, Any]] = {
     "default": {},
-    "llama": {
-        "positions": "rotary",
-        "norm": "rms_norm",
-        "feed_forward": "gated",
-        "activation": "silu",
-        "num_kv_heads": 2,
-    },
+    "llama": LLAMA,
     "interleaved": {"positions": "rotary", "rotary_pairs": "interleaved", "rotary_fraction": 0.5},
     "windows": {"positions": "rotary", "sliding_window": 5, "layer_types": ["sliding", "full"]},
 }
@@ -92,19 +86,12 @@ def test_pieces_in_half_precision_attend_to_the_columns_before(backend: str) -> 
     assert np.abs(read(half, tokens, [513, 80]) - exact).max() <= 4 * noise
 
 
-@pytest.fixture(
-    params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"], ids=["on a GPU", "in Triton's interpreter"]
-)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture
+def kernel(triton_device: str) -> Any:
     """Returns the module of the kernel and the device."""
-    if request.param == "cpu":
-        if torch.cuda.is_available():
-            pytest.skip("Triton compiles for the GPU")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pytest.importorskip("triton")
     from icenet_torch.nn import kernels
 
-    return kernels, request.param
+    return kernels, triton_device
 
 
 ROTATIONS = [

@@ -14,20 +14,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from helpers import both_backends, build_model, native, plain, token_ids
+from helpers import LLAMA, both_backends, build_model, native, plain, token_ids
 
 from icenet.core.config import ModelConfig
 from icenet.nn import snapshot
 
-LLAMA: dict[str, Any] = {
-    "positions": "rotary",
-    "norm": "rms_norm",
-    "feed_forward": "gated",
-    "activation": "silu",
-    "num_kv_heads": 2,
-    "attention_bias": False,
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "llama": {**LLAMA, "attention_bias": False},
+    "tied": {**LLAMA, "attention_bias": False, "tie_embeddings": True},
 }
-OPTIONS: dict[str, dict[str, Any]] = {"default": {}, "llama": LLAMA, "tied": {**LLAMA, "tie_embeddings": True}}
 
 
 def build(backend: str, name: str = "llama") -> Any:

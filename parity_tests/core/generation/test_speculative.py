@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import BACKENDS, both_backends, build_model, is_one_line, native, plain
+from helpers import BACKENDS, LLAMA, both_backends, build_model, is_one_line, native, plain
 
 import icenet
 from icenet.core.config import ModelConfig
@@ -16,7 +16,6 @@ from icenet.core.errors import NonFiniteError, UsageError
 from icenet.core.generation.speculative import DraftReport
 from icenet.core.tokenizers.bytes import ByteTokenizer
 
-LLAMA = {"positions": "rotary", "norm": "rms_norm", "feed_forward": "gated", "activation": "silu", "num_kv_heads": 2}
 MODELS: dict[str, dict[str, Any]] = {
     "default": {},
     "windows": {**LLAMA, "sliding_window": 5, "layer_types": ["sliding", "full"]},
