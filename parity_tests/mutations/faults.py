@@ -3825,4 +3825,40 @@ FAULTS: list[Fault] = [
         "        for number, event in enumerate(y):\n            if number in order:\n                continue\n",
         ["parity/test_repeated_calls.py::test_calls_correspond_by_their_arguments"],
     ),
+    # ---- variants of classes and masks of ports ------------------------------------------------------------------
+    Fault(
+        "variants whose methods take other arguments are one class",
+        "icenet/core/porting/source/variants.py",
+        "if one.parameters != other.parameters:",
+        "if False:",
+        ["porting/test_source_classes.py::test_the_methods_of_two_variants_are_one_where_they_compute_the_same"],
+    ),
+    Fault(
+        "a variable that has a value in the smaller variant is taken for that of the further layer",
+        "icenet/core/porting/source/variants.py",
+        " or match[1] in ours or masked(",
+        " or masked(",
+        ["porting/test_source_classes.py::test_the_methods_of_two_variants_are_one_where_they_compute_the_same"],
+    ),
+    Fault(
+        "a constructor with a further statement that makes no layer is one class with that without",
+        "icenet/core/porting/source/variants.py",
+        "if not names or len(names) < len(matches):",
+        "if not names:",
+        ["porting/test_source_classes.py::test_the_methods_of_two_variants_are_one_where_they_compute_the_same"],
+    ),
+    Fault(
+        "another variable than that of the further layer has the value of the smaller variant",
+        "icenet/core/porting/source/variants.py",
+        'return a if b == match[1] and a.isidentifier() else ""',
+        'return a if a.isidentifier() else ""',
+        ["porting/test_source_classes.py::test_the_methods_of_two_variants_are_one_where_they_compute_the_same"],
+    ),
+    Fault(
+        "only a choice by where drops gradients that are not finite",
+        "icenet/core/porting/graph/functional.py",
+        '("where", "masked_fill") else node',
+        '("where",) else node',
+        ["porting/test_special.py::test_a_row_that_is_masked_as_a_whole_has_the_gradient_of_pytorch"],
+    ),
 ]

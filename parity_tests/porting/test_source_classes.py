@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import icenet.blas  # noqa: F401  (before mlx)
 
 import mlx.core as mx
@@ -9,6 +11,12 @@ import pytest
 import torch
 from made_ports import close, ported
 from torch import nn
+
+from icenet.core.porting.source.lines import Body, Line
+from icenet.core.porting.source.variants import union
+
+
+DOWN = "self.down = nn.Linear(3, 3)"
 
 
 class Residual(nn.Module):
@@ -208,3 +216,37 @@ def test_a_module_may_take_sizes_only(module: nn.Module) -> None:
     for training in (True, False):
         model.train(training)
         close(model(mx.array(x.numpy())), module.train(training)(x))
+
+
+def joined(small: list[str], large: list[str], further: tuple[str, ...] = (DOWN,), given: str = "x") -> list[str]:
+    """Returns the method of one class for two variants of a block, of which the second has further layers."""
+    variants = [
+        (["self.fc = nn.Linear(3, 3)", *init], [Body(["self", parameter], [Line(code) for code in lines], [])])
+        for init, parameter, lines in (((), "x", small), (further, given, large))
+    ]
+
+    def masked(text: str) -> str:
+        return re.sub(r"\b\d+\b", "§", text)
+
+    found = union(*variants, masked)
+    if found is None:
+        return []
+    [body] = found[0].written(*variants[0], is_large=False, masked=masked)[1]
+    return ["    " * line.depth + line.code for line in body.lines]
+
+
+def test_the_methods_of_two_variants_are_one_where_they_compute_the_same() -> None:
+    small, large = ["y = self.fc(x)", "return y + x"], ["y = self.fc(x)", "z = self.down(x)", "return y + z"]
+    assert joined(small, large) == ["y = self.fc(x)", 'z = self.down(x) if "down" in self else x', "return y + z"]
+    assert joined(small, large, further=(DOWN, "self.fc.weight = mx.zeros((3, 3))")) == []  # not a layer
+    assert joined(small, large, given="state") == []
+    for ours, theirs in (("y + x", "y + q"), ("y + x * z", "y + z * z")):  # q is no z, and z has a value before
+        code = joined(["y = self.fc(x)", f"return {ours}"], [*large[:2], f"return {theirs}"])
+        branches = [
+            'if "down" in self:',
+            "    z = self.down(x)",
+            f"    return {theirs}",
+            "else:",
+            f"    return {ours}",
+        ]
+        assert code[1:] == branches
