@@ -30,7 +30,7 @@ MIN_VOCAB_SIZE = 257
 def prepare(config: Config, workers: int | None = None, quiet: bool = False) -> str:
     """Creates the token file of a configuration and returns a summary.
 
-    If the cache has the file, checks that it is intact. Continues an interrupted call, but for conversations.
+    If the cache has the file, checks that it is intact. Continues an interrupted call, except for conversations.
 
     Args:
         config: The configuration.

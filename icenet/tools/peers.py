@@ -59,8 +59,8 @@ class Peer:
     def generate(self, prompts: Any, new_tokens: int) -> list[list[int]]:
         """Returns the new tokens of each row of prompts `[B, T]`.
 
-        One prompt is continued by `generate_step`, several of equal length by the same loop over the model and its
-        cache, in which the next step is queued before the last token is read.
+        `generate_step` continues one prompt. Several of equal length are continued by the same loop over the model
+        and its cache, which queues the next step before it reads the last token.
         """
         from mlx_lm.generate import generate_step
         from mlx_lm.models.cache import make_prompt_cache

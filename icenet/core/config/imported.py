@@ -92,7 +92,7 @@ def expand(
 
 
 def _image_keys(found: ModelAtPath, written: Collection[str]) -> dict[str, Any]:
-    """Returns the keys of `data` that read images as a model does, but for those that the user wrote."""
+    """Returns the keys of `data` that read images as a model does, without those that the user wrote."""
     try:
         keys = found.image_keys()
     except ConfigError as error:

@@ -134,7 +134,7 @@ def _parse(text: str, lines: Lines) -> Any:
 
 
 def _syntax_error(error: yaml.YAMLError, text: str) -> InvalidYAMLError:
-    """Returns the error of PyYAML as one line, with the way out of a frequent one."""
+    """Returns the error of PyYAML as one line, and how to correct frequent ones."""
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     context = getattr(error, "context", None) or ""
     marks = [getattr(error, "problem_mark", None), getattr(error, "context_mark", None)]

@@ -55,7 +55,7 @@ def export(
 ) -> Conversion:
     """Writes a folder that `from_pretrained` of `transformers`, or `mlx_lm.load`, loads, or a file for llama.cpp.
 
-    The dtype of the weights is kept, but for the file. A folder of Hugging Face that is exported again has the same
+    A folder keeps the dtype of the weights. A folder of Hugging Face that is exported again has the same
     tensors, bit for bit. Quantized layers stay quantized in a folder of mlx-lm, and are dequantized in others.
 
     Args:

@@ -63,7 +63,7 @@ class WeightAverage(ABC):
 def ema_weight(step: int, decay: float) -> float:
     """Returns the weight of the new parameters in their exponential moving average, after step 0, 1, ...
 
-    It is 1 - decay, and larger at the beginning, so that the average forgets the initial parameters soon: the decay
-    of step t is at most (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage.
+    It is 1 - decay. The decay of step t is at most (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage,
+    so that the average soon forgets the initial parameters.
     """
     return 1 - min(decay, (1 + step) / (10 + step))

@@ -71,7 +71,7 @@ class EngineInterface(ABC):
 
     @abstractmethod
     def _seed_generator(self, seed: int) -> None:
-        """Seeds the framework's own random generator: that of the process, which `rng: native` is about."""
+        """Seeds the framework's own random generator of the process, for `rng: native`."""
 
     @abstractmethod
     def _accumulate(self, batch: Batch, step: int, loss_scale: float = 1.0) -> tuple[Array, dict[str, Array]]:

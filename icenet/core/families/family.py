@@ -194,7 +194,7 @@ def _as_written(family: Family, config: ModelConfig) -> ModelConfig:
 
 
 def same_value(left: Any, right: Any, tolerance: float = 1e-12) -> bool:
-    """Returns whether two options have the same value, but for rounding."""
+    """Returns whether two options have the same value within rounding."""
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=tolerance)
     if isinstance(left, dict) and isinstance(right, dict):

@@ -166,7 +166,7 @@ def _in_type(name: str, values: Array, kind: str) -> Array:
 
 
 def _blocks(values: Array) -> tuple[Array, Array]:
-    """Returns the scales of blocks of 32 values, `[blocks, 1]`, and the blocks as Q8_0 but for their scales.
+    """Returns the scales of blocks of 32 values, `[blocks, 1]`, and the values of the blocks as Q8_0.
 
     The bytes are those of the package gguf, which takes 2.7 times as long.
     """

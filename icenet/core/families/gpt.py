@@ -71,7 +71,7 @@ GPT2 = Family(
 
 
 def _neox_rows(prefix: str, blocks: str) -> list[Row]:
-    """Returns the rows of GPT-NeoX but for its head, with a prefix of the names and the name of the blocks."""
+    """Returns the rows of GPT-NeoX without its head, with a prefix of the names and the name of the blocks."""
     block = f"{blocks}.{{i}}"
     return [
         Row(f"{prefix}.embed_in", ["token_embedding"]),

@@ -61,7 +61,7 @@ _ROUTER_LOSS = RouterLoss()
 
 @dataclass(frozen=True)
 class SparseLayers:
-    """Sizes of experts, and the layers that have them: each `decoder_sparse_step`-th but for `mlp_only_layers`."""
+    """Sizes of experts, and the layers that have them: each `decoder_sparse_step`-th, without `mlp_only_layers`."""
 
     count: int
     per_token: int

@@ -64,7 +64,7 @@ def write_error(text: str) -> None:
 
 
 class Diagnostics(io.TextIOBase):
-    """Standard error, without errors: a message that cannot be written does not end the work that it is about.
+    """Standard error, without errors: a message that cannot be written does not end the program.
 
     The stream is looked up at each use, because it may be redirected.
     """

@@ -7,9 +7,11 @@
 `tensorboard --logdir runs` then shows all runs.
 
 The files are written with the record writer of the tensorboard package, without TensorFlow. The smaller tensorboardX
-is not suitable: importing it imports PyTorch if that is installed, its writer is a thread whose errors are lost (on a
-full disk a run hangs), and it names files by the clock of the machine, although TensorBoard reads them in the order
-of their names.
+is not suitable:
+
+- Its import imports PyTorch if that is installed.
+- Its writer is a thread whose errors are lost: on a full disk a run hangs.
+- It names files by the clock of the machine, and TensorBoard reads them in the order of their names.
 """
 
 from __future__ import annotations

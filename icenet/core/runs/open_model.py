@@ -106,7 +106,7 @@ def open_trained(path: Path, key: str, warn: bool = True) -> tuple[Config, Mappi
     """Returns the configuration and the weights at a path that a key of a configuration names.
 
     Args:
-        path: See `open_target`, but for configurations.
+        path: See `open_target`; not a configuration.
         key: The key, for error messages.
         warn: Whether warnings are logged. False if the path is opened again later.
 

@@ -54,10 +54,9 @@ def _raise_stopped(number: int, frame: FrameType | None) -> None:
 def on_stop_signal(request_stop: Callable[[str], None]) -> Iterator[None]:
     """Calls `request_stop` with the name of the signal at Ctrl-C, SIGTERM and SIGHUP during the block.
 
-    A second Ctrl-C has its usual effect, which ends the process. SIGTERM and SIGHUP can be sent any number of times:
-    a launcher and its process group, or a terminal and a shell, may each send one, and the second must not prevent
-    the end of the step from being saved. Outside of the main thread, where Python allows no signal handlers, this
-    does nothing.
+    A second Ctrl-C ends the process. Further SIGTERM and SIGHUP have no effect, so that the step is still saved if a
+    launcher and its process group, or a terminal and a shell, each send one. Outside of the main thread, where Python
+    allows no signal handlers, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

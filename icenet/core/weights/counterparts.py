@@ -57,7 +57,7 @@ NOT_CONVERTED: dict[str, str] = {
     "quantized": "copy the weights of the module before it is quantized",
     "sharded": "copy the weights of the module before it is sharded",
 }
-"""Kinds of MLX that have no counterpart, with the way out."""
+"""Kinds of MLX that have no counterpart, and what to do instead."""
 
 PROJECTIONS = ("query_proj", "key_proj", "value_proj")
 

@@ -309,7 +309,7 @@ class Pairing:
         return texts
 
     def _hint(self, unknown: Sequence[str], missing: Sequence[str]) -> str:
-        """Returns the way out for names that do not fit; empty if there is none to name."""
+        """Returns what to do about names that do not fit; empty if nothing is known."""
         if not unknown:
             direct = [
                 path

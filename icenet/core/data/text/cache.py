@@ -89,7 +89,7 @@ def cached(
 
     Args:
         source: The documents.
-        identity: Everything that determines the file, but for the content of the documents.
+        identity: Everything that determines the file, except the content of the documents.
         folder: The cache (default: `files.cache_folder()`).
         opened: Opens the file at a path; returns None if it has to be made.
         make: Writes the file to its first argument, a path. The second is a folder for unfinished work.

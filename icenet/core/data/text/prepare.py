@@ -194,9 +194,9 @@ def _place(document: Document, chunk: Chunk, position: int) -> str:
 class PartialTokens:
     """The tokens of a source in the order of its documents, with a journal. Use it as a context manager.
 
-    Three files in a folder: `tokens`; `blocks`, the offset of each block's first token (uint64); `journal.json`, the
-    `Position` up to which both are valid, what is left out up to there, and a hash of the documents up to there. Work
-    on unchanged documents is reused even if later ones have changed.
+    The folder has three files: `tokens`; `blocks`, the offset of each block's first token (uint64); and
+    `journal.json`. The journal has the `Position` up to which the other two are valid, what is left out up to there,
+    and a hash of the documents up to there. So work on unchanged documents is reused if later ones have changed.
 
     Attributes:
         position: Where the next chunk is appended.
