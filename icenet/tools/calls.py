@@ -306,6 +306,17 @@ def _compiles() -> bool:
 
 
 @contextlib.contextmanager
+def on_another_device() -> Iterator[bool]:
+    """Computes on the CPU in the context. Its value is whether that is another device than before."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        yield before != mx.Device(mx.cpu)
+    finally:
+        mx.set_default_device(before)
+
+
+@contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
     """Restores the state of MLX's generator on exit."""
     state: Any = mx.random.state

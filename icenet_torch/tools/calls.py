@@ -326,6 +326,12 @@ _CHECKPOINTS = {"CheckpointFunction": _Called, "_checkpoint_without_reentrant_ge
 
 
 @contextlib.contextmanager
+def on_another_device() -> Iterator[bool]:
+    """Changes nothing, and its value is False: the modules of PyTorch stay on the device that holds their weights."""
+    yield False
+
+
+@contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
     """Restores the states of PyTorch's generators on exit."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []

@@ -216,6 +216,9 @@ def port(
         functions = [*graph.functions, *(train.functions if train is not None else ())]
         if functions and all(check.passed for check in report.checks if check.what != "gradients"):
             report.culprit += f"; {functions[0]} has a backward of its own, which a port cannot have"
+        with backends.module("mlx", "tools.calls").on_another_device() as moved:
+            if moved and attempt(False)[2].passed:
+                report.culprit += "; on a CPU it agrees, so a kernel of MLX is wrong on this device, for these shapes"
         raise PortError(f"the port of {graph.modules[''].class_name} differs: {report.culprit}\n{report}")
     if report.fixed or report.limits or report.guards:
         plan = replace(plan, source=_with_sizes(plan, report, layout == "nhwc"))
