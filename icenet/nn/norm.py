@@ -34,9 +34,11 @@ class LayerNorm(nn.LayerNorm):
     def __call__(self, x: Array) -> Array:
         if _uses_kernel(x, self.weight):
             return training_kernels.layer_norm(x, self.weight, self.bias, self.eps)
-        y = x.astype(self.weight.dtype)
+        # on a CPU, MLX rounds half precision after each operation
+        dtype = mx.float32 if is_half(self.weight) and on_cpu() else self.weight.dtype
+        y, weight, bias = (array.astype(dtype) for array in (x, self.weight, self.bias))
         norm = _layer_norm if has_wrong_gradient(y) else mx.fast.layer_norm
-        return norm(y, self.weight, self.bias, self.eps).astype(x.dtype)
+        return norm(y, weight, bias, self.eps).astype(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -15,7 +15,6 @@ from torch import nn
 from icenet.core.porting.source.lines import Body, Line
 from icenet.core.porting.source.variants import union
 
-
 DOWN = "self.down = nn.Linear(3, 3)"
 
 
