@@ -21,7 +21,7 @@ pytest.importorskip("torch")
 pytest.importorskip("mlx")
 
 EXECUTED = ["docs/training.md", "docs/data.md", "docs/optimizers.md", "docs/distributed.md"]
-NOT_RUN = "not run by us"
+NOT_RUN = "not run by"
 """In the title of a section with commands that need machines that a test does not have."""
 
 SMALL = ["model.hidden_size=16", "model.num_layers=1", "model.max_seq_length=16", "training.batch_size=4"]
