@@ -24,12 +24,13 @@ from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.data.user import UserDataset
 from icenet.core.distributed import processes, watchdog
 from icenet.core.engine import Batch, Engine
-from icenet.core.errors import CheckpointError, IceNetError
+from icenet.core.errors import IceNetError
 from icenet.core.families import sentence_transformers
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
 from icenet.core.runs import checkpoint as checkpoints
 from icenet.core.runs import run_folder
+from icenet.core.runs.continuation import find_continuation
 from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.tokenizers import tokenizer_files
 from icenet.core.training import continued, initial_weights
@@ -38,6 +39,7 @@ from icenet.core.training.evaluation import evaluate
 from icenet.core.training.given import Given
 from icenet.core.training.loss_scale import LossScale
 from icenet.core.training.notices import continuation, loss_twins, unused_keys
+from icenet.core.training.own_folder import OwnFolder
 from icenet.core.training.prefetch import Prefetch
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.signals import on_stop_signal
@@ -103,7 +105,6 @@ class Trainer:
         given: Given | None = None,
     ) -> None:
         self.config = config
-        self.run = run
         self.engine = engine
         self.step = step
         """Number of completed steps."""
@@ -138,17 +139,17 @@ class Trainer:
         self._layers = sentence_transformers.dense_files(config.embedding)
         self._writer = CheckpointWriter(run, config, engine, self.dataset, step or None, given.names(), self._layers)
         self._watchdog = watchdog.Watchdog(self.process_group, run)
-        self._branched_from: Path | None = None
-        self._is_new = False
-        """Whether the run's folder must not contain a run yet."""
-        self._numbered = False
-        """Whether a number is added to the name of the folder if that exists."""
-        self._known_checkpoints = checkpoints.list_checkpoints(run)
+        self._folder = OwnFolder(run, self.process_group)
         self._stop_signal: str | None = None
         self._skipped = SkippedSteps(config.training)
         self._last_loss = math.nan
         self._last_validation_loss: float | None = None
         self._last_accuracy: float | None = None
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run. With `numbered`, `fit` adds the number to its name."""
+        return self._folder.path
 
     @classmethod
     def start(
@@ -184,7 +185,7 @@ class Trainer:
             run_folder.check_free(run)
         custom.trust_all(config)
         trainer = cls._new(config, run, backend, device, quiet, Given(data, loss))
-        trainer._is_new, trainer._numbered = True, numbered
+        trainer._folder.is_new, trainer._folder.is_numbered = True, numbered
         return trainer
 
     @classmethod
@@ -229,18 +230,17 @@ class Trainer:
             data, loss: As in `start`; required if the run was started with them.
 
         Raises:
-            UsageError: See `run_folder.continuation`; or the run was started with `data` or `loss`, and they are
-                missing.
+            UsageError: See `find_continuation`; or the run was started with `data` or `loss`, and they are missing.
             CheckpointError: There is no intact checkpoint.
         """
         if backend is not None:
             backends.check_name(backend)
-        plan = run_folder.continuation(path, run, overrides, backend)
+        plan = find_continuation(path, run, overrides, backend)
         config, found = plan.config, plan.found
         given = Given(data, loss)
         if found is None:
             trainer = cls._new(config, plan.run, backend, device, quiet, given)
-            trainer._is_new = plan.run.resolve() != path.resolve()
+            trainer._folder.is_new = plan.run.resolve() != path.resolve()
             trainer.notes += plan.notes
             return trainer
         given.check(found.state.get("given"), str(found.path))
@@ -256,8 +256,8 @@ class Trainer:
             trainer.dataset.facts = dict(found.state.get("facts") or {})  # of the model that the run began with
         if isinstance(trainer.dataset, UserDataset) and not trainer.dataset.files:
             trainer.dataset.files = tokenizer_files(str(found.path))  # of that model, too
-        trainer._branched_from = plan.branched_from
-        trainer._is_new = plan.branched_from is not None
+        trainer._folder.branched_from = plan.branched_from
+        trainer._folder.is_new = plan.branched_from is not None
         if plan.branched_from is not None:
             trainer._writer.saved_step = None  # the new folder has no checkpoint
         else:
@@ -280,7 +280,9 @@ class Trainer:
             engine.backend, engine.device, engine.tf32, self.process_group.size, engine.optimizer.assigned
         )
         unused = unused_keys.notices(self.config, self.dataset, place)
-        self._create_run_folder()
+        self._check_agreement()
+        self._folder.create()
+        self._writer.run = self.run
         reporter = Reporter(
             self.run,
             training,
@@ -294,9 +296,8 @@ class Trainer:
             quiet=self.quiet,
         )
         self._watchdog = watchdog.Watchdog(self.process_group, self.run)
-        lock = run_folder.locked(self.run) if self.is_main_process else contextlib.nullcontext()
         lost_processes = processes.explain_lost_processes(self.process_group, self.run)
-        with lock, on_stop_signal(self._request_stop), reporter, self._watchdog, lost_processes:
+        with self._folder.locked(), on_stop_signal(self._request_stop), reporter, self._watchdog, lost_processes:
             prepared = False
             try:
                 with self._writer:
@@ -314,7 +315,7 @@ class Trainer:
                         stopped_early = self._train(last_step, reporter, data)
             finally:
                 if prepared:  # otherwise the next call must find the work of another process too
-                    self._known_checkpoints = checkpoints.list_checkpoints(self.run)
+                    self._folder.remember_checkpoints()
         plot, plot_problem = reporter.draw_plot()
         return Result(
             run=self.run,
@@ -435,40 +436,13 @@ class Trainer:
                     self.process_group.gather([0.0])  # a launcher ends all processes when the first of them ends
         return checkpoints.path_of(self.run, self.step)
 
-    def _create_run_folder(self) -> None:
-        """Creates the run's folder. A numbered one gets its name here, the same in all processes.
-
-        Raises:
-            UsageError: The folder cannot be written, or a new run would replace files there.
-            CheckpointError: Another process trains a run there.
-        """
-        self._check_agreement()
-        if self._numbered:
-            number = run_folder.create_numbered(self.run) if self.is_main_process else 0
-            number = int(self.process_group.gather([float(number)])[0, 0])
-            self.run = self._writer.run = run_folder.numbered(self.run, number)
-            self._numbered, self._known_checkpoints = False, []
-        elif self.is_main_process:
-            if self._is_new:
-                run_folder.check_free(self.run)  # before the lock, which would make it look like a run
-            run_folder.create(self.run)
-
     def _prepare_run_folder(self, reporter: Reporter) -> None:
-        """Brings the locked folder to the state from which training continues.
-
-        Raises:
-            UsageError: Another process began a run in the folder after this trainer was created.
-            CheckpointError: Another process trained the run after this trainer was created.
-        """
-        if self.is_main_process and self._is_new:
-            run_folder.check_free(self.run, holds_lock=True)
-        self._is_new = False
-        if self.is_main_process and checkpoints.list_checkpoints(self.run) != self._known_checkpoints:
-            raise CheckpointError(f"{self.run}: another process continued this run meanwhile; resume it again")
-        if self._branched_from is not None:
+        """Brings the locked folder to the state from which training continues. Raises as `OwnFolder.check`."""
+        self._folder.check()
+        if self._folder.branched_from is not None:
             self.save(wait=True)  # first: a branch that is killed can then be resumed without its origin
-            reporter.copy_history(self._branched_from, self.step)
-            self._branched_from = None
+            reporter.copy_history(self._folder.branched_from, self.step)
+            self._folder.branched_from = None
         if self.is_main_process:
             best = self.early_stopping.step if self.config.training.keep_best else None
             self.notes += run_folder.prepare(
