@@ -164,3 +164,67 @@ def test_axes_are_changed_once() -> None:
     source = checked(Flat(), torch.randn(2, 3, 4, 5))
     assert "return input.transpose(0, 3, 1, 2).flatten(1)" in source, source
     assert "return self.net(x.transpose(0, 2, 3, 1))" in source
+
+
+class Chomp(nn.Module):
+    def __init__(self, chomp_size: int) -> None:
+        super().__init__()
+        self.chomp_size = chomp_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, : -self.chomp_size, : -self.chomp_size] * 2
+
+
+class Noise(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) / (1 - self.p)
+
+
+class Chomps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
+        self.chomps = nn.ModuleList([Chomp(1), Chomp(2)])
+        self.noises = nn.ModuleList([Noise(0.1), Noise(0.2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.blocks:
+            x = x + name(x)
+        x = F.linear(F.dropout(x, 0.0), self.blocks[0].weight, self.blocks[0].bias)
+        for chomp, noise in zip(self.chomps, self.noises, strict=True):
+            x = noise(chomp(x))
+        return x
+
+
+def test_loops_numbers_and_layers_have_the_names_of_the_original() -> None:
+    source = checked(Chomps(), torch.randn(2, 6, 12))
+    assert "for name in self.blocks:" in source and "self.blocks[0](x)" in source, source
+    assert "return x[:, :-self.chomp_size, :-self.chomp_size] * 2" in source
+    assert "/ (1 - self.p)" in source and "[Noise(0.1), Noise(0.2)]" in source
+    assert "for noise, chomp in zip(self.noises, self.chomps):" in source and "dropout" not in source
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        dropout = 0.1 if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        y = self.out(y.transpose(1, 2).reshape(B, T, C))
+        parts = y.split(4, dim=-1)
+        y = torch.cat([part.sum(1) for part in parts], dim=-1)[:, None].expand(-1, T, -1) + y
+        return y
+
+
+def test_attention_is_a_statement_and_both_modes_share_the_rest() -> None:
+    source = checked(Heads(), torch.randn(2, 3, 8))
+    assert "            y = mx.fast.scaled_dot_product_attention(q, k, v, scale=4**-0.5)" in source, source
+    assert "            y = attention(q, k, v, dropout=0.1)" in source and source.count("reshape(B, T, 8)") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from icenet.core.porting.graph.functional import used_values
 from icenet.core.porting.record import Dtype, Graph, Node, Tensor, refs
 
 _VIEWS = ("unsqueeze", "expand", "view", "reshape", "select", "slice", "permute", "transpose", "alias", "squeeze")
@@ -19,8 +20,9 @@ def with_short_ranges(graph: Graph) -> Graph:
     keeps its dtype.
     """
     users: dict[str, list[Node]] = {}
+    used = used_values(graph)
     for node in graph.nodes:
-        if node.op not in ("enter", "exit"):
+        if node.op not in ("enter", "exit") and node.name in used:
             for name in refs(node.args):
                 users.setdefault(name, []).append(node)
     results = {*refs(graph.output_tree), *refs(graph.updates)}

@@ -11,38 +11,27 @@ from typing import Any
 
 from icenet.core.errors import PortError
 from icenet.core.porting import signature as signatures
-from icenet.core.porting.graph.calls import Call, Item
+from icenet.core.porting.graph.calls import Call
 from icenet.core.porting.graph.writes import index_of
 from icenet.core.porting.kinds import Helpers
 from icenet.core.porting.record import WHOLE, Argument, Node, Place, Ref, Tensor, refs
 from icenet.core.porting.source import simplify, sizes
+from icenet.core.porting.source.inlining import Inlining
 from icenet.core.porting.source.lines import Body, Line, tuples
-from icenet.core.porting.source.loops import ELEMENT, RANGE, roll
-from icenet.core.porting.source.size_variables import SizeVariables
+from icenet.core.porting.source.loops import RANGE, roll
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import MODULE, Values
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.table.base import Operation
 from icenet.core.porting.table.writes import written_at
 
-INLINE = 92
-"""Longest expression that takes another expression as its argument."""
-
-RETURNED = 104
-"""Longest expression after `return`."""
-
-_DEFAULT = re.compile(r", (?:stride=1|padding=0|dilation=1|output_padding=0)(?=[,)])")
-"""Keywords that are left out at the end."""
-
 _GIVEN = re.compile(r"[\w.\[\]'\"]+$|(?!put\()\w+\(|self[\w.\[\]'\"]*\(")
 """An expression that may be an array which another variable holds."""
-
-_SHAPES = ("transpose", "permute", "swapaxes", "reshape", "view", "flatten", "squeeze", "unsqueeze")
 
 _JOIN = re.compile(r"\b(?:stack|cat|concat|concatenate)\(\s*(\w+)\s*[,)]")
 
 
-class Frame(SizeVariables):
+class Frame(Inlining):
     """Writes the body of one call."""
 
     def __init__(self, structure: Structure, graph: Values, call: Call, parameters: list[str] | None = None) -> None:
@@ -74,7 +63,7 @@ class Frame(SizeVariables):
         self.uses = Counter(name for item in self.items for name in self.used_by(item))
         self.uses.update(outputs)
         self.uses.update(final.keys())
-        self.consumer: dict[str, int] = {}
+        self.consumer = {}
         for index, item in enumerate(self.items):
             for name in self.used_by(item):
                 self.consumer[name] = index
@@ -185,6 +174,8 @@ class Frame(SizeVariables):
         table = self.table_of(node)
         if table:
             return f"{table}.as_linear({self.expression(node.args['input'])})"
+        if name == "linear" and self.linear_of(node):
+            return f"{self.linear_of(node)}({self.expression(node.args['input'])})"
         if name == "layer":
             return f"{self.module(node.args['path'])}({self.expression(node.args['self'])})"
         if name in ("recurrent", "attention"):
@@ -206,6 +197,20 @@ class Frame(SizeVariables):
             return ""
         text = self.expression(weight)
         return text.removesuffix(".weight") if text.endswith(".weight") else ""
+
+    def linear_of(self, node: Node) -> str:
+        """Returns the source of the layer whose weight and bias a linear operation has, empty for another one."""
+        given = {key: node.args[key] for key in ("weight", "bias") if node.args.get(key) is not None}
+        arrays = {key: self.graph.graph.arrays.get(ref.name) for key, ref in given.items() if isinstance(ref, Ref)}
+        paths = {key: array.path for key, array in arrays.items() if array is not None}
+        owner = paths.get("weight", "").rpartition(".")[0]
+        layer = self.structure.layers.get(owner)
+        if layer is None or layer.constructor != "nn.Linear" or len(paths) != len(given):
+            return ""
+        wanted = ("weight", "bias") if layer.keywords.get("bias", True) else ("weight",)
+        text = self.expression(given["weight"])
+        is_whole = paths == {key: f"{owner}.{key}" for key in wanted}
+        return text.removesuffix(".weight") if is_whole and text.endswith(".weight") else ""
 
     def output(self, value: Any) -> str:
         if isinstance(value, Ref):
@@ -306,13 +311,6 @@ class Frame(SizeVariables):
             return repr(array.value) if math.isfinite(array.value) else f'float("{array.value}")'
         return self.expression(value) if isinstance(value, Ref) else text
 
-    def keep(self, text: str, position: int) -> None:
-        """Keeps the variables of an expression until the statement that it is written in."""
-        for word in set(re.findall(r"[A-Za-z_]\w*", text)):
-            if word in self.names:
-                value = self.names[word]
-                self.last_use[value] = max(self.last_use.get(value, -1), position)
-
     def unpack(self, node: Node, text: str) -> bool:
         """Assigns the parts of a result to variables, if nothing else uses it."""
         users = self.users.get(node.name, [])
@@ -342,59 +340,6 @@ class Frame(SizeVariables):
             variables = [variables[0], "_" if states == ["_", "_"] else f"({', '.join(states)})"]
         self.assign(", ".join(variables), text, out)
         return True
-
-    def is_inlined(self, node: Node, index: int, text: str) -> bool:
-        """Returns whether an expression is written within the statement that uses it."""
-        consumer, length = self.consumer.get(node.name), len(_DEFAULT.sub("", text))
-        if node.name in self.pinned:
-            return False
-        user = self.items[consumer] if consumer is not None else None
-        is_part = user is not None and self.is_same_statement(user, self.items[index])
-        item = self.items[index]
-        if ELEMENT.match(text) and not (is_part and (self.is_listed(item) or not self.is_element(item))):
-            return False  # a loop may run over the list
-        if consumer is None:  # the return reads it
-            is_named = node.place is not None and bool(node.place.targets)
-            if length >= RETURNED or (is_named and (length >= 60 or self.is_last_turn(item))):
-                return False
-            self.keep(text, len(self.items))
-            return True
-        assert user is not None
-        if self.is_element(user) and not (is_part and self.is_listed(user)):
-            return False  # the loop reads a variable
-        if length > INLINE or (node.op == "item" and isinstance(user, Call)) or self.is_repeated(node, user):
-            return False
-        same = self.is_same_statement(user, node) or self.is_same_statement(user, self.items[index])
-        is_named = node.place is not None and bool(node.place.targets) and self.is_final(node, node.name)
-        if not same and is_named and not self.is_plain(node) and not self.is_passed_on(node, user):
-            return False
-        self.keep(text, consumer)
-        return True
-
-    def is_passed_on(self, node: Node, user: Item) -> bool:
-        """Returns whether the next operation gives another shape to a value that has another shape and no name."""
-        between = self.items[self.position + 1 : self.items.index(user)]
-        is_next = all(isinstance(item, Node) and self.graph.size(item.name) is not None for item in between)
-        is_shape = isinstance(user, Node) and user.base in _SHAPES and node.base in _SHAPES
-        name = self.operation_name(node) if is_shape and is_next else ""
-        return (
-            bool(name)
-            and name not in (node.place.targets if node.place else ())
-            and self.hint(node, node.name) == name
-        )
-
-    def is_repeated(self, node: Node, user: Item) -> bool:
-        """Returns whether the expression of an operation has a value more than once, so that it needs a variable."""
-        if not isinstance(user, Node) or user.base not in TABLE or user.base in WHOLE:
-            return False
-        mark = "repeated_"
-        is_training = self.graph.graph.training
-
-        def source(ref: Ref) -> str:
-            return mark if ref.name == node.name else "other_"
-
-        trial = Operation(user, source, self.graph.tensors.get, Helpers(), is_training)
-        return TABLE[user.base](trial).count(mark) > 1
 
     def child(self, call: Call, index: int) -> None:
         results = self.graph.returns(call)

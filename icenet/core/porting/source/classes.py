@@ -148,6 +148,8 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
     replacement: dict[int, str] = {}
     taken = {*re.findall(r"self\.(\w+)", first.text), *METHODS}
     stored: dict[str, None] = {}
+    forms: dict[int, str] = {}
+    """How a number is written with its parameter: -{} or 1 - {}."""
     flags: set[str] = set()
     for index in varying:
         column = columns[index]
@@ -158,7 +160,12 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
                 continue
             column = like or tuple("None" if value == OPEN else value for value in column)
         if column not in parameters:
-            hint = _attribute(column, members, taken) or hints[index].removesuffix("?")
+            attribute = _attribute(column, members, taken)
+            formula = _formula(column, members) if not attribute and index >= in_init else None
+            if formula is not None:
+                attribute, column, forms[index] = formula
+        if column not in parameters:
+            hint = attribute if attribute and attribute not in taken else hints[index].removesuffix("?")
             unique, number = hint, 1
             while unique in taken and not hints[index].endswith("?"):
                 number += 1
@@ -170,7 +177,7 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
         replacement[index] = parameters[column]
         if index >= in_init:
             stored[parameters[column]] = None
-            replacement[index] = f"self.{parameters[column]}"
+            replacement[index] = forms.get(index, "{}").format(f"self.{parameters[column]}")
     position = -1
 
     def put(match: re.Match[str]) -> str:
@@ -204,6 +211,24 @@ def _attribute(column: tuple[str, ...], members: list[Instance], taken: set[str]
         if all(repr(item.settings.get(name)) == value for item, value in zip(members, column, strict=True))
     ]
     return found[0] if len(found) == 1 and found[0] not in taken and not found[0].startswith("_") else ""
+
+
+def _formula(column: tuple[str, ...], members: list[Instance]) -> tuple[str, tuple[str, ...], str] | None:
+    """Returns the only attribute of which the numbers of a column are the negative, or the rest to 1; None without.
+
+    Returns:
+        The attribute, its numbers, and how a number is written with it, such as "(1 - {})".
+    """
+    found = []
+    for name in members[0].settings:
+        values: list[Any] = [item.settings.get(name) for item in members]
+        if name.startswith("_") or any(type(value) not in (int, float) for value in values):
+            continue
+        rests = [1 - value if type(value) is float else None for value in values]
+        for form, numbers in (("-{}", [-value for value in values]), ("(1 - {})", rests)):
+            if tuple(map(repr, numbers)) == column:
+                found.append((name, tuple(map(repr, values)), form))
+    return found[0] if len(found) == 1 else None
 
 
 def _compatible(column: tuple[str, ...], hint: str, parameters: dict[tuple[str, ...], str]) -> tuple[str, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import keyword
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,14 @@ _SHORT = 30
 """Longest part of a statement with several variables."""
 _TUPLE = 88
 """Longest statement with several variables."""
+
+RESERVED = {
+    *keyword.kwlist,
+    *("mx", "nn", "math", "np", "self", "layer"),
+    *("abs", "all", "any", "bool", "dict", "enumerate", "float", "int", "len", "list", "max", "min", "print"),
+    *("range", "reversed", "round", "slice", "sum", "super", "tuple", "zip"),
+}
+"""Words that are no variable."""
 
 
 @dataclass

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from icenet.core.porting.graph.calls import Item
 from icenet.core.porting.record import WHOLE, Node
-from icenet.core.porting.source.lines import Line
+from icenet.core.porting.source.lines import RESERVED, Line
+from icenet.core.porting.source.originals import loop_names
 from icenet.core.porting.source.turns import Loop, turns
 
 ELEMENT = re.compile(r"self[\w.\[\]'\"]*\[\d+\](\.\w+)?\(")
@@ -49,7 +50,8 @@ def roll(lines: list[Line], names: dict[str, str]) -> list[Line]:
         block = lines[index : index + size]
         if entry:
             block = [replace(line, code=code) for line, code in zip(block, turn, strict=True)]
-        elements = [_singular(text) for text in lists]
+        others = [*lines[:index], *lines[index + size * count :]]
+        elements = _named(block, lists, others) or [_singular(text) for text in lists]
         elements = [name if elements.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(elements)]
         inner = []
         for line in block:
@@ -67,6 +69,7 @@ def roll(lines: list[Line], names: dict[str, str]) -> list[Line]:
     return lines
 
 
+_HEAD = re.compile(r"for ([\w, ]+) in ")
 _STEP = re.compile(r"(self(?:\.\w+|\[\"?'?\w+'?\"?\])*?)\[step\]")
 
 
@@ -77,7 +80,7 @@ def _enumerated(loop: Loop) -> tuple[Line, list[Line]]:
     if len(lists) != 1:
         return head, inner
     text = lists.pop()
-    name = _singular(text)
+    name = next(iter(_named(inner, [text], [*loop.before, *loop.after])), "") or _singular(text)
     used = {word for line in inner for word in re.findall(r"\w+", line.code)}
     if name in used:
         return head, inner
@@ -87,6 +90,18 @@ def _enumerated(loop: Loop) -> tuple[Line, list[Line]]:
         first = f", {loop.start}" if loop.start else ""
         return replace(head, code=f"for step, {name} in enumerate({part}{first}):"), inner
     return replace(head, code=f"for {name} in {part}:"), inner
+
+
+def _named(block: list[Line], lists: list[str], others: list[Line]) -> list[str]:
+    """Returns the variables that the original's loop has for the elements of lists, none if they are not free."""
+    origin = block[0].origin
+    known = loop_names(*origin[-1]) if origin else {}
+    names = [*known.values()] if len(known) == len(lists) == 1 else [known[text] for text in lists if text in known]
+    elements = {name for line in others if (head := _HEAD.match(line.code)) for name in head[1].split(", ")}
+    words = {word for line in (*block, *others) for word in re.findall(r"\w+", line.code)} - elements
+    words |= {word for line in block for word in re.findall(r"\w+", line.code)}
+    is_free = len(names) == len(lists) == len({*names}) and words.isdisjoint(names)
+    return names if is_free and not any(name in RESERVED or name == "step" for name in names) else []
 
 
 def _singular(text: str) -> str:

@@ -75,6 +75,48 @@ def second_name(file: str, variable: str, after: int, until: int) -> str:
     return names[-1] if names else ""
 
 
+@functools.lru_cache(maxsize=64)
+def _loops(file: str) -> tuple[tuple[int, int, dict[str, str]], ...]:
+    """Returns first and last line of each loop of a file, and the variables of its elements by the lists."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ()
+    found = []
+    kinds = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+    for node in ast.walk(tree):
+        if isinstance(node, kinds):
+            names = _elements(node) if isinstance(node, ast.For) else {}
+            found.append((node.lineno, node.end_lineno or node.lineno, names))
+    return tuple(found)
+
+
+def _elements(loop: ast.For) -> dict[str, str]:
+    """Returns the variables of a loop by the lists of which they are the elements; none if they are no names."""
+    target, given = loop.target, loop.iter
+    if isinstance(given, ast.Call) and ast.unparse(given.func) == "enumerate" and isinstance(target, ast.Tuple):
+        target, given = target.elts[-1], given.args[0]
+    if isinstance(given, ast.Call) and ast.unparse(given.func) == "zip" and isinstance(target, ast.Tuple):
+        pairs = list(zip(given.args, target.elts, strict=False))
+    else:
+        pairs = [(given, target)]
+    return {ast.unparse(item): name.id for item, name in pairs if isinstance(name, ast.Name)}
+
+
+def is_in_loop(file: str, line: int) -> bool:
+    """Returns whether a statement may run more than once in a call of its function, or has a loop within it."""
+    return any(first <= line <= last for first, last, _ in _loops(file)) or "map(" in linecache.getline(file, line)
+
+
+def loop_names(file: str, line: int) -> dict[str, str]:
+    """Returns the variables of the innermost loop around a statement by the lists of which they are the elements.
+
+    None outside of loops, and in files of torch, whose `mod` says less than a name of the list.
+    """
+    around = [(first, names) for first, last, names in _loops(file) if first < line <= last]
+    return max(around, key=lambda item: item[0])[1] if around and "/torch/nn/" not in file else {}
+
+
 def part_names(file: str, line: int, argument: str) -> tuple[str, ...]:
     """Returns the variables to which the function at a line gives the parts of an argument, none if it does not."""
     function = _function_at(file, line)

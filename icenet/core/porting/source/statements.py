@@ -9,6 +9,7 @@ from typing import Any
 from icenet.core.porting.graph.calls import Call, Item
 from icenet.core.porting.record import WHOLE, Node, refs
 from icenet.core.porting.source.loops import kind
+from icenet.core.porting.source.originals import is_in_loop
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import Values
 
@@ -90,11 +91,19 @@ class Statements:
                 n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n)
             )
             place = self.items[start].place
-            if place is None or not (len(place.targets) == 1 or self.gives(start, size, len(place.targets))):
+            is_turn = place is not None and (len(place.targets) == 1 or self.gives(start, size, len(place.targets)))
+            if not is_turn or self.runs_once(self.items[start:end], depth):
                 size = len(kinds)
             for index in range(start, end):
                 self.runs[id(self.items[index]), depth] = start + (index - start) // size * size
             start = end
+
+    @staticmethod
+    def runs_once(items: list[Item], depth: int) -> bool:
+        """Returns whether operations of one statement, which is in no loop, are one execution: x[::2, ::2]."""
+        place = items[0].place
+        is_plain = all(isinstance(item, Node) and item.op not in WHOLE for item in items)
+        return place is not None and is_plain and not any(is_in_loop(*at) for at in place.chain[:depth])
 
     def gives(self, start: int, size: int, count: int) -> bool:
         """Returns whether some operations are a call with a number of results: `h, c = cell(x, h, c)` in a loop."""

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import keyword
 import re
 from collections import Counter
 
 from icenet.core.porting.graph.calls import Call, Item
-from icenet.core.porting.record import Node, Ref
+from icenet.core.porting.record import WHOLE, Node, Ref
 from icenet.core.porting.source import helpers
-from icenet.core.porting.source.lines import Line
+from icenet.core.porting.source.lines import RESERVED, Line
 from icenet.core.porting.source.originals import second_name
 from icenet.core.porting.source.statements import Statements
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import Values
-
-_RESERVED = {
-    *keyword.kwlist,
-    *("mx", "nn", "math", "np", "self", "layer"),
-    *("abs", "all", "any", "bool", "dict", "enumerate", "float", "int", "len", "list", "max", "min", "print"),
-    *("range", "reversed", "round", "slice", "sum", "super", "tuple", "zip"),
-}
-"""Words that are no variable."""
 
 
 class Variables(Statements):
@@ -52,12 +43,7 @@ class Variables(Statements):
     def variable(self, hint: str, value: str) -> str:
         """Returns a variable for a value: that of the original if it is free."""
         hint = re.sub(r"\W", "_", hint).strip("_") or "y"
-        if (
-            hint in _RESERVED
-            or not hint.isidentifier()
-            or hint in self.structure.used_helpers
-            or helpers.exists(hint)
-        ):
+        if hint in RESERVED or not hint.isidentifier() or hint in self.structure.used_helpers or helpers.exists(hint):
             hint += "_"
         self.keep_name(hint, value)
         name, number = hint, 1
@@ -86,7 +72,7 @@ class Variables(Statements):
             for other, text in self.text.items()
             if other != held and self.is_live(other) and variable in re.findall(r"[A-Za-z_]\w*", text)
         ]
-        if not name or name in _RESERVED or self.is_taken(name) or helpers.exists(name) or read_later:
+        if not name or name in RESERVED or self.is_taken(name) or helpers.exists(name) or read_later:
             return
         self.lines.append(Line(f"{name} = {variable}"))
         self.text[held] = name
@@ -215,7 +201,24 @@ class Variables(Statements):
             source = self.text.get(given.name, "") if isinstance(given, Ref) else ""
             if source.isidentifier():  # the same value in another form
                 return re.sub(r"_\d+$", "", source)
-        return self.operation_name(item)
+        return self.unnamed(item)
+
+    def unnamed(self, item: Node) -> str:
+        """Returns a name for a value within a statement: its variable if that is free, or the operation's."""
+        name = self.operation_name(item)
+        targets = item.place.targets if item.place is not None and not item.place.is_several else ()
+        is_attention = item.base == "scaled_dot_product_attention"
+        is_part = len(targets) == 1 and item.op not in WHOLE and not self.is_final(item, item.name)
+        if not (is_part or (is_attention and targets)) or targets[0] == "_":
+            return name
+        held = self.names.get(targets[0], "")
+        return targets[0] if not self.is_live(held) and not self.is_read_as(targets[0]) else name
+
+    def is_read_as(self, variable: str) -> bool:
+        """Returns whether an expression that a later statement has reads a variable."""
+        return any(
+            self.is_live(value) and variable in re.findall(r"[A-Za-z_]\w*", text) for value, text in self.text.items()
+        )
 
     def state_of(self, item: Item) -> str:
         """Returns the name of a state after one step of a recurrent layer, which PyTorch calls `ret`."""

@@ -14,6 +14,8 @@ def _input(n: Operation) -> str:
 
 @entry("dropout", "native_dropout")
 def dropout(n: Operation) -> str:
+    if n.args["p"] == 0:
+        return n[_input(n)]
     return n.call("dropout", n[_input(n)], n["p"], training(n, "train"))
 
 
