@@ -299,6 +299,35 @@ def test_channel_dropout_refuses_an_input_without_rows(backend: str) -> None:
     assert is_one_line(caught.value, "Dropout2d", "[4, 5, 6]", "B")
 
 
+@pytest.mark.parametrize("layer", ["Dropout", "Dropout2d"])
+def test_a_dropout_of_pytorch_in_place_changes_its_input(layer: str) -> None:
+    dropout = seeded("torch", layer, 0.5, 4)
+    dropout.inplace = True
+    x = torch.ones(4, 6, 5, 5)
+    y = dropout(x)
+    assert y is x and (x == 0).any() and (x == 2).any()
+
+
+@both_backends
+def test_the_rate_of_a_layer_without_keys(backend: str) -> None:
+    dropout = backends.module(backend, "nn").Dropout(0.1)
+    dropout.train()
+    kept = plain(dropout(native(backend, np.ones(4000, np.float32)))) != 0
+    assert abs(kept.mean() - 0.9) < 4 * math.sqrt(0.09 / kept.size)
+
+
+def test_a_subclass_of_a_convolution_takes_images_too() -> None:
+    class Own(torch.nn.Conv2d):
+        pass
+
+    dropout = torch.nn.Dropout(0.5)
+    icenet_torch.nn.dropout.key_dropouts([("conv", Own(3, 3, 1)), ("drop", dropout)])
+    dropout.seed(torch.from_numpy(row_keys(4).view(np.int32)))
+    dropout(torch.ones(4, 3))
+    with pytest.raises(UsageError, match=r"drop: the input \[4, 3, 2, 2\] .* as that of conv"):
+        dropout(torch.ones(4, 3, 2, 2))
+
+
 @pytest.mark.parametrize("shape", [(4, 6, 5), (4, 6, 5, 3), (4, 2, 3, 5, 3)])
 def test_images_of_any_rank(shape: tuple[int, ...]) -> None:
     """`images=True` draws the mask of MLX's channels-last array."""

@@ -101,6 +101,30 @@ def test_loss_and_gradients_are_those_of_all_logits(dtype: str, softcap: float |
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_the_weight_alone_has_a_gradient() -> None:
+    """The layers below are frozen: their result needs no gradient."""
+    values, labels = arrays(False, "float32")
+    weight = torch.from_numpy(values[1]).requires_grad_()
+    icenet_torch.nn.linear_cross_entropy(
+        torch.from_numpy(values[0]), weight, None, torch.from_numpy(labels)
+    ).backward()
+    assert weight.grad is not None
+    np.testing.assert_allclose(3 * weight.grad, of_logits(values, labels, None)[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@both_backends
+def test_the_loss_is_that_of_logits_in_the_dtype_of_the_layer(backend: str) -> None:
+    """Also on a CPU, which computes products of half precision in fp32."""
+    values, labels = arrays(True, "bfloat16")
+    x, weight, bias = (native(backend, value) for value in values)
+    nn, x = (icenet.nn, x.astype(mx.bfloat16)) if backend == "mlx" else (icenet_torch.nn, x.bfloat16())
+    ids = native(backend, labels)
+    expected = nn.cross_entropy(nn.linear.linear(x, weight, bias), ids)[0].item()
+    assert abs(nn.linear_cross_entropy(x, weight, bias, ids).item() - expected) <= 1e-6 * expected
+
+
+@pytest.mark.usefixtures("small_chunks")
 @both_backends
 def test_labels_that_are_all_ignored(backend: str) -> None:
     values, labels = arrays(True, "float32")
