@@ -17,7 +17,7 @@ from icenet.parity.calls.events import Run, Store
 from icenet.parity.calls.matching import match_modules, opaque_layers
 from icenet.parity.calls.module_side import ModuleSide
 from icenet.parity.calls.pairs import Pair, Replay
-from icenet.parity.calls.sides import Side
+from icenet.parity.calls.sides import ModuleError, Side
 from icenet.parity.calls.targets import Targets
 from icenet.parity.inputs import Inputs
 from icenet.parity.results import status as states
@@ -54,6 +54,7 @@ class Comparison(ABC):
         inputs_a, inputs_b: The inputs of the current draw, in the axes of each side.
         targets_a, targets_b: The targets of the default loss.
         trains: Whether gradients are computed in training mode.
+        backward_error: What the backward pass of `a` raises; None if it returns.
         first_runs: The loss and the gradients of each side on the first inputs.
         gradients: Those of the reference.
         ties: Paths of the modules whose gradients differ only at ties.
@@ -100,6 +101,7 @@ class Comparison(ABC):
         self.first_runs: list[tuple[float, Mapping[str, Value]] | None] = [None, None, None]
         self.targets_a = self.targets_b = Targets(seed, None)
         self.store = Store()
+        self.backward_error: ModuleError | None = None
         self.factor = 1.0
         self.draws: SharedDraws | None = None
         self.moved: set[str] = set()

@@ -131,6 +131,32 @@ def intercepting(modules: Mapping[str, nn.Module], handle: Handler) -> Iterator[
             object.__setattr__(module, "__class__", cls)
 
 
+CONVOLUTIONS = frozenset(f"conv{kind}{axes}d" for kind in ("", "_transpose") for axes in (1, 2, 3))
+"""Functions whose second argument is the weight of a convolution."""
+
+
+@contextlib.contextmanager
+def convolution_weights() -> Iterator[list[tuple[str, mx.array]]]:
+    """Yields a list to which the function and the weight of each convolution are added while the context is open."""
+    found: list[tuple[str, mx.array]] = []
+    before = {name: getattr(mx, name) for name in (*CONVOLUTIONS, "conv_general")}
+
+    def spied(name: str) -> Callable[..., Any]:
+        def call(input: mx.array, weight: mx.array, *args: Any, **kwargs: Any) -> Any:
+            found.append((name if name in CONVOLUTIONS else f"conv{weight.ndim - 2}d", weight))
+            return before[name](input, weight, *args, **kwargs)
+
+        return call
+
+    try:
+        for name in before:
+            setattr(mx, name, spied(name))
+        yield found
+    finally:
+        for name, function in before.items():
+            setattr(mx, name, function)
+
+
 # ---- arrays -------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +295,17 @@ def eager() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def on_another_device() -> Iterator[bool]:
+    """Computes on the CPU in the context. Its value is whether that is another device than before."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        yield before != mx.Device(mx.cpu)
+    finally:
+        mx.set_default_device(before)
+
+
+@contextlib.contextmanager
 def without_checkpoints() -> Iterator[None]:
     """Keeps all values for the backward pass in the context: what `mx.checkpoint` wraps in it is computed once.
 
@@ -303,17 +340,6 @@ def _compiles() -> bool:
 
 
 # ---- state of the process -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def on_another_device() -> Iterator[bool]:
-    """Computes on the CPU in the context. Its value is whether that is another device than before."""
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    try:
-        yield before != mx.Device(mx.cpu)
-    finally:
-        mx.set_default_device(before)
 
 
 @contextlib.contextmanager

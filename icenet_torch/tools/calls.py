@@ -126,6 +126,31 @@ def intercepting(modules: Mapping[str, nn.Module], handle: Handler) -> Iterator[
                 del vars(module)["forward"]
 
 
+CONVOLUTIONS = frozenset(f"conv{kind}{axes}d" for kind in ("", "_transpose") for axes in (1, 2, 3))
+"""Functions whose second argument is the weight of a convolution."""
+
+
+@contextlib.contextmanager
+def convolution_weights() -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Yields a list to which the function and the weight of each convolution are added while the context is open."""
+    found: list[tuple[str, torch.Tensor]] = []
+    with _Convolutions(found):
+        yield found
+
+
+class _Convolutions(TorchFunctionMode):
+    def __init__(self, found: list[tuple[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = str(getattr(func, "__name__", ""))
+        if name in CONVOLUTIONS:
+            self._found.append((name, args[1] if len(args) > 1 else kwargs["weight"]))
+        return func(*args, **kwargs)
+
+
 # ---- arrays -------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +315,12 @@ def eager() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def on_another_device() -> Iterator[bool]:
+    """Changes nothing, and its value is False: the modules of PyTorch stay on the device that holds their weights."""
+    yield False
+
+
+@contextlib.contextmanager
 def without_checkpoints() -> Iterator[None]:
     """Keeps all values for the backward pass in the context: `torch.utils.checkpoint` computes nothing again.
 
@@ -323,12 +354,6 @@ _CHECKPOINTS = {"CheckpointFunction": _Called, "_checkpoint_without_reentrant_ge
 
 
 # ---- state of the process -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def on_another_device() -> Iterator[bool]:
-    """Changes nothing, and its value is False: the modules of PyTorch stay on the device that holds their weights."""
-    yield False
 
 
 @contextlib.contextmanager

@@ -112,7 +112,14 @@ def parameter_kind(kinds: Mapping[str, str], path: str) -> str:
 
 
 def rule(kind: str, name: str) -> Rule:
-    """Returns the rule for parameter `name` of a layer of kind `kind`. Raises WeightsError if one is unknown."""
+    """Returns the rule for parameter `name` of a layer of kind `kind`. Raises WeightsError if one is unknown.
+
+    A kind such as "plain weight_v=conv1d" names the kind of whose weight a parameter has the axes.
+    """
+    kind, *own = kind.split(" ")
+    for item in own:
+        if item.partition("=")[0] == name:
+            kind, name = item.partition("=")[2], "weight"
     rules = RULES.get(kind)
     if rules is None:
         near = difflib.get_close_matches(kind, RULES, n=1)

@@ -202,6 +202,29 @@ class ModuleCopy(Side):
             found = self.nn.random.find_draw(self.modules.items(), call, lambda: randomness.generator_states(self.nn))
         return None if found is None else str(found[0])
 
+    def convolution_weights(self, given: Any, inputs: Sequence[Value]) -> tuple[dict[str, str], set[Any]]:
+        """Returns which arrays are the weight of a convolution in a call, and the weights that it computes.
+
+        Returns:
+            The function by the path of the array, and (function, shape) of each weight that the module computes.
+
+        Raises:
+            Exception: Whatever the module raises.
+        """
+        arrays = [self.tools.native(item, self.exact, self.module) for item in inputs]
+        args, kwargs = rebuild(given, arrays)
+        with self.opened(None), self.tools.convolution_weights() as found:
+            self.module(*args, **kwargs)
+        names = {_memory(array): path for path, array in self._tree.native_arrays(self.module).items()}
+        own = {names[_memory(weight)]: function for function, weight in found if _memory(weight) in names}
+        return own, {(function, tuple(weight.shape)) for function, weight in found if _memory(weight) not in names}
+
+    def set_layer_kind(self, path: str, kind: str) -> None:
+        """Names the kind of a layer of the copy, whose canonical weights and shapes it determines."""
+        self.modules[path].layer_kind = kind
+        self.layer_kinds = self._tree.layer_kinds(self.module)
+        self.__dict__.pop("shapes", None)
+
     def _seed_dropouts(self, before: Event | None) -> None:
         """Sets the keys of the dropout layers, as they are when an event begins."""
         for path, layer in self._dropouts.items():
@@ -256,6 +279,11 @@ class ModuleCopy(Side):
         moved = {name: perturb.array(weights[name], "weight", name) for name in names if name in weights}
         with self.tools.assigned(self.module, moved):
             yield
+
+
+def _memory(array: Any) -> Any:
+    """Returns what only one array has: the place of its values in PyTorch with its shape, the object in MLX."""
+    return (array.data_ptr(), tuple(array.shape)) if hasattr(array, "data_ptr") else id(array)
 
 
 def _depends_on_mode(module: Any) -> bool:

@@ -55,7 +55,8 @@ def run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run,
     """Runs all sides in training mode with the loss and its gradients.
 
     Modules that draw random numbers without a key draw equal ones. If they cannot, they are kept in evaluation mode,
-    and if they draw in that mode too, the whole model is.
+    and if they draw in that mode too, the whole model is. If the backward pass of `a` raises an error, that is kept
+    (`Comparison.backward_error`), and the runs have no gradients.
 
     Raises:
         AmbiguousAxes: The axes of the outputs of `a` are not known, because there are no pairs.
@@ -149,7 +150,7 @@ def switch_off_dropouts(c: Comparison, pairs: list[Pair]) -> None:
 def _run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run, Run, Run]:
     c.set_mode(c.trains)
     loss_a, loss_b = c.losses or (None, None)
-    wants = any(map(c.wants, ("loss", "gradients", "optimizer", "training")))
+    wants = any(map(c.wants, ("loss", "gradients", "optimizer", "training"))) and c.backward_error is None
     c.targets_b = Targets(c.seed, c.reference.tools)
     exact = c.reference_run(inputs, loss_b, c.targets_b, wants)
     noise = c.b.record(inputs.given, c.inputs_b, c.store, loss_b, c.targets_b, wants)
@@ -158,8 +159,11 @@ def _run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run
     try:
         own = c.a.record(inputs.given, inputs.values, c.store, loss_a, c.targets_a, wants)
     except ModuleError as error:
-        error.path = _failing_backward(c, pairs) if error.in_backward else error.path
-        raise
+        if not error.in_backward or not pairs:
+            raise
+        error.path = _failing_backward(c, pairs)
+        c.backward_error = error  # the forward pass is judged first
+        return _run_training(c, inputs, pairs)
     check_draws(c, inputs)
     return own, noise, exact
 

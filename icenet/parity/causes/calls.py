@@ -92,6 +92,11 @@ def find_calls(trial: Trial) -> str:
             continue
         if any(trial.explains(_without(trial, c.reference, path, zero)) for zero in (False, True)):
             return _extra(relative(path, pair.path), named[path], count)
+        for own, number in ours.items():
+            other = c.a.names.get(own, "")
+            is_extra = number > theirs[other] and other in c.reference.modules
+            if is_extra and trial.explains(_without(trial, c.reference, path, instead=other)):
+                return f"a calls {relative(other, pair.path)} where b calls {relative(path, pair.path)}"
     for path, count in ours.items():
         name = c.a.names.get(path, f"{path} (of a)")
         if count <= theirs[name]:
@@ -106,10 +111,15 @@ def find_calls(trial: Trial) -> str:
     return ""
 
 
-def _without(trial: Trial, side: Side, path: str, zero: bool = False) -> dict[str, Value]:
-    """Returns what a side computes if the calls of a module that only it makes return their input, or zeros."""
+def _without(trial: Trial, side: Side, path: str, zero: bool = False, instead: str | None = None) -> dict[str, Value]:
+    """Returns what a side computes if the calls of a module that only it makes return their input, or zeros.
+
+    With `instead`, the module of that path is called in its place.
+    """
 
     def handle(path: str, original: Any, args: Any, kwargs: Any) -> Any:
+        if instead is not None:
+            return side.modules[instead](*args, **kwargs)
         if zero:
             result = original(*args, **kwargs)
             return 0 * result if hasattr(result, "shape") else result

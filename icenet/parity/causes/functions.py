@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from icenet.core import backends
 from icenet.parity import align
-from icenet.parity.causes.numbers import (
-    attributes,
-)
+from icenet.parity.calls.pairing import relative
+from icenet.parity.causes.numbers import attributes, code_numbers
 from icenet.parity.causes.rotary import bases
 from icenet.parity.causes.trial import Trial
+from icenet.parity.trace import Value
 from icenet.parity.yardstick import judge
 
 if TYPE_CHECKING:
@@ -42,7 +45,9 @@ def find_functions(trial: Trial) -> str:
     edges = [float(edge) for edge in (ours.min(), ours.max()) if (ours == edge).sum() > 1]
     edges = edges if trial.pair.larger is not None else []
     own += edges
-    table = [*variants.TABLE, *variants.number_variants(calls, own)]
+    written = code_numbers(trial.modules[0])
+    table = [*variants.TABLE, *variants.number_variants(calls, [*own, *written])]
+    table += variants.clip_variants(calls, written)
     caps = variants.cap_variants(calls, own)
     table = [*caps, *table] if "tanh" in sites else [*table, *caps]
     if "mul" in sites:
@@ -52,12 +57,12 @@ def find_functions(trial: Trial) -> str:
         own_sites = list(dict.fromkeys(site for name in variant.names for site in sites.get(name, ())))
         if not own_sites:
             continue
-        for only in (None, *(own_sites if 1 < len(own_sites) <= _MOST_SITES else ())):
+        for only in (None, *_places(own_sites)):
             with variants.applied(variant, only) as mode:
                 new = trial.replay()
             if not mode.has_changed and only is None:  # it fits no call
                 break
-            if new and trial.explains(new):
+            if new and trial.explains(new, functools.partial(_of_b, trial, variant, only)):
                 ratio = trial.ratio(new)
                 accepted.append((ratio, index, _text(variant, only, calls)))
                 break
@@ -75,13 +80,54 @@ def find_functions(trial: Trial) -> str:
     return min(accepted)[2] if accepted else ""
 
 
+def _places(sites: Sequence[Any]) -> list[frozenset[Any]]:
+    """Returns the places in the code at which a variant is tried alone: each, and neighbours (keys and values)."""
+    if not 1 < len(sites) <= _MOST_SITES:
+        return []
+    pairs = itertools.pairwise(sites) if len(sites) > 2 else ()
+    return [*(frozenset({site}) for site in sites), *map(frozenset, pairs)]
+
+
+def _of_b(trial: Trial, variant: Any, only: Any) -> dict[str, Value]:
+    """Returns what `b` computes with a variant in the dtype under test; empty if it fails."""
+    try:
+        with backends.module("torch", "tools.variants").applied(variant, only):
+            return trial.named(trial.c.b_replay(trial.given))
+    except align.ReplayError:
+        return {}
+
+
 def _text(variant: Any, only: Any, calls: Sequence[Any]) -> str:
     """Returns the text of a variant, with the name of the activation that it replaces."""
     activation_name = backends.module("torch", "tools.variants").activation_name
-    replaced = (c for c in calls if c.name in variant.names and only in (None, c.site))
+    replaced = (c for c in calls if c.name in variant.names and (only is None or c.site in only))
     used = list(dict.fromkeys(activation_name(c.name, c.kwargs, c.args) for c in replaced))
     others = [name for name in used if not variant.text.startswith(f"{name} in a")]
     return str(variant.text).replace("{0}", " and ".join(others) or "another activation")
+
+
+def find_stopped(trial: Trial) -> str:
+    """Returns whether the gradient of an output of a call, or of what it passes on, stops in `a` but not in `b`."""
+    seeds = trial.given.cotangents
+    if seeds is None or trial.c.reference.backend != "torch":
+        return ""
+    for (source, _), index in zip(trial.pair.places(), range(len(seeds)), strict=True):
+        if not seeds[index].is_float or len(seeds) < 2:
+            continue
+        zeros = [replace(s, array=np.zeros_like(s.array)) if i == index else s for i, s in enumerate(seeds)]
+        if trial.explains(trial.replay(cotangents=zeros)):
+            what = "the output" if source is None else f"the input of {relative(source.path, trial.pair.path)}"
+            return f"the gradient of {what} is not passed on in a, as by stop_gradient"
+    variants = backends.module("torch", "tools.variants")
+    with variants.spying() as calls:
+        trial.replay()
+    sites = list(dict.fromkeys(call.site for call in calls if call.name in variants.ATTACHED.names))
+    for only in (None, *_places(sites)) if sites else ():
+        with variants.applied(variants.ATTACHED, only):
+            new = trial.replay()
+        if new and trial.explains(new):
+            return str(variants.ATTACHED.text)
+    return ""
 
 
 def find_mask(trial: Trial) -> str:

@@ -19,7 +19,7 @@ def find_integers(trial: Trial) -> str:
     if ours.shape != exact.shape or not exact.size:
         return ""
     if exact.dtype == bool:
-        return "the mask is inverted in a" if np.array_equal(ours.astype(bool), ~exact) else ""
+        return _mask(trial, ours.astype(bool), exact)
     offset = ours.astype(np.int64) - exact.astype(np.int64)
     by = int(offset.flat[0])
     if by and (offset == by).all():
@@ -33,6 +33,20 @@ def find_integers(trial: Trial) -> str:
     if _counts(ours) and not _counts(exact):
         return "a counts the positions of each row from its first element on, b does not: it may leave out padding"
     return _function(trial, ours) if np.ptp(ours) else ""
+
+
+def _mask(trial: Trial, ours: Array, exact: Array) -> str:
+    """Returns how a mask of booleans differs: inverted, or in the keys that it shows at each position."""
+    if np.array_equal(ours, ~exact):
+        return "the mask is inverted in a"
+    if trial.c.reference.backend != "torch":
+        return ""
+    shown = backends.module("torch", "tools.variants").shown_keys
+    for invert, what in ((False, "shows"), (True, "hides")):  # True may mean either
+        keys = [shown(~mask if invert else mask) for mask in (ours, exact)]
+        if all(keys):
+            return f"the mask {what} {keys[0]} of each position in a, {keys[1].removeprefix('the keys ')} in b"
+    return ""
 
 
 def _function(trial: Trial, ours: Array) -> str:

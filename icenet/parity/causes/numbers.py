@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,32 @@ def attributes(module: Any) -> dict[str, tuple[str, Any]]:
             found[_MEANING.get(name, name)] = name, value
     return found
 
+
+def code_numbers(module: Any) -> list[float]:
+    """Returns the numbers in the code of a user's module: of its methods, functions that they call, and tuples."""
+    kinds = (cls for cls in type(module).__mro__ if _is_of_user(cls))
+    held = list(vars(module).values())
+    functions = [item for cls in kinds for name, item in vars(cls).items() if name != "__init__"] + held
+    functions = [item for item in functions if isinstance(item, FunctionType)]
+    found = [float(n) for item in held if isinstance(item, tuple) for n in item if isinstance(n, (int, float))]
+    for function in functions:  # which grows
+        codes = [function.__code__]
+        for code in codes:
+            codes += [item for item in code.co_consts if isinstance(item, CodeType)]
+            found += [item for item in code.co_consts if isinstance(item, float)]
+        called = [function.__globals__.get(name) for code in codes for name in code.co_names]
+        called += [cell.cell_contents for cell in function.__closure__ or ()]
+        new = [item for item in called if isinstance(item, FunctionType) and _is_of_user(item)]
+        functions += [item for item in new if item not in functions][: _MOST_FUNCTIONS - len(functions)]
+    return list(dict.fromkeys(found))
+
+
+def _is_of_user(item: Any) -> bool:
+    return str(item.__module__).partition(".")[0] not in ("mlx", "torch", "builtins", "icenet", "icenet_torch")
+
+
+_MOST_FUNCTIONS = 50
+"""Number of functions whose code is searched for numbers."""
 
 _NUMBERS = ("eps", "momentum", "slope", "alpha", "beta", "p", "theta", "threshold")
 """Attributes whose difference is said although all values agree."""

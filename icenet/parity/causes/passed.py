@@ -1,4 +1,4 @@
-"""Causes in what a module passes to one that it calls: an argument of one side only, or another mask.
+"""Causes in what a module passes to one that it calls: an argument of one side only, another number, another mask.
 
 The call then differs in its replay, because each side keeps such an argument, but the difference begins in the code
 of the caller.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ def find_passed(c: Comparison, pair: Pair, outer: Pair, judgements: Mapping[str,
     child = relative(pair.path, outer.path)
     for j in _other_masks(pair):
         return f"the mask that {child} gets as {_name(c.b, pair.b, j)} hides other elements in a than in b"
-    only = _one_sided(pair)
+    only, numbers_apart = _one_sided(pair), _unequal_numbers(c, pair)
     with contextlib.suppress(align.ReplayError, KeyError):
         trial = Trial(c, pair, judgements)
         ours = trial.ours
@@ -56,13 +56,20 @@ def find_passed(c: Comparison, pair: Pair, outer: Pair, judgements: Mapping[str,
                 if trial.explains(trial.exact if side == "a" else without):
                     return f"{child} gets the argument {_name(own, event, min(left_out))} in {side} only"
             trial.ours = ours
+        for name, number in numbers_apart.items() if c.computes_reference else ():
+            with _passed(pair.b, number.place, number.ours):
+                if trial.explains(trial.replay()):
+                    return f"{child} gets {name} = {number.ours!r} in a, {number.theirs!r} in b"
     return ""
 
 
-def passes_on(outer: Pair, pair: Pair) -> bool:
+def passes_on(c: Comparison, outer: Pair, pair: Pair) -> bool:
     """Returns whether a call only passes on what `find_passed` found: it gets it itself."""
     if _other_masks(pair):
         return bool(_other_masks(outer))
+    values = {(n.ours, n.theirs) for n in _unequal_numbers(c, pair).values()}
+    if values & {(n.ours, n.theirs) for n in _unequal_numbers(c, outer).values()}:
+        return True
     for side, numbers in _one_sided(pair).items():
         events = (outer.a, pair.a) if side == "a" else (outer.b, pair.b)
         given = [events[0].arguments[n].array for n in _one_sided(outer).get(side, [])]
@@ -93,6 +100,55 @@ def _one_sided(pair: Pair) -> dict[str, list[int]]:
     }
 
 
+class _Number(NamedTuple):
+    """A number, flag or text that a call gets, with another value on each side, and its place in `b`."""
+
+    place: int | str
+    ours: Any
+    theirs: Any
+
+
+def _unequal_numbers(c: Comparison, pair: Pair) -> dict[str, _Number]:
+    """Returns the numbers, flags and texts of a call that are others on each side, by the name of the argument.
+
+    Arguments correspond by name, or by position if the modules name them otherwise.
+    """
+    ours, theirs = (
+        {(place, _parameter(side, event, place)): item for place, item in _plain(event)}
+        for side, event in ((c.a, pair.a), (c.b, pair.b))
+    )
+    found: dict[str, _Number] = {}
+    for (place, name), value in theirs.items():
+        own = [item for key, item in ours.items() if key[1] == name] or [
+            item for key, item in ours.items() if key[0] == place and isinstance(place, int)
+        ]
+        if own and type(own[0]) is type(value) and own[0] != value:
+            found[name] = _Number(place, own[0], value)
+    return found
+
+
+def _plain(event: Event) -> list[tuple[int | str, Any]]:
+    """Returns the numbers, flags and texts among the arguments of a call, by position or keyword."""
+    args, kwargs = event.given or ((), {})  # a trace has the arrays alone
+    items: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return [(place, item) for place, item in items if isinstance(item, (bool, int, float, str))]
+
+
+@contextlib.contextmanager
+def _passed(event: Event, place: int | str, value: Any) -> Iterator[None]:
+    """Passes another number in a call while the context is open."""
+    before = event.given
+    args, kwargs = before
+    if isinstance(place, int):
+        event.given = (*args[:place], value, *args[place + 1 :]), kwargs
+    else:
+        event.given = args, {**kwargs, place: value}
+    try:
+        yield
+    finally:
+        event.given = before
+
+
 def hides_otherwise(ours: Array, theirs: Array) -> bool:
     """Returns whether two masks of any form hide other elements; booleans may be true for those, or for the rest."""
     shapes = [tuple(size for size in array.shape if size > 1) for array in (ours, theirs)]
@@ -110,12 +166,18 @@ def _hidden(array: Array) -> Array:
 
 
 def _name(side: Side, event: Event, index: int) -> str:
-    """Returns the name of an argument of a call."""
+    """Returns the name of an array among the arguments of a call."""
     name = event.names[index].partition("[")[0]
+    return _parameter(side, event, int(name) if name.isdigit() else name)
+
+
+def _parameter(side: Side, event: Event, place: int | str) -> str:
+    """Returns the name of an argument of a call, given its position or its keyword."""
     module = getattr(side, "modules", {}).get(event.path)
-    if name.isdigit() and module is not None:
+    if isinstance(place, int) and module is not None:
         with contextlib.suppress(TypeError, ValueError):
-            parameters = list(inspect.signature(module.forward if hasattr(module, "forward") else module).parameters)
-            if int(name) < len(parameters):
-                return parameters[int(name)]
-    return name
+            parameters = inspect.signature(module.forward if hasattr(module, "forward") else module).parameters
+            named = [name for name, item in parameters.items() if item.kind is not item.VAR_POSITIONAL]
+            if place < len(named):
+                return named[place]
+    return str(place)

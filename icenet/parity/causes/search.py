@@ -9,10 +9,12 @@ sums        an array that is added, left out, multiplied by a number, or taken i
 functions   variants of the functions that the reference calls (`icenet_torch.tools.variants`): GELU, masks, scales,
             padding, variance, pooling, TF32, eps as a number in the code; casts to fp32 that are left out
 rotary      the base of the angles of rotary positions, the values that they turn together, and how many they turn
+turns       loops of another number of turns
 weights     the order of gates and projections, a bias that is not used, 1 + weight, tied weights
 integers    integers and booleans: an offset of positions, an inverted mask
 shapes      operations that change a shape, if the shapes of both sides differ
-passed      what a module passes to one that it calls: an argument of one side only, another mask (before the others)
+device      a kernel that computes something else than on a CPU (first)
+passed      what a module passes to one that it calls: an argument of one side only, another number or mask (first)
 optimizers  options of an optimizer, for a difference of its updates
 """
 
@@ -23,7 +25,8 @@ from collections.abc import Mapping
 from icenet.parity import align
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.causes.calls import find_calls, find_dropout, find_mode
-from icenet.parity.causes.functions import find_casts, find_functions, find_mask, find_statistics
+from icenet.parity.causes.device import find_device
+from icenet.parity.causes.functions import find_casts, find_functions, find_mask, find_statistics, find_stopped
 from icenet.parity.causes.integers import find_integers
 from icenet.parity.causes.numbers import (
     find_numbers,
@@ -31,33 +34,27 @@ from icenet.parity.causes.numbers import (
 )
 from icenet.parity.causes.order import find_direction, find_order
 from icenet.parity.causes.rotary import find_angles, find_partial, find_rotary
-from icenet.parity.causes.sums import find_parts, find_scale, find_sums
+from icenet.parity.causes.sums import find_centred, find_parts, find_scale, find_sums
 from icenet.parity.causes.trial import Trial
-from icenet.parity.causes.weights import find_offset, find_tied, find_weights
+from icenet.parity.causes.turns import find_turns
+from icenet.parity.causes.weights import find_offset, find_tied, find_unused, find_weights
 from icenet.parity.state import Comparison
 from icenet.parity.yardstick import Judgement
 
 _SEARCHES = (
     *(find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_rotary, find_partial),
-    *(
-        find_offset,
-        find_functions,
-        find_scale,
-        find_sums,
-        find_weights,
-        find_tied,
-        find_options,
-        find_direction,
-        find_casts,
-    ),
-    find_calls,
+    *(find_offset, find_unused, find_calls, find_functions, find_turns, find_scale, find_sums, find_weights),
+    *(find_tied, find_options, find_centred, find_direction, find_casts),
 )
 """The searches for the cause of a wrong output, in their order."""
-_BACKWARD = (find_numbers, find_sums, find_offset, find_functions, find_weights, find_casts, find_scale, find_calls)
+_BACKWARD = (
+    *(find_numbers, find_stopped, find_sums, find_offset, find_unused, find_functions, find_weights),
+    *(find_casts, find_scale, find_calls),
+)
 """Those for the cause of a wrong gradient."""
 _COMPUTED = (
     *(find_statistics, find_functions, find_rotary, find_angles, find_partial),
-    *(find_weights, find_offset, find_tied, find_casts),
+    *(find_unused, find_weights, find_offset, find_tied, find_casts, find_turns, find_stopped),
 )
 """Those in which the reference computes something else, which a recorded one cannot."""
 
@@ -74,7 +71,7 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
         return ""
     if not trial.exact[trial.name].is_float:
         return find_integers(trial)
-    for search in _SEARCHES if trial.is_forward else _BACKWARD:
+    for search in (find_device, *(_SEARCHES if trial.is_forward else _BACKWARD)):
         if search in _COMPUTED and not comparison.computes_reference:
             continue
         try:
@@ -82,6 +79,10 @@ def suggest(comparison: Comparison, pair: Pair, judgements: Mapping[str, Judgeme
                 return cause
         except align.ReplayError:  # of a variant
             continue
+        except Exception as error:  # the difference is found; only this cause is not tried
+            comparison.add_notes(
+                [f"{search.__name__}: the search for a cause stopped: {type(error).__name__}: {error}"]
+            )
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,12 +40,12 @@ def find_sums(trial: Trial) -> str:
         if abs(factor - 1) < 1e-4:
             return f"{label} is added once more in a"
         return f"{label} is added {factor:.6g} times more in a"
-    for (label, array), (other, taken) in itertools.permutations(terms, 2):
-        if trial.explains_array(exact + array - taken):
-            return f"a adds {label} where b adds {other}"
     for label, array in terms:
         if trial.explains_array(array):
             return f"a takes {label} in its place"
+    for (label, array), (other, taken) in itertools.permutations(terms, 2):
+        if trial.explains_array(exact + array - taken):
+            return f"a adds {label} where b adds {other}"
     return ""
 
 
@@ -94,6 +95,12 @@ def find_parts(trial: Trial) -> str:
                 for name in ("mean", "max", "sum", "min"):
                     if trial.explains_array(getattr(array, name)(axis=axes)):
                         return f"the {name} over the axes {axes[0]} and {axes[1]} of {label} is taken in a"
+    for index, value in enumerate(trial.given.values):
+        for axis in [n for n, size in enumerate(value.array.shape) if size in (2, 3, 4) and not value.is_float]:
+            flipped = list(trial.given.values)
+            flipped[index] = replace(value, array=np.ascontiguousarray(np.flip(value.array, axis)))
+            if value.array.ndim > 1 and trial.explains(trial.replay(values=flipped)):
+                return f"{labels[index]} is taken in the reverse order along axis {axis} in a"
     indices = [index for index, value in enumerate(trial.given.values) if value.is_float]
     for i, j in list(itertools.combinations(indices, 2))[:20]:
         if trial.given.values[i].array.shape == trial.given.values[j].array.shape and labels[i] != labels[j]:
@@ -101,6 +108,21 @@ def find_parts(trial: Trial) -> str:
             exchanged[i], exchanged[j] = exchanged[j], exchanged[i]
             if trial.explains(trial.replay(values=exchanged)):
                 return f"{labels[i]} and {labels[j]} are exchanged in a"
+    return ""
+
+
+def find_centred(trial: Trial) -> str:
+    """Returns whether `a` subtracts the mean of what `b` normalizes: a layer norm where `b` has an RMS norm."""
+    if not trial.is_forward:
+        return ""
+    labels = [_label(trial.pair, source) for source, _ in trial.pair.input_places()]
+    for index, (label, value) in list(enumerate(zip(labels, trial.given.values, strict=True)))[:8]:
+        if value.is_float and value.array.ndim > 1:
+            array = np.asarray(value.array, np.float64)
+            centred = list(trial.given.values)
+            centred[index] = replace(value, array=array - array.mean(axis=-1, keepdims=True))
+            if trial.explains(trial.replay(values=centred)):
+                return f"the mean of {label} is subtracted in a: a layer norm in a, an RMS norm in b"
     return ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from icenet.parity import align
 from icenet.parity.calls.culprit import first_name
 from icenet.parity.calls.pairs import Pair
+from icenet.parity.measures import rms_distance
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import FACTOR, Judgement, judge
@@ -21,6 +22,8 @@ Array = npt.NDArray[Any]
 
 ACCEPTED = 4 * FACTOR
 """Largest ratio with which a cause explains a difference. The noise is one run of the reference, without samples."""
+_MOSTLY = 1e-3
+"""Largest part of a difference that is left if a change explains most of it."""
 _MOST = 600
 """Number of replays that are tried for one difference."""
 
@@ -55,18 +58,32 @@ class Trial:
     def named(self, results: Mapping[str, Value]) -> dict[str, Value]:
         return {name.replace("gradient ", "gradient:", 1): value for name, value in results.items()}
 
-    def ratio(self, new: Mapping[str, Value]) -> float:
-        """Returns the largest ratio of the error of `a` to the noise, if the reference computes `new`."""
-        worst = 0.0
+    def ratio(
+        self,
+        new: Mapping[str, Value],
+        theirs: Mapping[str, Value] | None = None,
+        own: Mapping[str, Value] | None = None,
+    ) -> float:
+        """Returns the largest ratio of the error of `a` to the noise, if the reference computes `new`.
+
+        Args:
+            new: What the reference computes.
+            theirs: What `b` computes in the dtype under test, if that is changed in the same way; None if it is not.
+            own: What `a` computes, if that is changed; None if it is not.
+        """
+        worst, results = 0.0, self.ours if own is None else own
         for name in self.checked:
             if name not in new:
+                return math.inf
+            if np.iscomplexobj(new[name].array) or (theirs is not None and name not in theirs):
                 return math.inf
             exact, found = self.exact[name].array, np.asarray(new[name].array, np.float64)
             if found.shape != exact.shape:
                 return math.inf
-            noise = np.asarray(self.theirs[name].array, np.float64) - exact
+            changed = (theirs or self.theirs)[name].array
+            noise = np.asarray(changed, np.float64) - (exact if theirs is None else found)
             noise = np.where(np.isfinite(noise), noise, 0.0)  # masked values are -inf
-            ours, stored = self.ours[name], self.theirs[name].dtype
+            ours, stored = results[name], self.theirs[name].dtype
             if ours.array.shape != found.shape:
                 return math.inf
             stored = self.c.dtype if stored == "fp64" else stored
@@ -75,10 +92,26 @@ class Trial:
                 break
         return worst
 
-    def explains(self, new: Mapping[str, Value]) -> bool:
-        """Returns whether the difference is gone if the reference computes `new`."""
+    def explains(self, new: Mapping[str, Value], theirs: Callable[[], Mapping[str, Value]] | None = None) -> bool:
+        """Returns whether the difference is gone if the reference computes `new`.
+
+        Args:
+            new: What it computes.
+            theirs: Returns what `b` computes with the same change. It is called if most of the difference is gone:
+                the noise may be larger there, as with a denominator near zero.
+        """
         found = self.ratio(new)
+        if found > ACCEPTED and theirs is not None and self.distance(new) < _MOSTLY * self.distance(self.exact):
+            found = self.ratio(new, theirs())
         return found <= ACCEPTED and found < self.before / 4
+
+    def distance(self, new: Mapping[str, Value]) -> float:
+        """Returns how far `a` is from what the reference computes, in the first result that differs."""
+        if self.name not in new or new[self.name].array.shape != self.ours[self.name].array.shape:
+            return math.inf
+        if np.iscomplexobj(new[self.name].array):
+            return math.inf
+        return rms_distance(np.asarray(self.ours[self.name].array, np.float64), new[self.name].array)
 
     def explains_array(self, array: Array) -> bool:
         """Returns whether the difference is gone if the reference has this value."""
@@ -87,14 +120,19 @@ class Trial:
         return self.explains({**self.exact, self.name: Value(array, "fp64")})
 
     def replay(
-        self, weights: Mapping[str, Array] | None = None, values: Sequence[Value] | None = None
+        self,
+        weights: Mapping[str, Array] | None = None,
+        values: Sequence[Value] | None = None,
+        cotangents: Sequence[Value] | None = None,
     ) -> dict[str, Value]:
         """Returns what the reference computes, which may be changed meanwhile; empty if it fails."""
         self.left -= 1
         if self.left < 0:
             return {}
         try:
-            given = replace(self.given, weights=weights, values=self.given.values if values is None else values)
+            given = replace(self.given, weights=weights)
+            given = given if values is None else replace(given, values=values)
+            given = given if cotangents is None else replace(given, cotangents=cotangents)
             return self.named(self.c.reference.replay(given))
         except align.ReplayError:
             return {}

@@ -50,15 +50,32 @@ def find_weights(trial: Trial) -> str:
                 listed = " ".join("qkv"[i] for i in order)
                 return f"the projections q k v of a are those of b in the order {listed}"
         for name in names:
-            for value in (0, 1):
-                if trial.explains(trial.replay({name: np.full_like(weights[name], value)})):
-                    return f"{name} is not used in a"
-            square = weights[name]
-            is_square = square.ndim == 2 and square.shape[0] == square.shape[1]
-            if is_square and trial.explains(trial.replay({name: np.ascontiguousarray(square.T)})):
+            array = weights[name]
+            square = array.swapaxes(-1, -2) if array.ndim > 1 else array
+            is_square = array.ndim > 1 and square.shape == array.shape
+            if is_square and trial.explains(trial.replay({name: np.ascontiguousarray(square)})):
                 return f"{name} is transposed in a"
+            last = np.moveaxis(array, -1, 1) if array.ndim > 2 else array
+            is_cube = array.ndim > 2 and last.shape == array.shape
+            if is_cube and trial.explains(trial.replay({name: np.ascontiguousarray(last)})):
+                return (
+                    f"{name} has its channels last in a, first in b: if it is the weight of a convolution, name its "
+                    f'kind in the class, layer_kind = "plain {name}=conv{array.ndim - 2}d"'
+                )
     finally:
         pair.parameters = before
+    return ""
+
+
+def find_unused(trial: Trial) -> str:
+    """Returns which parameter of a module is not used in `a`: as if it were 0, or 1."""
+    if trial.c.reference.backend != "torch":
+        return ""
+    weights = trial.c.reference.own_arrays(trial.pair.path)
+    for name in [name for name in weights if name in trial.c.reference.parameters_within(trial.pair.path)]:
+        for value in (0, 1):
+            if trial.explains(_with_weights(trial, {name: np.full_like(weights[name], value)})):
+                return f"{name} is not used in a"
     return ""
 
 

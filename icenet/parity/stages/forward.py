@@ -166,8 +166,10 @@ def _move_to_caller(
     if passed:
         c.suggest(pair, found[pair.b.number])
         passed += f": {c.report.cause}" if "mask" in c.report.cause and "mask" in passed else ""
-        while passes_on(outer, pair) and (upper := _caller(pairs, outer)) is not None:
+        child = relative(pair.path, outer.path)
+        while passes_on(c, outer, pair) and (upper := _caller(pairs, outer)) is not None:
             pair, outer = outer, upper
+        passed = passed.replace(f"{child} gets", f"{relative(pair.path, outer.path)} gets")
         label = f"output of {relative(pair.path, outer.path)}"
         where = culprit.between(outer, pair)
         origins[0] = outer, origin._replace(order=pair.b.number - 0.5, where=where, label=label)

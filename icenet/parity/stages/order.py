@@ -42,6 +42,8 @@ def run_stages(c: Comparison, given: list[Inputs]) -> Report:
         pass
     except ModuleError as error:  # in training mode only
         stage = next(s for s in c.report.stages if s.status == states.NOT_RUN)
+        if error is c.backward_error and c.stages["gradients"].status == states.NOT_RUN:
+            stage = c.stages["gradients"]
         path = c.a.names.get(error.path, error.path) if error.side is c.a else error.path
         note = f"{'a' if error.side is c.a else 'b'} raises an error in training mode: {error.reason}"
         stage.rows.append(Row(path, "call", status=states.DIFFERS, ratio=math.inf, note=note))
@@ -60,7 +62,7 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
         side.loss_scale = 1.0
     with c.stage("structure") as stage:
         if first:
-            structure.compare_parameters(c, stage)
+            structure.compare_parameters(c, stage, inputs)
         depends = c.a.depends_on_mode or c.b.depends_on_mode
         pairs, three = structure.compare_shapes(c, stage, inputs, train=not depends)
     if first:
@@ -92,11 +94,14 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
         if first:
             c.first_runs = [(float(np.asarray(run.loss.array)), run.gradients) if run.loss else None for run in three]
             c.gradients = {name: np.asarray(item.array) for name, item in three[2].gradients.items()}
-        backward = RunGradients(c, pairs, three) if c.wants("gradients") else None
+        has_gradients = c.wants("gradients") and c.backward_error is None
+        backward = RunGradients(c, pairs, three) if has_gradients else None
         found = replays.replay_all(c, pairs, backward.undecided() if backward else ())
         if first and not depends and _agree(found):
             found |= larger.replay_larger(c, pairs)
         forward.judge_forward(c, stage, pairs, found, "in training mode" if depends else "")
+    if c.backward_error is not None:
+        raise c.backward_error
     with c.stage("loss") as stage:
         gradients.judge_loss(c, stage, pairs, three)
     with c.stage("gradients") as stage:

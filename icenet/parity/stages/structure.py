@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from icenet.core.errors import UsageError
 from icenet.parity import align
+from icenet.parity.calls.convolutions import align_convolutions
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairing import first_mismatch, pair_calls, relative
 from icenet.parity.calls.pairs import Pair
@@ -66,9 +67,10 @@ def _pair_parameters(c: Comparison) -> tuple[dict[str, str], list[tuple[str, str
     return names, one_sided
 
 
-def compare_parameters(c: Comparison, stage: Stage) -> None:
+def compare_parameters(c: Comparison, stage: Stage, inputs: Inputs) -> None:
     """Compares which parameters there are, and their shapes; copies the weights of `b`, if they are to be copied."""
     c.parameter_names, one_sided = _pair_parameters(c)
+    align_convolutions(c, inputs)
     trained = {"a": c.a.trainable_names, "b": c.b.trainable_names}
     for path, name, side in one_sided:
         whole = f"{path}.{name}" if path else name
@@ -89,7 +91,12 @@ def compare_parameters(c: Comparison, stage: Stage) -> None:
         if shapes[0] != shapes[1]:
             status, note = states.DIFFERS, f"{name} is {list(shapes[0])} in a, {list(shapes[1])} in b"
             c.fail(stage, path, note=note)
-            if shapes[0] == shapes[1][::-1] and not c.report.cause:
+            holder = c.a.own_path(path)
+            if holder is not None and "Quantized" in c.a.classes[holder] and not c.report.cause:
+                c.report.cause = (
+                    "the layer is quantized in a, which rounds its weights: compare before mlx.nn.quantize is called"
+                )
+            elif shapes[0] == shapes[1][::-1] and not c.report.cause:
                 c.report.cause = f"{name} is transposed in a"
             elif len(shapes[0]) > 2 and shapes[0] == (shapes[1][0], *shapes[1][2:], shapes[1][1]):
                 c.report.cause = c.report.cause or (

@@ -12,22 +12,28 @@ from icenet_torch.tools.variants import (
     attention,
     heads,
     images,
+    losses,
     masks,
     norms,
     operations,
     positions,
     rotary,
+    signals,
+    windows,
 )
 from icenet_torch.tools.variants.activations import ACTIVATION_NAMES, ACTIVATIONS, activated, activation_name
 from icenet_torch.tools.variants.angles import THETA, theta_variants, with_theta
 from icenet_torch.tools.variants.caps import CAPS, cap_variants, capped
 from icenet_torch.tools.variants.casts import casts
-from icenet_torch.tools.variants.numbers import number_variants
+from icenet_torch.tools.variants.numbers import clip_variants, number_variants
+from icenet_torch.tools.variants.operations import ATTACHED
 from icenet_torch.tools.variants.shapes import VARIANTS as SHAPES
 from icenet_torch.tools.variants.variant import Variant, applied, spying
+from icenet_torch.tools.variants.windows import shown_keys
 
 TABLE: list[Variant] = [
     *activations.VARIANTS,
+    *windows.VARIANTS,
     *attention.VARIANTS,
     *masks.VARIANTS,
     *rotary.VARIANTS,
@@ -36,6 +42,8 @@ TABLE: list[Variant] = [
     *alibi.VARIANTS,
     *norms.VARIANTS,
     *images.VARIANTS,
+    *signals.VARIANTS,
+    *losses.VARIANTS,
     *operations.VARIANTS,
 ]
 """The variants that need nothing of the module under test, the more likely ones first."""
@@ -43,6 +51,7 @@ TABLE: list[Variant] = [
 __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_NAMES",
+    "ATTACHED",
     "CAPS",
     "SHAPES",
     "TABLE",
@@ -54,7 +63,9 @@ __all__ = [
     "cap_variants",
     "capped",
     "casts",
+    "clip_variants",
     "number_variants",
+    "shown_keys",
     "spying",
     "theta_variants",
     "with_theta",

@@ -55,6 +55,17 @@ def _with_mask(diagonal: int | None) -> Run:
     return _attention(change)
 
 
+def _added(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Adds the mask of 1 and 0 to the scores."""
+    mask = options.get("attn_mask")
+    query = options["query"]
+    if options.get("is_causal"):
+        mask = torch.ones(query.shape[-2], options["key"].shape[-2], dtype=torch.bool, device=query.device).tril()
+    if mask is None or mask.dtype != torch.bool:
+        return None
+    return {**options, "is_causal": False, "attn_mask": mask.to(query.dtype)}
+
+
 def _with_strict_mask() -> Run:
     """Returns the variant in which a position does not attend to itself; the first one attends to all."""
 
@@ -113,6 +124,11 @@ VARIANTS: list[Variant] = [
     ),
     Variant("softmax of the attention over the queries in a, over the keys in b", _SDPA, _over_queries),
     Variant("no attention mask in a", _SDPA, _with_mask(None)),
+    Variant(
+        "the attention mask of 0 and 1 is added to the scores in a: hidden keys are seen. Add 0 and -inf",
+        _SDPA,
+        _attention(_added),
+    ),
     Variant("a causal attention mask in a, none in b", _SDPA, _with_mask(0)),
     Variant("attention mask off by one: a hides the position itself", _SDPA, _with_strict_mask()),
     Variant(

@@ -34,9 +34,24 @@ def _interpolated(mode: str) -> Run:
         new = linear if mode == "linear" else mode
         if new == given.get("mode", "nearest"):
             return NotImplemented
-        return func(**{**given, "mode": new, "align_corners": None if new == "nearest" else False})
+        changed = {"mode": new, "align_corners": None if new == "nearest" else False, "antialias": False}
+        return func(**{**given, **changed})
 
     return run
+
+
+def _tiled(func: Any, args: Any, kwargs: Any) -> Any:
+    """Repeats the whole image in place of each pixel."""
+    given = arguments(_RESIZE, args, kwargs)
+    x, y = given["input"], func(*args, **kwargs)
+    sizes = [new // old for new, old in zip(y.shape, x.shape, strict=True)]
+    fits = tuple(size * old for size, old in zip(sizes, x.shape, strict=True)) == tuple(y.shape)
+    return x.repeat(sizes) if fits and given.get("mode", "nearest") == "nearest" else NotImplemented
+
+
+def _aliased(func: Any, args: Any, kwargs: Any) -> Any:
+    given = arguments(_RESIZE, args, kwargs)
+    return func(**{**given, "antialias": False}) if given.get("antialias") else NotImplemented
 
 
 def _sampled(option: str, value: Any) -> Run:
@@ -135,6 +150,10 @@ VARIANTS: list[Variant] = [
         )
         for value in values
     ),
+    Variant(
+        "the image is repeated as a whole (tile) in a, each pixel (repeat) in b", frozenset({"interpolate"}), _tiled
+    ),
+    Variant("resizing without antialiasing in a", frozenset({"interpolate"}), _aliased),
     *(
         Variant(f"interpolation mode {mode} in a, another in b", frozenset({"interpolate"}), _interpolated(mode))
         for mode in ("nearest", "linear", "bicubic")

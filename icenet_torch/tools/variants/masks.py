@@ -9,14 +9,14 @@ import torch
 
 from icenet_torch.tools.variants.variant import Run, Variant, arguments, name_of
 
-_LOW = -1e3
+LOW = -1e3
 """Scores are hidden by a number at most as large as this."""
-_SUMS = frozenset({"add", "iadd", "radd"})
-_HIDES = frozenset({"masked_fill", "where"}) | _SUMS
+SUMS = frozenset({"add", "iadd", "radd"})
+HIDES = frozenset({"masked_fill", "where"}) | SUMS
 """Functions with which scores are hidden."""
 
 
-def _masking(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Run:
+def masking(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Run:
     """Returns the variant of masked_fill, where and sums that hide other scores.
 
     Args:
@@ -37,15 +37,15 @@ def _masking(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Run:
 
 
 def _scores_and_mask(name: str, args: Any, kwargs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Returns the scores of a call of _HIDES and a mask, True for hidden ones; None for a call that hides none."""
-    if name in _SUMS:
+    """Returns the scores of a call of HIDES and a mask, True for hidden ones; None for a call that hides none."""
+    if name in SUMS:
         given = arguments(("input", "other"), args, kwargs)
         scores, mask = given.get("input"), given.get("other")
         if not isinstance(scores, torch.Tensor) or not isinstance(mask, torch.Tensor):
             return None
         if _is_additive(scores) and not _is_additive(mask):
             scores, mask = mask, scores
-        return (scores, mask <= _LOW) if _is_additive(mask) else None
+        return (scores, mask <= LOW) if _is_additive(mask) else None
     if name == "masked_fill":
         given = arguments(("input", "mask", "value"), args, kwargs)
         scores, hidden, value = given["input"], given["mask"], given["value"]
@@ -61,15 +61,15 @@ def _scores_and_mask(name: str, args: Any, kwargs: Any) -> tuple[torch.Tensor, t
 
 def _is_low(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and float(value) <= _LOW
-    return isinstance(value, (int, float)) and value <= _LOW
+        return value.numel() == 1 and float(value) <= LOW
+    return isinstance(value, (int, float)) and value <= LOW
 
 
 def _is_additive(mask: torch.Tensor) -> bool:
     """Returns whether a tensor has zeros, and numbers that hide scores."""
     if not mask.is_floating_point() or not mask.numel():
         return False
-    low = mask <= _LOW
+    low = mask <= LOW
     return bool(low.any()) and not bool(mask[~low].any())
 
 
@@ -90,21 +90,19 @@ def _added_as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
     if len(tensors) != 2:
         return NotImplemented
     scores, mask = tensors if _is_additive(tensors[1]) else tensors[::-1]
-    return scores + (mask > _LOW).to(scores.dtype) if _is_additive(mask) else NotImplemented
+    return scores + (mask > LOW).to(scores.dtype) if _is_additive(mask) else NotImplemented
 
 
 VARIANTS: list[Variant] = [
-    Variant("no attention mask in a: scores that b hides are seen", _HIDES, _masking(lambda hidden: None)),
-    Variant("the attention mask is inverted in a", _HIDES, _masking(torch.logical_not)),
+    Variant("no attention mask in a: scores that b hides are seen", HIDES, masking(lambda hidden: None)),
+    Variant("the attention mask is inverted in a", HIDES, masking(torch.logical_not)),
     Variant(
-        "attention mask off by one: a hides one key more, such as the position itself", _HIDES, _masking(_moved(-1))
+        "attention mask off by one: a hides one key more, such as the position itself", HIDES, masking(_moved(-1))
     ),
-    Variant(
-        "attention mask off by one: a shows one key more, such as the next position", _HIDES, _masking(_moved(1))
-    ),
+    Variant("attention mask off by one: a shows one key more, such as the next position", HIDES, masking(_moved(1))),
     Variant(
         "the attention mask of 0 and 1 is added to the scores in a: hidden keys are seen. Add 0 and -inf",
-        _SUMS,
+        SUMS,
         _added_as_it_is,
     ),
 ]

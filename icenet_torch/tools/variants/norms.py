@@ -25,6 +25,16 @@ def _variance(correction: int) -> Run:
     return run
 
 
+def _variance_and_mean(correction: int) -> Run:
+    """Returns the variant of var_mean with another correction."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        variance = _variance(correction)(torch.var, args, kwargs)
+        return NotImplemented if variance is NotImplemented else (variance, func(*args, **kwargs)[1])
+
+    return run
+
+
 def _hand_written_norm(change: Callable[[torch.Tensor, float], torch.Tensor]) -> Run:
     """Returns the variant of layer_norm with another quotient, given the deviations from the mean, and eps."""
 
@@ -46,12 +56,26 @@ def _variance_of(x: torch.Tensor, ddof: int = 0) -> torch.Tensor:
     return x.square().sum(-1, keepdim=True) / (x.shape[-1] - ddof)
 
 
+def _rms_norm(func: Any, args: Any, kwargs: Any) -> Any:
+    """Leaves out the mean of a layer norm."""
+    given = arguments(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
+    x, eps = given["input"], given.get("eps", 1e-5)
+    if len(given["normalized_shape"]) > 1:
+        return NotImplemented
+    y = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = y if given.get("weight") is None else y * given["weight"]
+    return y if given.get("bias") is None else y + given["bias"]
+
+
 _VARIANCES = frozenset({"var", "std"})
 _NORM = frozenset({"layer_norm"})
 
 VARIANTS: list[Variant] = [
+    Variant("RMS norm in a, layer norm in b: the mean is not subtracted in a", _NORM, _rms_norm),
     Variant("biased variance (ddof 0) in a, unbiased in b", _VARIANCES, _variance(0)),
     Variant("unbiased variance (ddof 1) in a, biased in b", _VARIANCES, _variance(1)),
+    Variant("biased variance (ddof 0) in a, unbiased in b", frozenset({"var_mean"}), _variance_and_mean(0)),
+    Variant("unbiased variance (ddof 1) in a, biased in b", frozenset({"var_mean"}), _variance_and_mean(1)),
     Variant(
         "unbiased variance (ddof 1) in a, biased in b",
         _NORM,

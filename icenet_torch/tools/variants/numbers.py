@@ -14,6 +14,9 @@ BOUNDED = frozenset(
     {"clamp", "clip", "clamp_min", "clamp_max", "clamp_", "hardtanh", "minimum", "maximum", "threshold"}
 )
 """Functions with bounds."""
+_CLIPPED = frozenset({"softplus", "exp", "sigmoid", "tanh", "relu", "softmax", "square", "sqrt", "sum", "norm"})
+"""Functions whose results may be clipped."""
+_MOST_CLIPS = 6
 _EQUAL = 1e-9
 """Relative difference up to which two numbers are the same one."""
 
@@ -28,8 +31,9 @@ def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> l
     found: dict[tuple[str, float, float], Variant] = {}
 
     def add(name: str, old: float, new: float, what: str) -> None:
-        if abs(old - new) > _EQUAL * max(abs(old), 1e-12):
-            shown = (math.exp(abs(new)), math.exp(abs(old))) if what == "theta" and abs(old) < 100 else (new, old)
+        is_log = what == "theta" and abs(old) < 100
+        if abs(old - new) > _EQUAL * max(abs(old), 1e-12) and not (is_log and abs(new) >= 100):
+            shown = (math.exp(abs(new)), math.exp(abs(old))) if is_log else (new, old)
             root = tuple(map(_root, shown)) if what == "a scale" else ("", "")
             text = f"{what} is {shown[0]:.6g}{root[0]} in a, {shown[1]:.6g}{root[1]} in b"
             if what == "a number" and new == 0 and "sub" not in name:
@@ -67,6 +71,27 @@ def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> l
                 if what != "eps" or 0 <= new <= 1e-2:
                     add(name, old, float(new), what)
     return list(found.values())
+
+
+def clip_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> list[Variant]:
+    """Returns the variants of activations whose results are clipped at a number.
+
+    Args:
+        calls: What `spying` found.
+        others: Numbers in the code of the module under test.
+    """
+    known = {
+        abs(float(n)) for call in calls for n in (*call.args, *call.kwargs.values()) if isinstance(n, (int, float))
+    }
+    return [
+        Variant(f"clipped at {number:g} from {side} in a", _CLIPPED, _clipped(**{limit: number}))
+        for number in [n for n in others if abs(n) not in known][:_MOST_CLIPS]
+        for limit, side in (("min", "below"), ("max", "above"))
+    ]
+
+
+def _clipped(**limits: float) -> Run:
+    return lambda func, args, kwargs: func(*args, **kwargs).clamp(**limits)
 
 
 def _root(value: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from icenet_torch.tools.variants.variant import Run, Variant, arguments
+from icenet_torch.tools.variants.variant import Run, Variant, arguments, name_of
 
 
 def _bias(factor: float) -> Run:
@@ -165,6 +165,49 @@ def _scaled_scores(func: Any, args: Any, kwargs: Any) -> Any:
     return y * x.shape[-1] ** -0.5 if x is not None and y.ndim > 2 else NotImplemented
 
 
+def _uncut(func: Any, args: Any, kwargs: Any) -> Any:
+    """Leaves out slices that cut the first or the last elements off."""
+    x, index = args
+    items = index if isinstance(index, tuple) else (index,)
+    cuts = [
+        isinstance(i, slice) and i.step in (None, 1) and ((i.start or 0) > 0) != (i.stop is not None and i.stop < 0)
+        for i in items
+    ]
+    if not any(cuts):
+        return NotImplemented
+    return func(x, tuple(slice(None) if cut else item for cut, item in zip(cuts, items, strict=True)))
+
+
+def _softmax(func: Any, args: Any, kwargs: Any) -> Any:
+    return torch.softmax(_unchanged(func, args, kwargs), -1)
+
+
+def _sigmoid(func: Any, args: Any, kwargs: Any) -> Any:
+    return torch.sigmoid(_unchanged(func, args, kwargs))
+
+
+def _over_chosen(func: Any, args: Any, kwargs: Any) -> Any:
+    """Divides what topk returns by its sum."""
+    found = func(*args, **kwargs)
+    values, indices = found
+    return values / values.sum(-1, keepdim=True), indices
+
+
+def _by_which_topk_chooses() -> Run:
+    """Returns the variant that takes what topk returns, where other values are gathered at its indices."""
+    chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        y = func(*args, **kwargs)
+        if name_of(func) == "topk":
+            chosen[:] = [(y[0], y[1])]
+            return y
+        index = next((item for item in args[1:] if isinstance(item, torch.Tensor)), kwargs.get("index"))
+        return chosen[0][0] if chosen and index is chosen[0][1] else NotImplemented
+
+    return run
+
+
 def _flipped(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].clone()
 
@@ -198,6 +241,7 @@ _CAT = frozenset({"cat", "concat", "concatenate", "stack"})
 _SPLITS = frozenset({"chunk", "split", "unbind", "tensor_split"})
 _RESHAPE = frozenset({"view", "reshape", "unflatten"})
 _CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
+_TOPK, _GETITEM = frozenset({"topk"}), frozenset({"getitem"})
 _PRODUCTS = _CONVS | {"linear", "matmul", "bmm", "einsum", "scaled_dot_product_attention"}
 
 VARIANTS: list[Variant] = [
@@ -239,6 +283,21 @@ VARIANTS: list[Variant] = [
     ),
     Variant("a roll in the other direction in a", frozenset({"roll"}), _rolled_back),
     Variant("a roll is left out in a", frozenset({"roll"}), _unchanged),
+    Variant("softmax in a, sigmoid in b", frozenset({"sigmoid"}), _softmax),
+    Variant("sigmoid in a, softmax in b", frozenset({"softmax"}), _sigmoid),
+    Variant("no softmax in a", frozenset({"softmax"}), _unchanged),
+    Variant("the values of topk are divided by their sum in a, such as by a softmax of them", _TOPK, _over_chosen),
+    Variant(
+        "the values by which topk chooses are taken in a, such as scores with a bias, in b those at its indices",
+        frozenset({"topk", "gather", "take_along_dim"}),
+        _by_which_topk_chooses(),
+    ),
+    Variant("normalization to unit length is left out in a", frozenset({"normalize"}), _unchanged),
+    Variant(
+        "slices that cut off the first or the last elements, as of shifted labels, are left out in a",
+        _GETITEM,
+        _uncut,
+    ),
     Variant("exp is left out in a", frozenset({"exp"}), _unchanged),
     Variant("the square in a, the absolute value in b", frozenset({"abs"}), _squared),
     Variant("the other sign of a difference in a", frozenset({"sub", "rsub"}), _exchanged),
@@ -263,3 +322,6 @@ VARIANTS: list[Variant] = [
     ),
     Variant("products in TF32 in a, whose precision is 10 bits: set MLX_ENABLE_TF32=0", _PRODUCTS, _in_tf32),
 ]
+
+ATTACHED = Variant("detach of b is left out in a", frozenset({"detach"}), _unchanged)
+"""Changes only gradients."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -55,8 +55,8 @@ class FunctionCall(NamedTuple):
 
 
 @contextlib.contextmanager
-def applied(variant: Variant, only: Site | None = None) -> Iterator[Applied]:
-    """Applies a variant to all calls of its functions, or to those of one site, while the context is open."""
+def applied(variant: Variant, only: Collection[Site] | None = None) -> Iterator[Applied]:
+    """Applies a variant to all calls of its functions, or to those of some sites, while the context is open."""
     with Applied(variant, only) as mode:
         yield mode
 
@@ -88,14 +88,14 @@ class Applied(TorchFunctionMode):
         has_changed: Whether it has replaced a call.
     """
 
-    def __init__(self, variant: Variant, only: Site | None) -> None:
+    def __init__(self, variant: Variant, only: Collection[Site] | None) -> None:
         super().__init__()
         self.has_changed = False
         self._variant, self._only = variant, only
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if name_of(func) in self._variant.names and (self._only is None or self._only == _site()):
+        if name_of(func) in self._variant.names and (self._only is None or _site() in self._only):
             found = self._variant.run(func, args, kwargs)
             if found is not NotImplemented:
                 self.has_changed = True
