@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy as copying
+import math
 import weakref
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, cast
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -87,8 +88,9 @@ class Decoder(DecoderBase):
         return token, best
 
     def finish_copy(self, handle: tuple[mx.array, mx.array]) -> Tokens:
-        token, best = (np.array(array) for array in handle)
-        return np.where(np.isfinite(best), token.astype(np.int32), np.int32(-1))
+        # lists, because numpy's functions take longer for few rows: 6 % of a token of GPT-2 with 1.2M parameters
+        token, best = cast(Iterable[list[Any]], (array.tolist() for array in handle))
+        return np.array([t if math.isfinite(b) else -1 for t, b in zip(token, best, strict=True)], np.int32)
 
     def fetch_scores(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return np.array(self.choice.logits.astype(mx.float32)), np.array(self.choice.scores)

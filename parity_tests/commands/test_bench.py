@@ -543,7 +543,7 @@ def test_ctrl_c_shows_the_rounds_that_are_done(
     original = InProcess.call
     monkeypatch.setattr(InProcess, "call", call)
     arguments = bench("prefill", "--prompts", "1x8", "--side", "icenet mlx,icenet torch")
-    assert cli.main([*arguments, "--repeats", "5"]) == 1
+    assert cli.main([*arguments, "--repeats", "5"]) == 130
     out, err = capsys.readouterr()
     assert "icenet torch / this" in out and "Ctrl-C" in error_line(err.splitlines(keepends=True)[-1])
 

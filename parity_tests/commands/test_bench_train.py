@@ -310,7 +310,7 @@ def test_ctrl_c_shows_what_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.setattr(loops.Session, "measure", measure)
     arguments = ["--row", "gpt,lstm", "--batch", "2", "--length", "12", "--repeats", "3", "--seconds", "0.001", *SETS]
-    assert cli.main(["bench", "train", *arguments, "--side", "icenet torch"]) == 1
+    assert cli.main(["bench", "train", *arguments, "--side", "icenet torch"]) == 130
     out, err = capsys.readouterr()
     assert "a transformer" in out and "an LSTM" in out and "Ctrl-C" in err.splitlines()[-1]
 

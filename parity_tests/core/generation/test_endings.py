@@ -375,7 +375,7 @@ def test_ctrl_c_shows_what_was_generated(monkeypatch: pytest.MonkeyPatch, capfd:
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     error = NonFiniteError("the logits are not finite")
-    for stop, message in ((KeyboardInterrupt(), "Ctrl-C"), (error, "not finite")):
+    for stop, code, message in ((KeyboardInterrupt(), 130, "Ctrl-C"), (error, 1, "not finite")):
 
         def generate(*_: Any, **__: Any) -> Iterator[str]:
             yield "some"
@@ -384,7 +384,7 @@ def test_ctrl_c_shows_what_was_generated(monkeypatch: pytest.MonkeyPatch, capfd:
         model = type("Model", (), {"config": ModelConfig(type="gru"), "generation": None, "is_on_cpu": False})
         monkeypatch.setattr(api, "load", lambda *_, model=model, **__: model)
         monkeypatch.setattr(api, "generate", generate)
-        assert main(["generate", "x", "--prompt", "a"]) == 1
+        assert main(["generate", "x", "--prompt", "a"]) == code
         out, err = capfd.readouterr()
         assert out == "asome\n" and is_one_line(err.strip(), message)
 
