@@ -12,7 +12,7 @@ from typing import Any
 
 from icenet.core.config import Config, TransformerConfig
 from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
-from icenet.core.families import Family, folder, gguf_export, mlx_lm
+from icenet.core.families import Family, folder, gguf_export, json_files, mlx_lm
 from icenet.core.families.tensors import Row
 from icenet.core.families.weights import ExportedWeights, OriginalWeights
 from icenet.core.files import output_file, staged
@@ -103,7 +103,7 @@ def export(
     exported, quantization, remarks_on_names = _tensors(form, imported, family, config, weights)
     if quantization is not None:
         values = json.loads(files[folder.CONFIG])
-        files[folder.CONFIG] = folder.to_json(values | dict.fromkeys(QUANTIZATION_KEYS, quantization))
+        files[folder.CONFIG] = json_files.to_bytes(values | dict.fromkeys(QUANTIZATION_KEYS, quantization))
     if form == MLX_LM and isinstance(config.model, TransformerConfig):
         notes += mlx_lm.differences(family, config.model)
     metadata = {"format": "mlx"} if form == MLX_LM else None

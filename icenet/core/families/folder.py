@@ -8,7 +8,6 @@ Nothing of a folder is executed: code that `auto_map` names is not used, and pic
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,21 @@ from typing import Any, NamedTuple
 
 from icenet.core import files as file_system
 from icenet.core import listing
-from icenet.core.config import Config, GenerationConfig, TransformerConfig
+from icenet.core.config import Config, TransformerConfig
 from icenet.core.errors import ConfigError, DataError, FileError, WeightsError
-from icenet.core.families import FAMILIES, Family, family_of, gguf, sentence_transformers, vision
+from icenet.core.families import (
+    FAMILIES,
+    Family,
+    family_of,
+    generation_settings,
+    gguf,
+    json_files,
+    sentence_transformers,
+    vision,
+)
+from icenet.core.families.generation_settings import FILE as GENERATION
+from icenet.core.families.generation_settings import as_list
+from icenet.core.families.json_files import to_bytes
 from icenet.core.families.weights import ImportedWeights, is_tied
 from icenet.core.tokenizers import companions, find_file, get_tokenizer, tokenizer_files
 from icenet.core.tokenizers import gguf as gguf_tokenizer
@@ -31,9 +42,9 @@ from icenet.core.weights.files import Array, StoredWeights
 from icenet.core.weights.gguf import is_gguf
 from icenet.core.weights.origin import Origin
 from icenet.core.weights.quantized import dequantized
-from icenet.core.weights.safetensors import dtype_name, spec_of, without_duplicates
+from icenet.core.weights.safetensors import dtype_name, spec_of
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 """How images are read; see `icenet.core.data.images.preprocess`."""
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -44,19 +55,7 @@ TOKENIZER_FILES = (
 """Files of a tokenizer, which an export copies."""
 _READ = (".json", ".jinja", ".safetensors", ".txt", ".model")
 """Endings of the files of a folder that are read or copied."""
-_MAX_BYTES = 1 << 24
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-"""Settings of sampling and the library's defaults."""
-_ALWAYS = ("repetition_penalty", "max_new_tokens")
-"""Settings that have an effect without sampling too."""
-_HAS_NO_EFFECT = frozenset(
-    {
-        *("_from_model_config", "transformers_version", "do_sample", "bos_token_id", "eos_token_id"),
-        *("pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "output_attentions"),
-        *("output_hidden_states", "output_scores", "output_logits", "max_length", "return_dict_in_generate"),
-    }
-)
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _log = logging.getLogger("icenet")
 
@@ -107,7 +106,7 @@ def is_importable(path: Path) -> bool:
 def is_known(path: Path) -> bool:
     """Returns whether a path is a GGUF file, or a folder of Hugging Face of one of `FAMILIES`."""
     try:
-        return is_gguf(path) or (is_folder(path) and _family(read_json(path / CONFIG)) is not None)
+        return is_gguf(path) or (is_folder(path) and _family(json_files.read_object(path / CONFIG)) is not None)
     except ConfigError:
         return False
 
@@ -143,9 +142,9 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
     reads_text = config.model.input_kind == "tokens"
     tree: dict[str, Any] = {"model": fields}
     if reads_text:
-        tree["generation"] = _generation(files, values)
+        tree["generation"] = generation_settings.read(files, values)
     if isinstance(config.model, TransformerConfig):
-        tree["embedding"] = sentence_transformers.read(files, config.model.max_seq_length, _read_json_value)
+        tree["embedding"] = sentence_transformers.read(files, config.model.max_seq_length)
     if reads_text and (tokenizer := find_file(files)) is not None:
         tree["data"] = {"tokenizer": str(tokenizer.absolute())}
     try:
@@ -197,7 +196,7 @@ def _open_folder(path: Path) -> _Source:
         raise ConfigError(
             f"{link}: is a link to {link.resolve()}, out of the folder; replace it by a copy if you trust it"
         )
-    values = read_json(path / CONFIG)
+    values = json_files.read_object(path / CONFIG)
     if _family(values) is None:  # reported first, and without a look at its weights
         return _Source(path / CONFIG, values, weight_files.Weights(path, []), path)
     try:
@@ -231,7 +230,7 @@ def _gguf_files(model: gguf.Model) -> Path:
             _log.warning(f"{model.path}: its tokenizer is not used: {error}")
     special = {key: model.values.get(key) for key in ("bos_token_id", "pad_token_id")}
     ends = gguf_tokenizer.end_tokens(model.metadata)
-    files[GENERATION] = to_json({**special, "eos_token_id": ends[0] if len(ends) == 1 else ends or None})
+    files[GENERATION] = to_bytes({**special, "eos_token_id": ends[0] if len(ends) == 1 else ends or None})
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with file_system.staged_folder(folder) as partial:
@@ -284,10 +283,10 @@ def files_for(
         folder = source.files if source is not None else None
         if not config.embedding.pooling:
             remarks.append("the files of sentence-transformers are left out, because they have other steps")
-        files |= sentence_transformers.files_for(config.embedding, config.model.hidden_size, folder, _read_json_value)
+        files |= sentence_transformers.files_for(config.embedding, config.model.hidden_size, folder)
     if reads_text and getattr(config.model, "causal", True) and GENERATION not in files:
-        files[GENERATION] = to_json({**special[GENERATION], **_written_generation(config)})
-    files[CONFIG] = to_json(dict(sorted(written.items())))
+        files[GENERATION] = to_bytes({**special[GENERATION], **generation_settings.write(config.generation)})
+    files[CONFIG] = to_bytes(dict(sorted(written.items())))
     return family, files, remarks
 
 
@@ -299,7 +298,7 @@ def _token_ids(files: Path, values: Mapping[str, Any]) -> dict[str, dict[str, An
         values: The content of config.json.
     """
     file = files / GENERATION
-    found = {CONFIG: values, GENERATION: read_json(file) if file.is_file() else values}
+    found = {CONFIG: values, GENERATION: json_files.read_object(file) if file.is_file() else values}
     return {name: {key: content.get(key) for key in _TOKEN_IDS} for name, content in found.items()}
 
 
@@ -327,7 +326,7 @@ def _tokenizer(
         texts = {token: text for text, token in special_tokens(tokenizer).items()}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": texts.get(ends[0])}
         if companions.CONFIG not in files:
-            files[companions.CONFIG] = to_json({key: value for key, value in settings.items() if value is not None})
+            files[companions.CONFIG] = to_bytes({key: value for key, value in settings.items() if value is not None})
         texts_of = companions.parse(files, name).named
         named = {f"{key}_id": special_tokens(tokenizer).get(text) for key, text in texts_of.items()}
     else:
@@ -336,12 +335,8 @@ def _tokenizer(
     ids = {file: {**{key: named.get(key) for key in _TOKEN_IDS}, **eos} for file in (CONFIG, GENERATION)}
     for file, recorded in (origin.token_ids if origin else {}).items():
         if file in ids:
-            ids[file] |= recorded if set(_as_list(recorded.get("eos_token_id"))) <= set(ends) else {**recorded, **eos}
+            ids[file] |= recorded if set(as_list(recorded.get("eos_token_id"))) <= set(ends) else {**recorded, **eos}
     return files, remarks, ids
-
-
-def _as_list(ids: Any) -> list[Any]:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _image_files(
@@ -349,62 +344,12 @@ def _image_files(
 ) -> tuple[dict[str, bytes], list[str], dict[str, Any]]:
     """Returns what `_tokenizer` returns, for a model of images."""
     if images is not None and images.preprocessor is not None:
-        return {PREPROCESSOR: to_json(images.preprocessor)}, [], {}
+        return {PREPROCESSOR: to_bytes(images.preprocessor)}, [], {}
     if source is None:
         names = "" if images is not None else ", and no names of classes"
         return {}, [f"the folder has no {PREPROCESSOR}, which says how images are read{names}"], {}
     file = source.files / PREPROCESSOR
     return {PREPROCESSOR: file.read_bytes()} if file.is_file() else {}, [], {}
-
-
-def _written_generation(config: Config) -> dict[str, Any]:
-    settings = config.generation
-    sampling = {name: getattr(settings, name) for name in (*_SAMPLING, "min_p")}
-    written: dict[str, Any] = {}
-    if settings.temperature == 0:
-        written["do_sample"] = False
-    elif any(sampling[name] != getattr(GenerationConfig(), name) for name in sampling):  # the user has chosen
-        written |= {"do_sample": True, **sampling}
-    for name, neutral in (("repetition_penalty", 1.0), ("max_new_tokens", None)):
-        if (value := getattr(settings, name)) != neutral:
-            written[name] = value
-    return written
-
-
-def _generation(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of `GenerationConfig` for config.json and generation_config.json."""
-    file = path / GENERATION
-    given = read_json(file) if file.is_file() else {}
-    found: dict[str, Any] = {}
-    ends: list[Any] = []
-    named, rows = companions.eos_token_id(path), values.get("vocab_size")
-    if named is not None and isinstance(rows, int) and named >= rows:  # added to the tokenizer, but not to the model
-        named = None
-    for ids in (given.get("eos_token_id"), values.get("eos_token_id"), named):
-        ends += _as_list(ids)
-    outside = [end for end in ends if isinstance(rows, int) and isinstance(end, int) and not 0 <= end < rows]
-    if outside:
-        ids = ", ".join(map(str, dict.fromkeys(outside)))
-        _log.warning(f"{path}: eos_token_id {ids} is outside the vocabulary of {rows} tokens, and has no effect")
-        ends = [end for end in ends if end not in outside]
-    if ends:
-        found["eos_token_id"] = [end for index, end in enumerate(ends) if end not in ends[:index]]
-    if given.get("do_sample"):
-        for name, default in _SAMPLING.items():
-            found[name] = default if given.get(name) is None else given[name]
-        if given.get("min_p") is not None:
-            found["min_p"] = given["min_p"]
-    else:  # the default of the library
-        found["temperature"] = 0.0
-    if find_file(path) is not None:
-        found["add_special_tokens"] = True
-    for name in _ALWAYS:
-        if given.get(name) is not None:
-            found[name] = given[name]
-    known = {*_HAS_NO_EFFECT, *_SAMPLING, *_ALWAYS, "min_p"}
-    if unused := [name for name, value in given.items() if name not in known and value not in (None, False, 1, 1.0)]:
-        _log.warning(f"{file}: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect")
-    return found
 
 
 def _weights(path: Path) -> weight_files.Weights:
@@ -424,33 +369,3 @@ def _has_own_head(family: Family, weights: StoredWeights) -> bool:
     name = f"{family.rows[0].theirs}.weight"
     embedding = next((text for text in (name, name.removeprefix(family.prefix)) if text in weights), None)
     return embedding is not None and not is_tied(weights[embedding], weights[family.head])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a file of settings. Raises ConfigError if it is no JSON object."""
-    values = _read_json_value(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a JSON object; copy or save it again")
-    return values
-
-
-def _read_json_value(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MB; not a file of settings")
-        content = path.read_bytes()
-        if content.startswith(file_system.LFS_POINTER):
-            raise ConfigError(f"{path}: is a Git LFS pointer, not the file; {file_system.LFS_REMEDY}")
-        return json.loads(content, object_pairs_hook=without_duplicates)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), "it is nested too deeply")
-        raise ConfigError(f"{path}: not JSON: {reason}; copy or save it again") from None
-
-
-def to_json(values: Mapping[str, Any]) -> bytes:
-    """Returns the content of a file of settings."""
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from icenet.core.config import EmbeddingConfig
 from icenet.core.embedding import dense
 from icenet.core.errors import ConfigError
+from icenet.core.families import json_files
 from icenet.core.families.keys import shown
 from icenet.core.weights.files import DEFAULT_NAME
-
-Read = Callable[[Path], dict[str, Any] | list[Any]]
 
 MODULES = "modules.json"
 _SETTINGS = "config_sentence_transformers.json"
@@ -43,7 +42,7 @@ _TRANSFORMER_FILES = tuple(
 _log = logging.getLogger("icenet")
 
 
-def read(folder: Path, longest: int, read_json: Read) -> dict[str, Any]:
+def read(folder: Path, longest: int) -> dict[str, Any]:
     """Returns the fields of `EmbeddingConfig` that a folder states.
 
     Without files of sentence-transformers, that is the number of tokens that the tokenizer is made for. If the folder
@@ -52,20 +51,19 @@ def read(folder: Path, longest: int, read_json: Read) -> dict[str, Any]:
     Args:
         folder: The folder of a model.
         longest: Number of tokens that the model can read.
-        read_json: Returns the content of a file.
 
     Raises:
         ConfigError: A file has another form or another value than those of the library.
     """
     fields: dict[str, Any] = {}
-    tokenizer = _object(folder / "tokenizer_config.json", read_json)
+    tokenizer = json_files.read_optional(folder / "tokenizer_config.json")
     limit = tokenizer.get("model_max_length")
     if (folder / MODULES).is_file():
-        fields |= _read_modules(folder, read_json)
-        settings = _object(folder / _SETTINGS, read_json)
+        fields |= _read_modules(folder)
+        settings = json_files.read_optional(folder / _SETTINGS)
         fields |= {"prompts": settings.get("prompts") or {}, "prompt_name": settings.get("default_prompt_name")}
         found = next((folder / name for name in _TRANSFORMER_FILES if (folder / name).is_file()), None)
-        values = _object(found, read_json) if found else {}
+        values = json_files.read_optional(found) if found else {}
         if unused := [key for key, value in values.items() if key not in _TRANSFORMER and value not in (None, {})]:
             _log.warning(f"{found}: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect")
         fields["lower_case"] = values.get("do_lower_case") or False
@@ -75,7 +73,7 @@ def read(folder: Path, longest: int, read_json: Read) -> dict[str, Any]:
     return fields
 
 
-def files_for(embedding: EmbeddingConfig, width: int, source: Path | None, read_json: Read) -> dict[str, bytes]:
+def files_for(embedding: EmbeddingConfig, width: int, source: Path | None) -> dict[str, bytes]:
     """Returns the files of a folder of sentence-transformers by name.
 
     There are none for settings that are the defaults, and none with steps that are not supported.
@@ -84,12 +82,11 @@ def files_for(embedding: EmbeddingConfig, width: int, source: Path | None, read_
         embedding: The settings.
         width: Width of the hidden states.
         source: A folder whose files are kept.
-        read_json: Returns the content of a file.
     """
     if not embedding.pooling:
         return {}
     if source is not None:
-        modules = read_json(source / MODULES) if (source / MODULES).is_file() else []
+        modules = json_files.read(source / MODULES) if (source / MODULES).is_file() else []
         paths = [module.get("path") for module in modules if isinstance(module, dict)]
         paths = [path for path in paths if path and _inside(source, path, source / MODULES)]
         inner = [f"{path}/{name}" for path in paths for name in (dense.CONFIG, DEFAULT_NAME)]
@@ -140,10 +137,10 @@ def dense_files(embedding: EmbeddingConfig, names: Sequence[str] | None = None) 
     return found
 
 
-def _read_modules(folder: Path, read_json: Read) -> dict[str, Any]:
+def _read_modules(folder: Path) -> dict[str, Any]:
     """Returns pooling and normalization as modules.json states them."""
     file = folder / MODULES
-    modules = read_json(file)
+    modules = json_files.read(file)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise ConfigError(f"{file}: not a list of modules; copy or save it again")
     fields: dict[str, Any] = {"pooling": [], "dense": []}
@@ -155,13 +152,13 @@ def _read_modules(folder: Path, read_json: Read) -> dict[str, Any]:
             continue
         if kind == "Pooling" and before == ["Transformer"]:
             path = _inside(folder, module.get("path"), file)
-            fields |= _read_pooling(path / dense.CONFIG, _settings_of(path, read_json))
+            fields |= _read_pooling(path / dense.CONFIG, _settings_of(path))
             continue
         if kind == "Dropout":  # for training only
             continue
         if kind == "Dense" and fields["pooling"] and not fields.get("normalize"):
             path = _inside(folder, module.get("path"), file)
-            values = _settings_of(path, read_json)
+            values = _settings_of(path)
             missing = dense.unsupported(values)
             if missing is None:
                 dense.Dense(path, dense.shape_of(path / dense.CONFIG, values))
@@ -217,19 +214,9 @@ def _inside(folder: Path, path: Any, file: Path) -> Path:
     return folder / path
 
 
-def _settings_of(module: Path, read_json: Read) -> dict[str, Any]:
+def _settings_of(module: Path) -> dict[str, Any]:
     """Returns the config.json of a module, without which embeddings would be others than those of the model."""
     file = module / dense.CONFIG
     if not file.is_file():
         raise ConfigError(f"{file}: no such file, and {MODULES} lists this module; copy or download the whole folder")
-    return _object(file, read_json)
-
-
-def _object(file: Path, read_json: Read) -> dict[str, Any]:
-    """Returns the content of a file that may be absent."""
-    if not file.is_file():
-        return {}
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: not a JSON object; copy or save it again")
-    return values
+    return json_files.read_optional(file)

@@ -15,7 +15,7 @@ from icenet.core.config import Config, CustomDataConfig, DataConfig, ImageModelC
 from icenet.core.data.images import facts as images
 from icenet.core.data.images.facts import ImageFacts
 from icenet.core.errors import CheckpointError, ConfigError, IceNetError
-from icenet.core.families import FAMILIES, folder
+from icenet.core.families import FAMILIES, folder, json_files
 from icenet.core.models import twins
 from icenet.core.runs import saved_model
 from icenet.core.runs.checkpoint import FOLDER, Checkpoint, find
@@ -170,7 +170,7 @@ def image_facts(path: Path) -> ImageFacts | None:
         except (ConfigError, TypeError):  # those of a user's data, which need not be about images
             return None
     if folder.is_folder(path):
-        values = folder.read_json(path / folder.CONFIG)
+        values = json_files.read_object(path / folder.CONFIG)
         family = FAMILIES.get(str(values.get("model_type")))
         reads_images = family is not None and issubclass(family.section, ImageModelConfig)
         return images.of_folder(path, values) if reads_images else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,27 @@ def test_spellings_of_long_rope_and_yarn() -> None:
     assert found == pytest.approx((0.07 * np.log(4) + 1) / (0.12 * np.log(4) + 1))
 
 
+@pytest.mark.parametrize("interval", [2, 3, 4])
+def test_layers_without_positions_by_an_interval(interval: int) -> None:
+    """As in the library's configuration, which lists them if the file does not."""
+    from transformers import SmolLM3Config
+
+    values = {"model_type": "smollm3", **SIZES, "num_hidden_layers": 7, "no_rope_layer_interval": interval}
+    theirs = SmolLM3Config(num_hidden_layers=7, no_rope_layer_interval=interval).no_rope_layers
+    assert model_of(values).rotary_layers == [index for index, has_positions in enumerate(theirs) if has_positions]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ],
+)
+def test_spellings_of_the_rotated_part_of_a_head(spelling: dict[str, Any]) -> None:
+    assert FAMILIES["phi3"].read({**SIZES, **spelling})["rotary_fraction"] == 0.5
+
+
 def test_options_that_are_equal_are_written() -> None:
     """An attention factor that is the default of the library is left out, and any other is written."""
     model = model_of(PUBLISHED["Phi-3-mini-128k-instruct"])
@@ -210,7 +232,7 @@ def test_the_text_part_of_a_model_of_text_and_images(tmp_path: Path, caplog: pyt
     }
     weight_files.write(tmp_path / "b", renamed)
     for name in "ab":
-        (tmp_path / name / "config.json").write_text(folder.json.dumps(values))
+        (tmp_path / name / "config.json").write_text(json.dumps(values))
     first, second = folder.read(tmp_path / "a"), folder.read(tmp_path / "b")
     assert is_one_line(caplog.messages[-1], "10 tensors of vision_tower")
     assert same_bits(dict(first.weights), dict(second.weights))

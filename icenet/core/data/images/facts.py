@@ -18,7 +18,7 @@ from icenet.core.data.images.augment import normalize
 from icenet.core.data.images.decode import WHITE, decode
 from icenet.core.data.images.preprocess import Preprocessor
 from icenet.core.errors import ConfigError
-from icenet.core.families import folder, vision
+from icenet.core.families import folder, json_files, vision
 from icenet.core.families.keys import Values
 
 FILE = "images.json"
@@ -122,7 +122,7 @@ def of_folder(path: Path, values: Mapping[str, Any]) -> ImageFacts:
     file = path / folder.PREPROCESSOR
     content = None
     if file.is_file():
-        content = dict(folder.read_json(file))
+        content = dict(json_files.read_object(file))
         if content.get("image_processor_type") is None and content.get("feature_extractor_type") is None:
             kind = preprocess.DEFAULT_PROCESSORS.get(str(values.get("model_type")), "ViT")
             content["image_processor_type"] = f"{kind}ImageProcessor"
@@ -134,7 +134,7 @@ def of_saved(path: Path) -> ImageFacts | None:
     """Returns the facts of a saved model; None if it has none. Raises ConfigError if its file is damaged."""
     if not (path / FILE).is_file():
         return None
-    content = folder.read_json(path / FILE)
+    content = json_files.read_object(path / FILE)
     try:
         return ImageFacts(**content)
     except (ConfigError, TypeError) as error:

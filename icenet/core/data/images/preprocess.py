@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from icenet.core.data.images.decode import MAX_PIXELS, WHITE, Pixels, decode, pillow
 from icenet.core.errors import ConfigError, DataError
-from icenet.core.families.folder import PREPROCESSOR, read_json
+from icenet.core.families.folder import PREPROCESSOR
+from icenet.core.families.json_files import read_object
 from icenet.core.families.keys import Values, shown
 
 _HALF = [0.5, 0.5, 0.5]
@@ -187,7 +188,7 @@ def read(folder: Path, model_type: str, channels: int) -> Preprocessor:
         raise ConfigError(
             f"{folder}: has no {PREPROCESSOR}, which says how images are read; copy it from the original model"
         )
-    values = read_json(file)
+    values = read_object(file)
     try:
         return from_values(values, model_type, channels)
     except ConfigError as error:
