@@ -155,14 +155,14 @@ def test_spellings_of_long_rope_and_yarn() -> None:
     assert found == pytest.approx((0.07 * np.log(4) + 1) / (0.12 * np.log(4) + 1))
 
 
-@pytest.mark.parametrize("interval", [2, 3, 4])
-def test_layers_without_positions_by_an_interval(interval: int) -> None:
-    """As in the library's configuration, which lists them if the file does not."""
-    from transformers import SmolLM3Config
-
-    values = {"model_type": "smollm3", **SIZES, "num_hidden_layers": 7, "no_rope_layer_interval": interval}
-    theirs = SmolLM3Config(num_hidden_layers=7, no_rope_layer_interval=interval).no_rope_layers
-    assert model_of(values).rotary_layers == [index for index, has_positions in enumerate(theirs) if has_positions]
+@pytest.mark.parametrize(
+    ("interval", "layers"), [(2, [0, 2, 4, 6]), (3, [0, 1, 3, 4, 6]), (None, [0, 1, 2, 4, 5, 6])]
+)
+def test_layers_without_positions_by_an_interval(interval: int | None, layers: list[int]) -> None:
+    """As the library's `SmolLM3Config` lists them if the file does not: every second, third, or fourth has none."""
+    given = {} if interval is None else {"no_rope_layer_interval": interval}
+    model = model_of({"model_type": "smollm3", **SIZES, "num_hidden_layers": 7, **given})
+    assert model.rotary_layers == layers
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_only_what_follows_the_cached_tokens_is_read(backend: str, read: list[in
 
 
 @both_backends
-def test_an_empty_cache_takes_any_prompt(backend: str, read: list[int]) -> None:
+def test_an_empty_cache_takes_any_prompt(backend: str, read: list[int], tmp_path: Path) -> None:
     """Tokens in common are kept, the others are rolled back, with a draft as well."""
     model = build(backend)
     draft = build(backend, num_layers=1)
@@ -97,6 +97,8 @@ def test_an_empty_cache_takes_any_prompt(backend: str, read: list[int]) -> None:
     stream = icenet.generate(model, "qrstuv", stream=True, max_new_tokens=8, cache=cache)
     next(stream)
     assert cache.tokens == []  # in use
+    with pytest.raises(UsageError, match="a stream that has not ended uses it"):
+        cache.save(tmp_path / "cache.safetensors")
     stream.close()
     assert cache.tokens[:6] == model.tokenizer.encode("qrstuv")
     assert details(model, "qrstuv", cache) == details(model, "qrstuv")
