@@ -228,3 +228,45 @@ def test_attention_is_a_statement_and_both_modes_share_the_rest() -> None:
     source = checked(Heads(), torch.randn(2, 3, 8))
     assert "            y = mx.fast.scaled_dot_product_attention(q, k, v, scale=4**-0.5)" in source, source
     assert "            y = attention(q, k, v, dropout=0.1)" in source and source.count("reshape(B, T, 8)") == 1
+
+
+class Depth(nn.Module):
+    """A stochastic depth: its argument in evaluation mode."""
+
+    def __init__(self, drop: float) -> None:
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        return x * torch.bernoulli(torch.full((x.shape[0], 1, 1, 1), 1 - self.drop)) / (1 - self.drop)
+
+
+class Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, drop: float) -> None:
+        super().__init__()
+        self.conv, self.depth = nn.Conv2d(inputs, outputs, 1), Depth(drop)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.depth(self.conv(x))
+        return y + self.skip(x)
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(3, 4, 1))
+        self.blocks = nn.Sequential(Residual(4, 4, 0.1), Residual(4, 6, 0.2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(self.blocks(self.up(x)), scale_factor=(1, 3), mode="nearest")
+
+
+def test_layers_that_do_nothing_in_a_mode_or_an_instance_are_in_one_class() -> None:
+    source = checked(Decoder(), torch.randn(2, 3, 2, 3))
+    assert "y = self.depth(self.conv(x))" in source and "[Residual(4, 0.1), Residual(6, 0.2, skip=True)]" in source
+    assert source.count("class ") == 4 and "else:\n            return x\n" in source
+    assert 'nn.Upsample(scale_factor=2, mode="nearest")' in source and "def upsample" not in source
+    assert "mx.repeat(self.blocks(self.up(" in source

@@ -17,6 +17,7 @@ from icenet.core.porting.graph.indices import detached_indices
 from icenet.core.porting.graph.layout import channels_last
 from icenet.core.porting.graph.masks import with_hiding_masks
 from icenet.core.porting.graph.norms import with_rms_norms
+from icenet.core.porting.graph.passed import with_passed_values
 from icenet.core.porting.graph.ranges import with_short_ranges
 from icenet.core.porting.graph.writes import joined_writes
 from icenet.core.porting.layers import attention, recurrent
@@ -114,33 +115,24 @@ def plan(
         trace: Whether the source records every value, to find an operation that differs.
         exact_masks: Whether gradients that are not finite are dropped where a mask leaves values out, as in PyTorch.
     """
-    prepared: list[Graph | None] = []
+    modes = [item for item in (graph, train) if item is not None]
+    prepared = [with_hiding_masks(make_functional(item)) for item in modes]
+    prepared = prepared if trace else with_passed_values([_simple(item) for item in prepared])
     layers: dict[str, Layer] | None = None
-    for item in (graph, train):
-        if item is None:
-            prepared.append(None)
-            continue
-        functional = with_hiding_masks(make_functional(item))
-        functional = functional if trace else _simple(functional)
+    for item, functional in zip(modes, prepared, strict=True):
         found: dict[str, Layer] = {} if trace else collapse_layers(functional)[1]
-        prepared.append(functional)
         layers = found if layers is None else _in_both(layers, found, item)
     assert layers is not None
     layers |= attention.shared({path: layer for path, layer in layers.items() if isinstance(layer, Attention)})
     layers |= recurrent.shared({path: layer for path, layer in layers.items() if isinstance(layer, Recurrent)})
-    written: list[Graph | None] = []
+    written: list[Graph] = []
     orders: dict[str, tuple[int, ...]] = {}
-    for functional_or_none in prepared:
-        if functional_or_none is None:
-            written.append(None)
-            continue
-        collapsed, _ = collapse_layers(functional_or_none, allowed=layers)
+    for functional in prepared:
+        collapsed, _ = collapse_layers(functional, allowed=layers)
         last, order = channels_last(collapsed, layers, nhwc)
         written.append(with_exact_gradients(last) if exact_masks else last)
         orders = {**order, **orders}
-    first = written[0]
-    assert first is not None
-    source = write(first, layers, written[1], title, trace)
+    source = write(written[0], layers, written[1] if train is not None else None, title, trace)
     # the last class; it has another name than the original if a layer within it has that name
     class_name = re.findall(r"^class (\w+)\(", source, re.MULTILINE)[-1]
     return Plan(source, class_name, layers, graph, train, orders)

@@ -277,6 +277,15 @@ def _instance_norm(rank: int) -> Callable[[dict[str, Any]], Layer | None]:
     return make
 
 
+def _upsample(s: dict[str, Any]) -> Layer | None:
+    scale = s["scale_factor"]
+    scales = scale if isinstance(scale, tuple) else (scale,)
+    if s["mode"] != "nearest" or s["size"] is not None or any(item is None or item % 1 for item in scales):
+        return None
+    factor = tuple(map(int, scales)) if isinstance(scale, tuple) else int(scale)
+    return Layer("nn.Upsample", [], {"scale_factor": factor, "mode": "nearest"}, "last", -1, is_stateless=True)
+
+
 _WEIGHTED = {"Linear", "Embedding", *(f"Conv{t}{n}d" for t in ("", "Transpose") for n in (1, 2, 3))}
 
 _MAKERS: dict[str, Callable[[dict[str, Any]], Layer | None]] = {
@@ -288,6 +297,8 @@ _MAKERS: dict[str, Callable[[dict[str, Any]], Layer | None]] = {
     "GroupNorm": _group_norm,
     "Dropout": _dropout,
     "Identity": _activation("nn.Identity"),
+    "Upsample": _upsample,
+    "UpsamplingNearest2d": _upsample,
     "ReLU": _activation("nn.ReLU"),
     "ReLU6": _activation("nn.ReLU6"),
     "SiLU": _activation("nn.SiLU"),

@@ -116,9 +116,13 @@ def _with_variants(
     for name, parts in variants.items():
         if len(parts) == 2:
             first, second = (instances[members[0]] for members in parts)
-            found = union((first.init, first.bodies), (second.init, second.bodies), _masked)
+            identities = _identities(first, second)
+            inits = [[line for line in item.init if line not in identities] for item in (first, second)]
+            found = union((inits[0], first.bodies), (inits[1], second.bodies), _masked)
             if found is not None:
                 made, is_first_large = found
+                for index in (index for members in parts for index in members):
+                    instances[index].init = [line for line in instances[index].init if line not in identities]
                 for members, is_large in zip(parts, (is_first_large, not is_first_large), strict=True):
                     for index in members:
                         item = instances[index]
@@ -127,6 +131,22 @@ def _with_variants(
                 parts = [sorted(index for members in parts for index in members)]
         for members in parts:
             yield name, members
+
+
+def _identities(first: Instance, second: Instance) -> set[str]:
+    """Returns the statements that set an identity in one of two instances where the other has a layer.
+
+    Its class can lack the layer: an identity is not called.
+    """
+    found = set()
+    for one, other in ((first, second), (second, first)):
+        targets = {line.partition(" = ")[0] for line in other.init if not line.endswith(" = nn.Identity()")}
+        code = "\n".join(body.key() for body in one.bodies)
+        for line in one.init:
+            target, _, value = line.partition(" = ")
+            if value == "nn.Identity()" and target in targets and f"{target}(" not in code:
+                found.add(line)
+    return found
 
 
 def _masked(text: str) -> str:

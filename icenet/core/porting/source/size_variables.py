@@ -107,7 +107,7 @@ class SizeVariables(Variables):
         if re.fullmatch(r"\d+", expression):
             return expression
         computed = self.graph.by_name.get(name)
-        if computed is not None and computed.base == "sym.mul" and {*expression.split("*")} <= self.sizes.keys():
+        if computed is not None and computed.base == "sym.mul" and self.has_sizes(computed):
             return self.operation(computed)  # H * W
         for value in self.text:
             tensor = self.graph.tensors.get(value)
@@ -129,6 +129,10 @@ class SizeVariables(Variables):
                         if not re.search(r"\bs\d+\b|\bu\d+\b", source):
                             return source
         raise PortError(f"{self.call.path or 'the module'}: the size {expression} is not known where it is used")
+
+    def has_sizes(self, node: Node) -> bool:
+        """Returns whether there are variables of all sizes of which another one is computed."""
+        return all(self.graph.size(name) in self.sizes for name in refs(node.args))
 
     def operation(self, node: Node) -> str:
         """Returns the source of an operation."""

@@ -42,7 +42,7 @@ class Variables(Statements):
 
     def variable(self, hint: str, value: str) -> str:
         """Returns a variable for a value: that of the original if it is free."""
-        hint = re.sub(r"\W", "_", hint).strip("_") or "y"
+        hint = re.sub(r"\W", "_", hint).strip("_").lstrip("0123456789") or "y"
         if hint in RESERVED or not hint.isidentifier() or hint in self.structure.used_helpers or helpers.exists(hint):
             hint += "_"
         self.keep_name(hint, value)
@@ -128,11 +128,16 @@ class Variables(Statements):
             return re.sub(r"_\d+$", "", text)
         return None
 
+    def readers(self, name: str) -> list[Item]:
+        """Returns what reads the elements of a value, not only a size."""
+        found = self.users.get(name, [])
+        return [item for item in found if not (isinstance(item, Node) and item.op.startswith("sym."))]
+
     def becomes(self, item: Node) -> str:
         """Returns the variable of the only value that needs a part: `q, k, v = map(f, parts)`."""
         name = item.name
         while True:
-            users = self.users.get(name, [])
+            users = self.readers(name)
             if len(users) != 1 or not isinstance(users[0], Node) or not self.is_same_statement(users[0], item):
                 return ""
             name = users[0].name
@@ -141,7 +146,7 @@ class Variables(Statements):
 
     def becomes_later(self, item: Node) -> str:
         """Returns the variable of what a later statement with several variables makes of a part alone."""
-        users = self.users.get(item.name, [])
+        users = self.readers(item.name)
         if len(users) != 1 or not isinstance(users[0], Node) or users[0].place is None:
             return ""
         if self.is_same_statement(users[0], item) or len(users[0].place.targets) < 2:

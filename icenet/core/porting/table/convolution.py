@@ -215,6 +215,11 @@ def upsample(n: Operation) -> str:
         scales = [n.args.get(key) for key in ("scales", "scales_d", "scales_h", "scales_w") if key in n.args]
         scales = None if not scales or None in scales else scales
     key = "input" if "input" in n.args else "self"
+    if mode == "nearest" and size is None and all(float(scale).is_integer() for scale in scales or [0.5]):
+        text = n[key]
+        for axis, scale in enumerate(scales or [], 1):
+            text = f"mx.repeat({text}, {int(scale)}, axis={axis})" if scale != 1 else text
+        return text
     keywords = {}
     if size is not None:
         keywords["size"] = n.source(size)
