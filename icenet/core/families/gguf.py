@@ -9,9 +9,8 @@ Source: `convert_hf_to_gguf.py` of llama.cpp.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,21 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from icenet.core.errors import ConfigError, WeightsError
+from icenet.core.families.gguf_metadata import Metadata, Values
+from icenet.core.families.gguf_rotary import LONG_ROPE, ROPE_FREQUENCIES, rotary_scaling
 from icenet.core.families.keys import shown
 from icenet.core.weights.files import Array, StoredWeights
 from icenet.core.weights.gguf import GgufFile, open_gguf
 from icenet.core.weights.safetensors import Spec
 
-Values = dict[str, Any]
-
-HEAD, EMBEDDING, ROPE_FREQUENCIES = "output.weight", "token_embd.weight", "rope_freqs.weight"
-LLAMA3_KEYS = {
-    key: f"icenet.rope_scaling.{key}"
-    for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-}
-"""Keys of our own for the settings of Llama 3, of which files of llama.cpp have the factors only."""
-LONG_ROPE = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
-
+HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 _COMMON = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -135,36 +127,17 @@ class Architecture:
     adds_one: bool = False
     is_transposed: bool = False
     has_head_size: bool = True
-    more: Callable[[_Metadata, Values], None] = lambda metadata, values: None
+    more: Callable[[Metadata, Values], None] = lambda metadata, values: None
 
 
-class _Metadata:
-    """The metadata of an architecture. Remembers which keys are used."""
-
-    def __init__(self, file: GgufFile, name: str) -> None:
-        self.file, self.name = file, name
-        self.unused = {key.partition(".")[2] for key in file.metadata if key.startswith(f"{name}.")}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.unused.discard(key)
-        return self.file.metadata.get(f"{self.name}.{key}", default)
-
-    def whole(self, key: str, default: int) -> int:
-        """Returns a whole number above 0; 0 stands for the default."""
-        value = self.get(key) or default
-        if not isinstance(value, int) or not 0 < value < 2**31:
-            raise ConfigError(f"{self.name}.{key}: {shown(value)} is not a whole number above 0")
-        return value
-
-
-def _routing(metadata: _Metadata) -> None:
+def _routing(metadata: Metadata) -> None:
     """Checks the keys of routers whose only value is that of the architecture in llama.cpp."""
     for key, only in (("expert_gating_func", 1), ("expert_weights_norm", True), ("expert_weights_scale", 1.0)):
         if (value := metadata.get(key)) not in (None, 0, only):
             raise ConfigError(f"{metadata.name}.{key}: {shown(value)} is not supported, only {only}")
 
 
-def _llama(metadata: _Metadata, values: Values) -> None:
+def _llama(metadata: Metadata, values: Values) -> None:
     names = metadata.file
     if metadata.get("expert_count"):
         _routing(metadata)
@@ -180,14 +153,14 @@ def _llama(metadata: _Metadata, values: Values) -> None:
         metadata.get(key)
 
 
-def _qwen3_experts(metadata: _Metadata, values: Values) -> None:
+def _qwen3_experts(metadata: Metadata, values: Values) -> None:
     _routing(metadata)
     values["num_experts"] = metadata.get("expert_count")
     values["num_experts_per_tok"] = metadata.get("expert_used_count")
     values["moe_intermediate_size"] = metadata.get("expert_feed_forward_length")
 
 
-def _gemma(metadata: _Metadata, values: Values) -> None:
+def _gemma(metadata: Metadata, values: Values) -> None:
     heads = metadata.whole("attention.head_count", 1)
     is_27b = values.get("num_hidden_layers") == (46 if metadata.name == "gemma2" else 62)  # as llama.cpp knows it
     width = metadata.whole("embedding_length", 1)
@@ -207,7 +180,7 @@ def _gemma(metadata: _Metadata, values: Values) -> None:
     values["layer_types"] = ["sliding_attention" if window else "full_attention" for window in pattern]
 
 
-def _phi3(metadata: _Metadata, values: Values) -> None:
+def _phi3(metadata: Metadata, values: Values) -> None:
     values["sliding_window"] = metadata.get("attention.sliding_window") or None
     original = metadata.get("rope.scaling.original_context_length")
     if original is not None:
@@ -271,7 +244,7 @@ def read(path: Path) -> Model:
         raise ConfigError(f"{path}: is of type {shown(kind)}, not a model; give the file of the model")
     if EMBEDDING not in file:
         raise WeightsError(f"{path}: has no tensor {EMBEDDING}; copy or download it again")
-    metadata = _Metadata(file, str(name))
+    metadata = Metadata(file, str(name))
     try:
         values = _values(metadata, architecture)
     except ConfigError as error:
@@ -283,7 +256,7 @@ def read(path: Path) -> Model:
     return Model(path, values, GgufWeights(file, architecture, values), file.metadata)
 
 
-def _values(metadata: _Metadata, architecture: Architecture) -> Values:
+def _values(metadata: Metadata, architecture: Architecture) -> Values:
     file = metadata.file
     found = {theirs: metadata.get(key) for key, theirs in architecture.keys.items()}
     values = {key: value for key, value in found.items() if value is not None}
@@ -310,103 +283,10 @@ def _values(metadata: _Metadata, architecture: Architecture) -> Values:
             values["partial_rotary_factor"] = rotated / size
         if metadata.get("attention.head_count_kv") is None:
             values["num_key_value_heads"] = heads
-        if (scaling := _rotary_scaling(metadata)) is not None:
+        if (scaling := rotary_scaling(metadata)) is not None:
             values["rope_scaling"] = scaling
     architecture.more(metadata, values)
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _rotary_scaling(metadata: _Metadata) -> Values | None:
-    """Returns `rope_scaling` of config.json."""
-    file = metadata.file
-    kind, factor = metadata.get("rope.scaling.type"), metadata.get("rope.scaling.factor")
-    old = metadata.get("rope.scale_linear")
-    original = metadata.get("rope.scaling.original_context_length")
-    attention = metadata.get("rope.scaling.attn_factor")
-    if ROPE_FREQUENCIES in file:
-        if kind not in (None, "none"):
-            raise ConfigError(f"rope_freqs.weight together with rope.scaling.type {shown(kind)} is not supported")
-        return _factors_scaling(file, values_of(metadata, "rope.freq_base", 10000.0))
-    if all(name in file for name in LONG_ROPE.values()):
-        factors = {key: [float(value) for value in file[name].reshape(-1)] for key, name in LONG_ROPE.items()}
-        scaling: Values = {"rope_type": "longrope", **factors}
-        return {**scaling, "attention_factor": attention} if attention else scaling
-    if kind in (None, "none"):
-        return {"rope_type": "linear", "factor": old} if old not in (None, 0, 1.0) else None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        keys = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-        more = {theirs: metadata.get(f"rope.scaling.{key}") for key, theirs in keys.items()}
-        given = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **more}
-        return {key: value for key, value in given.items() if value is not None}
-    raise ConfigError(f"rope.scaling.type: {shown(kind)} is not supported")
-
-
-def values_of(metadata: _Metadata, key: str, default: float) -> float:
-    """Returns a number of the metadata."""
-    value = metadata.get(key, default)
-    if not isinstance(value, (int, float)) or not 0 < value < 1e30:
-        raise ConfigError(f"{metadata.name}.{key}: {shown(value)} is not a number above 0")
-    return float(value)
-
-
-def llama3_factors(size: int, theta: float, scaling: Mapping[str, Any]) -> Array:
-    """Returns what the wavelengths of Llama 3 are multiplied by, `[size / 2]`, as llama.cpp stores it.
-
-    Args:
-        size: Number of rotated values per head.
-        theta: The base of the frequencies.
-        scaling: `rope_scaling` of config.json.
-    """
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, size, 2) / size)
-    rotations = scaling["original_max_position_embeddings"] / wavelengths
-    smooth = np.clip((rotations - low) / (high - low), 0, 1)
-    return np.asarray(1 / ((1 - smooth) / scaling["factor"] + smooth))
-
-
-def _factors_scaling(file: GgufFile, theta: float) -> Values | None:
-    """Returns `rope_scaling` of config.json for `rope_freqs.weight`, which a file has in place of its settings.
-
-    They are those of Llama 3 if some settings give the factors. Others are the factors of long-rope, the same for
-    texts of any length.
-    """
-    factors = np.asarray(file[ROPE_FREQUENCIES], np.float64).reshape(-1)
-    if factors.size > 2**16 or not np.isfinite(factors).all() or not (factors > 0).all():
-        raise ConfigError(f"{ROPE_FREQUENCIES}: has factors that are not numbers above 0, or too many")
-    if np.all(factors == 1):
-        return None
-    for scaling in _llama3_candidates(file, factors, theta):
-        with np.errstate(all="ignore"):
-            found = llama3_factors(2 * factors.size, theta, scaling)
-        if np.allclose(found, factors, rtol=1e-5):
-            return scaling
-    listed = factors.tolist()
-    return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed, "attention_factor": 1.0}
-
-
-def _llama3_candidates(file: GgufFile, factors: Array, theta: float) -> Iterator[Values]:
-    """Returns settings of Llama 3 that may give some factors: those that IceNet writes, published and fitted ones."""
-    given: Values = {key: file.metadata.get(name) for key, name in LLAMA3_KEYS.items()}
-    if all(type(value) in (int, float) and 0 < value < 2**31 for value in given.values()):
-        yield {"rope_type": "llama3", **given}
-    lengths = (8192, *(2**power for power in range(9, 21)))
-    largest = float(factors.max())
-    common = {"rope_type": "llama3", "factor": largest}
-    for length in lengths:
-        published = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": length}
-        yield {**common, **published}
-    # between the two limits, 1 / factor is linear in the frequency; only ratios of the other settings matter
-    between = (factors > 1) & (factors < largest)
-    if between.sum() < 2:
-        return
-    frequencies = theta ** -(np.arange(0, 2 * factors.size, 2)[between] / (2 * factors.size)) / (2 * math.pi)
-    slope, offset = np.polyfit(frequencies, (1 / factors[between] - 1 / largest) / (1 - 1 / largest), 1)
-    for length in lengths if slope > 0 > offset else ():
-        low, high = -offset * length / slope, (1 - offset) * length / slope
-        fitted = {"low_freq_factor": round(low, 4), "high_freq_factor": round(high, 4)}
-        yield {**common, **fitted, "original_max_position_embeddings": length}
 
 
 class _Place(NamedTuple):

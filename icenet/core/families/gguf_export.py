@@ -15,15 +15,8 @@ from icenet.core.config import Config
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.families import FAMILIES
 from icenet.core.families.family import OF_TRAINING, Family, same_value
-from icenet.core.families.gguf import (
-    ARCHITECTURES,
-    LLAMA3_KEYS,
-    LONG_ROPE,
-    ROPE_FREQUENCIES,
-    Architecture,
-    llama3_factors,
-    read,
-)
+from icenet.core.families.gguf import ARCHITECTURES, Architecture, read
+from icenet.core.families.gguf_rotary import LLAMA3_KEYS, LONG_ROPE, ROPE_FREQUENCIES, llama3_factors
 from icenet.core.families.weights import ExportedWeights
 from icenet.core.threads import for_ranges
 from icenet.core.weights.copying import MOST_THREADS, copy_to
