@@ -13,6 +13,8 @@ from made_ports import close, ported
 from torch import nn
 
 from icenet.core.porting.source.simplify import simplified, text
+from icenet.parity.ports.limits import Guard, Limits
+from icenet.parity.ports.remainders import with_remainders
 
 
 def checked(module: nn.Module, *args: torch.Tensor) -> str:
@@ -270,3 +272,13 @@ def test_layers_that_do_nothing_in_a_mode_or_an_instance_are_in_one_class() -> N
     assert source.count("class ") == 4 and "else:\n            return x\n" in source
     assert 'nn.Upsample(scale_factor=2, mode="nearest")' in source and "def upsample" not in source
     assert "mx.repeat(self.blocks(self.up(" in source
+
+
+def test_guards_of_a_size_are_one_remainder() -> None:
+    height, width = {"s0": ((0, 2),)}, {"s1": ((0, 3),)}
+    guards = [Guard(text, height) for text in ("s0 % 4 == 0", "(s0 // 4) % 2 == 0", "s0 // 4 % 8 == 0")]
+    others = [Guard("s1 < 5000 and s1 % 2 == 0", width), Guard("s0 <= s1", {**height, **width})]
+    found = with_remainders(Limits({}, [*guards, *others]), [(1, 3, 64, 32)])
+    assert [(guard.text, guard.places) for guard in found.guards[:1]] == [("s0 % 32 == 0", height)]
+    assert found.guards[1:] == others
+    assert with_remainders(Limits({}, guards), [(1, 3, 33, 32)]).guards == guards  # an example that violates them
