@@ -107,6 +107,8 @@ def test_validation_is_the_tail_and_always_the_same() -> None:
     trained = np.concatenate([data.train_batch(step, 8)["labels"].ravel() for step in range(40)])
     assert trained.max() < 750
     assert len(list(data.validation_batches(1000, 5))) == 1
+    exact = counting(1000, 9, fraction=0.252)  # 28 windows; the last input has no next token
+    assert sum(len(batch["labels"]) for batch in exact.validation_batches(4)) == 27
 
 
 def test_no_validation() -> None:
