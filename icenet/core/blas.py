@@ -226,7 +226,16 @@ _GET_THREADS = ("openblas_get_num_threads", "mkl_get_max_threads")
 def num_threads() -> int | None:
     """Returns the number of threads of the library that `load` found; None if it cannot be read or set."""
     get, settable = _function(_GET_THREADS), _function(_SET_THREADS)
-    return int(get()) if get and settable else None
+    if not get or not settable:
+        return None
+    # `torch.set_num_threads` sets a number of the calling thread in MKL, which the thread of MLX does not have
+    set_own = _function(("mkl_serv_set_num_threads_local",))
+    own = set_own(0) if set_own else 0
+    try:
+        return int(get())
+    finally:
+        if own:
+            set_own(own)
 
 
 def set_num_threads(threads: int) -> None:
