@@ -14,7 +14,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -22,9 +22,9 @@ from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError
 from icenet.core.porting.record import Graph
-from icenet_torch.porting import attentions, losses, recurrent, sizes, traceable, whole
+from icenet_torch.porting import attentions, constants, losses, recurrent, sizes, traceable, whole
 from icenet_torch.porting.failures import broken
-from icenet_torch.porting.reader import Reader
+from icenet_torch.porting.reader import NUMBERS, Reader
 from icenet_torch.porting.repeated import Repeated
 
 _library = torch.library.Library("icenet_port", "DEF")
@@ -54,13 +54,13 @@ def export(
     """
     with same_attributes(module):
         module.train(training)
-        program, shapes, functions = _program(module, args, kwargs, dynamic, repeated := Repeated())
+        program, shapes, found = _program(module, args, kwargs, dynamic, repeated := Repeated())
         if repeated.varied():
             with contextlib.suppress(PortError):  # what the first export has is enough
-                program, shapes, functions = _program(module, args, kwargs, shapes, Repeated(repeated.varied()))
+                program, shapes, found = _program(module, args, kwargs, shapes, Repeated(repeated.varied()))
     attentions.simplify_attentions(program)
     graph = Reader(module, program, args, kwargs, training).read()
-    graph.functions = functions
+    graph.functions, graph.constants = found
     return graph, program, shapes
 
 
@@ -82,7 +82,7 @@ def same_attributes(module: nn.Module) -> Iterator[None]:
                 container.update(content) if isinstance(container, dict) else container.extend(content)
 
 
-_OF_TORCH = frozenset(vars(nn.Module()))
+_OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
@@ -95,13 +95,17 @@ BUDGET = 30.0
 """Seconds of processor time that an export with every dimension open may take; some models reason about sizes."""
 
 
+Found: TypeAlias = tuple[list[str], dict[str, int]]
+"""What `Graph` has as functions and constants."""
+
+
 class _TooSlow(Exception):
     """The export with every dimension open takes too long."""
 
 
 def _program(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, repeated: Repeated
-) -> tuple[Any, Any, list[str]]:
+) -> tuple[Any, Any, Found]:
     tries: list[tuple[Any, float | None]] = [(dynamic, None)]
     if dynamic == "auto":
         tries = [
@@ -109,14 +113,22 @@ def _program(
             (_auto(module, args, kwargs, "batch"), None),
             (None, None),
         ]
-    first: Exception | None = None
-    found: tuple[Any, Any, list[str]] | None = None
-    for shapes, budget in tries:
+    last: Exception | None = None
+    found: tuple[Any, Any, Found] | None = None
+
+    def with_constants() -> Iterator[tuple[Any, float | None, dict[str, torch.Tensor]]]:
+        yield from ((*item, {}) for item in tries)
+        with same_attributes(module):
+            known = constants.integers(module, args, kwargs)
+        if known:
+            yield from ((*item, known) for item in tries)
+
+    for shapes, budget, known in with_constants():
         deadline = None if budget is None else time.process_time() + budget
         try:
             with (
                 traceable.traceable() as functions,
-                _marked(module, repeated, deadline),
+                _marked(module, repeated, deadline, known),
                 warnings.catch_warnings(),
                 _quiet(),
                 recurrent.whole_layers(),
@@ -127,24 +139,24 @@ def _program(
             ):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            result = program, shapes, (functions, {path: int(value) for path, value in known.items()})
             if not _reads_numbers(program):
-                return program, shapes, functions
-            found = found or (program, shapes, functions)
+                return result
+            found = found or result
         except Exception as error:  # whatever a user's forward raises
             if not isinstance(error, _TooSlow):
-                first = first or error
+                last = error  # of the fewest open sizes: its cause is no size
             if isinstance(error, PortError):
                 break  # other sizes change nothing
     if found is not None:
         return found
-    assert first is not None
-    raise broken(first) from None
+    assert last is not None
+    raise broken(last) from None
 
 
 def _reads_numbers(program: Any) -> bool:
     """Returns whether a size comes from a value: of the inputs, or of `torch.tensor(size)`, if the size is open."""
-    reads = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
-    return any(node.target in reads for node in program.graph.nodes)
+    return any(node.target in NUMBERS for node in program.graph.nodes)
 
 
 @contextlib.contextmanager
@@ -178,9 +190,15 @@ def _auto(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whic
 
 
 @contextlib.contextmanager
-def _marked(module: nn.Module, repeated: Repeated, deadline: float | None = None) -> Iterator[None]:
-    """Surrounds each call of a module with `enter` and `exit` while the context is open."""
+def _marked(
+    module: nn.Module, repeated: Repeated, deadline: float | None, known: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """Surrounds each call of a module with `enter` and `exit` while the context is open.
+
+    Buffers whose values are known are constants in its calls.
+    """
     handles = []
+    attributes = constants.owners(module, known)
     for path, inner in module.named_modules():
         signature = inspect.signature(inner.forward)
 
@@ -196,12 +214,16 @@ def _marked(module: nn.Module, repeated: Repeated, deadline: float | None = None
             tensors: list[torch.Tensor] = []
             info = json.dumps({"path": path, "values": _describe(given, tensors)})
             torch.ops.icenet_port.enter(tensors, info)
+            for own, name, value in attributes if path == "" else ():
+                own[name] = torch.tensor(value.item(), dtype=value.dtype)
             return apart
 
         def after(called: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> Any:
             tensors: list[torch.Tensor] = []
             info = json.dumps({"path": path, "values": _describe(result, tensors)})
             torch.ops.icenet_port.exit(tensors, info)
+            for own, name, _ in attributes if path == "" else ():
+                own.pop(name, None)
             return without_data_classes(result) if path == "" else result
 
         # what a hook of the module computes, such as the weight of weight_norm, is in its call

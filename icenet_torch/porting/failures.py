@@ -16,6 +16,8 @@ TORCH = str(Path(torch.__file__).parent)
 HERE = str(Path(__file__).parent)
 PYTHON = sysconfig.get_paths()["stdlib"]
 FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+_CONTROL = re.compile(r"\b(if|for|while|assert|and|or|not|any|all|bool)\b")
+"""What a line has that reads the values of a tensor as a condition."""
 TESTED = ("2.11", "2.13")
 """The versions of PyTorch with which ports are tested."""
 
@@ -55,7 +57,7 @@ def broken(error: Exception) -> PortError:
     kind = type(error).__name__
     first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
     first = re.sub(r"\s+", " ", first)[:300]
-    where = ""
+    where = code = ""
     if places:
         file, line, code = places[-1]
         code = code or linecache.getline(file, line).strip()
@@ -66,9 +68,12 @@ def broken(error: Exception) -> PortError:
         remedy = "; return tensors, numbers, dicts, lists, tuples or data classes of them"
         if unknown[1].endswith("Cache"):
             remedy += ", for a model of transformers by example_kwargs={'use_cache': False}"
-    elif is_data_dependent(error):
+    elif is_data_dependent(error) and (not places or _CONTROL.search(code)):
         first = "the control flow depends on the values of a tensor"
         remedy = "; write it with torch.where, or compute the condition before the call"
+    elif is_data_dependent(error):
+        first = "a size depends on the values of a tensor"
+        remedy = "; give it as an argument that is a number, or compute with the largest size and mask the rest"
     elif isinstance(error, TypeError) and ("forward()" in text or "argument" in text):
         remedy = "; check the example inputs"
     elif "fake tensor in the exported program constant" in text:

@@ -32,6 +32,8 @@ _DROPPED = (
     "_assert_async.msg",
 )
 """Checks of sizes and values, which a port leaves out."""
+NUMBERS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+"""What reads a number from a tensor."""
 _LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 """What `torch.tensor` in a forward does with a constant."""
 
@@ -56,6 +58,8 @@ class Reader:
         self.differentiable: set[int | None] = set()
         self.buffers: set[int | None] = set()
         """The storages of parameters and inputs, and those of buffers."""
+        self.parameters: dict[int | None, str] = {}
+        """The paths of the parameters by their storages."""
         self.results: dict[str, list[Any]] = {}
         """The results of inlined regions by the name of their node."""
 
@@ -102,6 +106,8 @@ class Reader:
             # custom objects and tokens have no counterpart: an operation that reads one is missing in the table
         for name, alias in aliases.items():
             is_buffer = name in arrays and arrays[name].kind != "parameter"
+            if name in arrays and not is_buffer:
+                self.parameters[alias] = arrays[name].path
             (self.buffers if is_buffer else self.differentiable).add(alias)
         self.convert(graph, {})
         output = next(node for node in graph.nodes if node.op == "output")
@@ -162,6 +168,9 @@ class Reader:
             if name.startswith("sym_"):
                 args = {"self": arguments(node.args[0]), "dim": node.args[1] if len(node.args) > 1 else None}
                 self.append(node, f"sym.{name.partition('.')[0]}", args, names)
+                return
+            if target in NUMBERS:
+                self.append(node, "sym.item", {"self": arguments(node.args[0])}, names)
                 return
             schema = target._schema
             if namespace in ("icenet_rnn", "icenet_loss", "icenet_size", "icenet_whole"):
@@ -251,6 +260,11 @@ class Reader:
         changed: dict[str, Ref] = {}
         for node in region:
             target = node.args.get(node.mutates) if node.mutates else None
+            if isinstance(target, Ref) and node.alias in self.parameters:
+                raise PortError(
+                    f"{node.place or node.op}: the parameter {self.parameters[node.alias]} is changed in place, "
+                    "which a port does not; compute with another value, such as weight = self.weight.clamp(-1, 1)"
+                )
             if isinstance(target, Ref) and node.alias in outer:
                 name = self.fresh("detached")
                 self.nodes.append(Node(name, "detach", {"self": target}, node.out, node.place, None, node.alias))

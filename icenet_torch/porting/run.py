@@ -181,7 +181,7 @@ class Reference:
         try:
             with (
                 export.same_attributes(module),
-                inputs.unchanged(module.buffers()),
+                inputs.unchanged([*module.parameters(), *module.buffers()]),
                 calls.assigned(module, weights or {}),
                 within(module),
                 _Precision(self.dtypes),

@@ -27,6 +27,7 @@ def traceable() -> Iterator[list[str]]:
     functions: list[str] = []
     norm, apply = batchnorm._BatchNorm.forward, torch.autograd.Function.__dict__["apply"]
     log_softmax, gaussian = nn.AdaptiveLogSoftmaxWithLoss.forward, F.gaussian_nll_loss
+    to = nn.Module.to
     causal, pack = transformer._detect_is_causal_mask, rnn._VF.__dict__.get("_pack_padded_sequence")
 
     def recorded(kind: Any, *args: Any, **kwargs: Any) -> Any:
@@ -42,6 +43,7 @@ def traceable() -> Iterator[list[str]]:
         TracerBase._filter_traceback_frames = _user_frames  # type: ignore[method-assign]
     batchnorm._BatchNorm.forward = lambda self, input: _batch_norm(self, input, norm)  # type: ignore[method-assign]
     nn.AdaptiveLogSoftmaxWithLoss.forward = _adaptive_log_softmax  # type: ignore[method-assign]
+    nn.Module.to = lambda self, *args, **kwargs: _to(self, to, *args, **kwargs)  # type: ignore[method-assign]
     F.gaussian_nll_loss = _gaussian_nll_loss  # type: ignore[assignment]
     torch.autograd.Function.apply = classmethod(recorded)  # type: ignore[assignment, method-assign]
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
@@ -53,6 +55,7 @@ def traceable() -> Iterator[list[str]]:
             TracerBase._filter_traceback_frames = frames  # type: ignore[method-assign]
         batchnorm._BatchNorm.forward = norm  # type: ignore[method-assign]
         nn.AdaptiveLogSoftmaxWithLoss.forward = log_softmax  # type: ignore[method-assign]
+        nn.Module.to = to  # type: ignore[method-assign]
         F.gaussian_nll_loss = gaussian
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         transformer._detect_is_causal_mask = causal
@@ -84,6 +87,19 @@ def _batch_norm(self: nn.modules.batchnorm._BatchNorm, input: torch.Tensor, forw
         self.running_mean.copy_(self.running_mean + factor * (mean - self.running_mean))
         self.running_var.copy_(self.running_var + factor * (var - self.running_var))
     return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+
+def _to(self: nn.Module, to: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    """Moves a module, as `layer.to(x.dtype)` in a forward. An export cannot replace the weights by equal ones."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    arrays = [*self.parameters(), *self.buffers()]
+    is_same = all(
+        (device is None or value.device == device)
+        and (dtype is None or value.dtype == dtype or not (value.is_floating_point() or value.is_complex()))
+        for value in arrays
+    )
+    made: nn.Module = self if is_same else to(self, *args, **kwargs)
+    return made
 
 
 def _adaptive_log_softmax(self: nn.AdaptiveLogSoftmaxWithLoss, input_: torch.Tensor, target_: torch.Tensor) -> Any:

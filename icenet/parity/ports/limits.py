@@ -9,8 +9,10 @@ if the original takes them and the port differs.
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import math
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,11 @@ LONGEST = 120
 _FUNCTIONS = {"math": math, "max": max, "min": min, "float": float, "int": int, "abs": abs, "round": round}
 
 
+@functools.lru_cache(maxsize=1024)
+def _compiled(text: str) -> types.CodeType:
+    return compile(text, "<condition>", "eval")
+
+
 @dataclass(frozen=True)
 class Guard:
     """A condition on sizes, such as `s0 // 2 == 4`, and the places of each of its names."""
@@ -39,7 +46,7 @@ class Guard:
 
     def holds(self, sizes: dict[str, int]) -> bool:
         try:
-            return bool(eval(self.text, {"__builtins__": {}, **_FUNCTIONS}, dict(sizes)))
+            return bool(eval(_compiled(self.text), {"__builtins__": {}, **_FUNCTIONS}, dict(sizes)))
         except (ArithmeticError, ValueError):  # it is not defined there
             return True
 

@@ -325,6 +325,10 @@ def _export(
     if train is not None and _outputs(train) != _outputs(graph):
         notes.append("the module returns another structure in training mode; the port has the evaluation mode only")
         train = None
+    if constants := {**graph.constants, **(train.constants if train is not None else {})}:
+        texts = [f"{path} = {value}" for path, value in constants.items()]
+        more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+        notes.append(f"buffers whose values are constants of the port: {', '.join(texts[:3])}{more}")
     return graph, train, program, notes
 
 

@@ -13,6 +13,8 @@ from icenet.core.porting.source.structure import Structure, called_path
 
 MODULE = "module "
 """What the name of a module begins with that is an argument of a call."""
+READS = ("sym.sym_size", "sym.sym_numel", "sym.item")
+"""What reads a number from a tensor: an axis, the number of elements, or the value."""
 
 
 class Values:
@@ -171,7 +173,7 @@ class Values:
         if direct is not None:
             return [direct]
         node = self.by_name.get(name)
-        if node is not None and node.op.startswith("sym.") and node.op not in ("sym.sym_size", "sym.sym_numel"):
+        if node is not None and node.op.startswith("sym.") and node.op not in READS:
             found: list[str] = []
             for inner in refs(node.args):
                 sources = self.sources_of_size(inner, position, given, defined)
@@ -180,8 +182,10 @@ class Values:
                 found += sources
             else:
                 return found
-        if node is not None and node.op == "sym.sym_size" and node.args["self"].name in known:
-            return [node.args["self"].name]
+        if node is not None and node.op in ("sym.sym_size", "sym.item"):
+            source = node.args["self"].name
+            if source in known or (node.op == "sym.item" and source in self.graph.arrays):
+                return [source]
         symbols = [with_axis(symbol) for symbol in set(re.findall(r"[A-Za-z_]\w*", expression))]
         if symbols and None not in symbols and re.fullmatch(r"[\w\s()+*/-]+", expression):
             return [symbol for symbol in symbols if symbol is not None]
@@ -245,7 +249,12 @@ class Values:
             names = [value for _, value in given]
             if name not in declared and self.sources_of_size(name, position, names, defined) is None:
                 if call is self.root:
-                    raise PortError(f"the size {self.size(name)} depends on values, not on the sizes of the inputs")
+                    node = self.by_name.get(name)
+                    where = f"{node.place}: " if node is not None and node.place is not None else ""
+                    raise PortError(
+                        f"{where}the size {self.size(name)} depends on values, not on the sizes of the inputs; "
+                        "give it as an argument that is a number"
+                    )
                 declared.add(name)
                 given.append((self.hint(name), name))
         self._parameters[call.entered] = given

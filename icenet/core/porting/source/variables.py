@@ -213,7 +213,7 @@ class Variables(Statements):
         name = self.operation_name(item)
         targets = item.place.targets if item.place is not None and not item.place.is_several else ()
         is_attention = item.base == "scaled_dot_product_attention"
-        is_part = len(targets) == 1 and item.op not in WHOLE and not self.is_final(item, item.name)
+        is_part = len(targets) == 1 and item.op not in WHOLE and self.becomes(item) == targets[0]
         if not (is_part or (is_attention and targets)) or targets[0] == "_":
             return name
         held = self.names.get(targets[0], "")

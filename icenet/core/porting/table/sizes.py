@@ -62,6 +62,6 @@ for _name, _text in (
     entry(f"sym.{_name}")(_formatted(_text))
 
 
-@entry("_local_scalar_dense")
-def scalar(n: Operation) -> str:
+@entry("sym.item")
+def item(n: Operation) -> str:
     return f"{n.atom('self')}.item()"
