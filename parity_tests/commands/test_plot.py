@@ -14,6 +14,7 @@ from helpers import is_one_line, write_run
 
 from icenet.cli import main as cli
 from icenet.commands import plot as overlay
+from icenet.commands import plot_runs
 from icenet.core.config import Config
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.report import canvas, plots
@@ -139,8 +140,8 @@ def test_images_are_counted_as_images(tmp_path: Path) -> None:
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     paths = [tmp_path / "runs" / name for name in ("a/mlx", "a/torch", "b/mlx")]
-    assert overlay._names(paths) == ["a/mlx", "a/torch", "b/mlx"]
-    assert overlay._names(paths[:2]) == ["mlx", "torch"]
+    assert plot_runs._names(paths) == ["a/mlx", "a/torch", "b/mlx"]
+    assert plot_runs._names(paths[:2]) == ["mlx", "torch"]
     run = write_run(tmp_path / "run", 100, changes=(30, 60))
     (found,) = overlay.read([run / "metrics.jsonl"])
     assert found.backends == [(1, "mlx"), (31, "torch"), (61, "mlx")] and found.changes == [31, 61]
