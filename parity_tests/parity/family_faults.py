@@ -213,7 +213,7 @@ def _(model: Any) -> None:
     changed(model.blocks[0], lambda call, self, x, *rest: call(self, x, *rest) - x)
 
 
-@fault("decoder", "window", "blocks.1.attention", "", "mask off by one")
+@fault("decoder", "window", "blocks.1.attention", "a window of 4 keys", "mask off by one")
 def _(model: Any) -> None:
     def call(original: Any, self: Any, x: Any, mask: Any, *rest: Any) -> Any:
         n = x.shape[1]

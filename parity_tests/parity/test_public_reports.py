@@ -6,6 +6,7 @@ test_causes.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,162 @@ def an_encoder_layer_adds_what_is_not_normalized() -> tuple[Pair, Any, str, str]
     return pair, draw(2, 5, 8), "", ""
 
 
+def a_window_has_one_key_more() -> tuple[Pair, Any, str, str]:
+    """ml-explore/mlx-lm#390: the mask of a sliding window of 3 shows 4 keys."""
+
+    def keep(arange: Any, n: int, size: int) -> Any:
+        distance = arange(n)[:, None] - arange(n)
+        return (distance >= 0) & (distance < size)
+
+    scores = (
+        lambda s: mx.where(keep(mx.arange, 6, 4), s, -mx.inf),
+        lambda s: s.masked_fill(~keep(torch.arange, 6, 3), -torch.inf),
+    )
+    return attention(scores=scores), draw(2, 6, 16), "", "the window of the attention mask is 1 key longer in a"
+
+
+def experts(mlx_route: Callable[..., Any], torch_route: Callable[..., Any]) -> Pair:
+    """Returns a mixture of experts of width 8, given the weights and the numbers of the experts that are taken."""
+
+    def mlx_call(m: Any, x: Any) -> Any:
+        weights, chosen = mlx_route(m, m.gate(x))
+        y = mx.stack([expert(x) for expert in m.experts], axis=-2)
+        return (mx.take_along_axis(y, chosen[..., None], axis=-2) * weights[..., None]).sum(axis=-2)
+
+    def torch_call(m: Any, x: Any) -> Any:
+        weights, chosen = torch_route(m, m.gate(x))
+        y = torch.stack([expert(x) for expert in m.experts], -2)
+        return (y.gather(-2, chosen[..., None].expand(*chosen.shape, 8)) * weights[..., None]).sum(-2)
+
+    moe = net(mlx_call, torch_call, ("bias", 5), gate=linear(8, 5, False), experts=[linear(8, 8) for _ in range(5)])
+    return net(lambda m, x: x + m.moe(x), lambda m, x: x + m.moe(x), moe=moe)
+
+
+def mlx_chosen(scores: Any) -> Any:
+    return mx.stop_gradient(mx.argsort(-scores, axis=-1)[..., :2])
+
+
+def a_router_has_softmax_in_place_of_sigmoid() -> tuple[Pair, Any, str, str]:
+    """ml-explore/mlx-lm#1883: LFM2's mixture of experts."""
+
+    def mlx_route(m: Any, scores: Any) -> Any:
+        p = mx.softmax(scores, axis=-1)
+        chosen = mlx_chosen(p + m.bias)
+        return mx.take_along_axis(p, chosen, axis=-1), chosen
+
+    def torch_route(m: Any, scores: Any) -> Any:
+        p = scores.sigmoid()
+        chosen = torch.topk(p + m.bias, 2, -1)[1]
+        return p.gather(-1, chosen), chosen
+
+    return experts(mlx_route, torch_route), draw(2, 5, 8), "moe", "softmax in a, sigmoid in b"
+
+
+def a_router_has_its_bias_in_the_weights() -> tuple[Pair, Any, str, str]:
+    """ml-explore/mlx-lm#1883: the bias is for the choice of the experts only."""
+
+    def mlx_route(m: Any, scores: Any) -> Any:
+        p = mx.sigmoid(scores) + m.bias
+        return mx.take_along_axis(p, mlx_chosen(p), axis=-1), mlx_chosen(p)
+
+    def torch_route(m: Any, scores: Any) -> Any:
+        p = scores.sigmoid()
+        chosen = torch.topk(p + m.bias, 2, -1)[1]
+        return p.gather(-1, chosen), chosen
+
+    return experts(mlx_route, torch_route), draw(2, 5, 8), "moe", "the values by which topk chooses are taken in a"
+
+
+def a_router_has_a_softmax_of_the_chosen_scores() -> tuple[Pair, Any, str, str]:
+    """lablup/mlxcel#391: OLMoE takes the probabilities of all experts, and does not normalize those it chose."""
+
+    def mlx_route(m: Any, scores: Any) -> Any:
+        chosen = mlx_chosen(scores)
+        return mx.softmax(mx.take_along_axis(scores, chosen, axis=-1), axis=-1), chosen
+
+    def torch_route(m: Any, scores: Any) -> Any:
+        return torch.topk(scores.softmax(-1), 2, -1)
+
+    words = "the values of topk are divided by their sum in a, such as by a softmax of them"
+    return experts(mlx_route, torch_route), draw(2, 5, 8), "moe", words
+
+
+def a_decoder_layer_has_its_first_norm_twice() -> tuple[Pair, Any, str, str]:
+    """ml-explore/mlx#1636: `ln1` in the place of `ln2`."""
+
+    def call(m: Any, x: Any, second: Any) -> Any:
+        y = m.ln1(x + m.attend(x))
+        return m.ln3(second(y + m.cross(x)) + m.linear(x))
+
+    names = ("attend", "cross", "linear")
+    norms = {name: Pair(M.LayerNorm(8), T.LayerNorm(8)) for name in ("ln1", "ln2", "ln3")}
+    pair = net(
+        lambda m, x: call(m, x, m.ln1), lambda m, x: call(m, x, m.ln2), **{n: linear(8, 8) for n in names}, **norms
+    )
+    return pair, draw(2, 4, 8), "", "a calls ln1 where b calls ln2"
+
+
+def positions_are_resized_in_another_way() -> tuple[Pair, Any, str, str]:
+    """Blaizzy/mlx-vlm#2266: the positions of SigLIP2 are resized bicubic in place of bilinear."""
+
+    def torch_call(m: Any, x: Any) -> Any:
+        positions = F.interpolate(m.table(torch.arange(64)).mT.reshape(1, 8, 8, 8), scale_factor=0.5, mode="bilinear")
+        return m.out(x + positions.flatten(2).mT)
+
+    def mlx_call(m: Any, x: Any) -> Any:
+        positions = M.Upsample(0.5, "cubic")(m.table(mx.arange(64)).reshape(1, 8, 8, 8))
+        return m.out(x + positions.reshape(1, 16, 8))
+
+    pair = net(mlx_call, torch_call, table=embedding(64), out=linear(8, 3))
+    return pair, draw(2, 16, 8), "", "interpolation mode bicubic in a"
+
+
+def time_steps_have_a_lower_bound() -> tuple[Pair, Any, str, str]:
+    """ml-explore/mlx-lm#1026: Nemotron-H has none."""
+
+    def mlx_call(m: Any, x: Any) -> Any:
+        return m.out(mx.exp(-mx.maximum(M.softplus(m.dt(x)), 0.25)) * m.up(x))
+
+    pair = net(
+        mlx_call, lambda m, x: m.out(torch.exp(-F.softplus(m.dt(x))) * m.up(x)),
+        dt=linear(6, 6), up=linear(6, 6), out=linear(6, 4),
+    )  # fmt: skip
+    return pair, draw(4, 6, scale=3.0), "", "clipped at 0.25 from below in a"
+
+
+def queries_have_a_layer_norm() -> tuple[Pair, Any, str, str]:
+    """ml-explore/mlx-examples#1308: PLaMo 2 has an RMS norm of queries and keys."""
+
+    def turn(x: Any) -> Any:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    pair = net(
+        lambda m, x: m.out(mx.fast.layer_norm(m.q(x), None, None, 1e-6)), lambda m, x: m.out(turn(m.q(x))),
+        q=linear(8, 8), out=linear(8, 8),
+    )  # fmt: skip
+    return pair, draw(4, 8), "", "a layer norm in a, an RMS norm in b"
+
+
+def a_window_is_symmetric() -> tuple[Pair, Any, str, str]:
+    """Blaizzy/mlx-audio#859: the window of a Fourier transform is periodic in Kokoro."""
+    window = 0.5 - 0.5 * mx.cos(2 * math.pi * mx.arange(8) / 7)
+    pair = net(
+        lambda m, x: m.out(x * window), lambda m, x: m.out(x * torch.hann_window(8, dtype=x.dtype)), out=linear(8, 4)
+    )
+    return pair, draw(4, 8), "", "the window is symmetric in a, periodic in b"
+
+
+def downsampling_has_padding_on_all_sides() -> tuple[Pair, Any, str, str]:
+    """VincentGourbin/flux-2-swift-mlx#106: the encoder of FLUX.2 pads at the bottom and at the right."""
+    conv = Pair(M.Conv2d(3, 5, 3, stride=2), T.Conv2d(3, 5, 3, stride=2))
+    pair = net(
+        lambda m, x: m.out(m.conv(mx.pad(x, [(0, 0), (1, 0), (1, 0), (0, 0)]))),
+        lambda m, x: m.out(m.conv(F.pad(x, (0, 1, 0, 1))).permute(0, 2, 3, 1)),
+        conv=conv, out=linear(5, 2),
+    )  # fmt: skip
+    return pair, draw(2, 8, 8, 3), "", "padding on the other side in a"
+
+
 REPORTS: list[Callable[[], tuple[Pair, Any, str, str]]] = [
     glm_turns_all_values_of_a_head,
     llama_has_the_base_of_an_older_one,
@@ -116,6 +273,16 @@ REPORTS: list[Callable[[], tuple[Pair, Any, str, str]]] = [
     gemma_has_the_exact_gelu,
     a_soft_cap_of_logits_is_left_out,
     an_encoder_layer_adds_what_is_not_normalized,
+    a_window_has_one_key_more,
+    a_router_has_softmax_in_place_of_sigmoid,
+    a_router_has_its_bias_in_the_weights,
+    a_router_has_a_softmax_of_the_chosen_scores,
+    a_decoder_layer_has_its_first_norm_twice,
+    positions_are_resized_in_another_way,
+    time_steps_have_a_lower_bound,
+    queries_have_a_layer_norm,
+    a_window_is_symmetric,
+    downsampling_has_padding_on_all_sides,
 ]
 
 
@@ -126,3 +293,12 @@ def test_public_reports(report: Callable[[], tuple[Pair, Any, str, str]]) -> Non
     icenet.from_torch(pair.theirs, pair.ours)
     found = compare(*pair, given, copy_weights=False, stages=["forward"])
     assert found.culprit == path and words in found.cause, found.verdict
+
+
+def test_weights_of_a_convolution_keep_the_axes_of_pytorch() -> None:
+    """Blaizzy/mlx-audio#715: those of a kernel of size 1 were not moved."""
+    conv = Pair(M.Conv1d(4, 6, 1), T.Conv1d(4, 6, 1))
+    pair = net(lambda m, x: m.up_conv(x), lambda m, x: m.up_conv(x.mT).mT, up_conv=conv)
+    conv.ours.weight = mx.array(conv.theirs.weight.detach().numpy())
+    found = compare(*pair, draw(2, 5, 4), copy_weights=False)
+    assert found.culprit == "up_conv" and "weight has the axes of PyTorch in a" in found.cause, found.verdict

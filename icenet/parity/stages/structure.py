@@ -10,6 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from icenet.core.errors import UsageError
+from icenet.core.weights import layout
 from icenet.parity import align
 from icenet.parity.calls.convolutions import align_convolutions
 from icenet.parity.calls.events import Run
@@ -96,6 +97,11 @@ def compare_parameters(c: Comparison, stage: Stage, inputs: Inputs) -> None:
                 c.report.cause = (
                     "the layer is quantized in a, which rounds its weights: compare before mlx.nn.quantize is called"
                 )
+            elif _has_axes_of_torch(c, ours, shapes[1]) and not c.report.cause:
+                c.report.cause = (
+                    f"{name} has the axes of PyTorch in a, where the layer of MLX has its channels last: "
+                    "icenet.from_torch moves them"
+                )
             elif shapes[0] == shapes[1][::-1] and not c.report.cause:
                 c.report.cause = f"{name} is transposed in a"
             elif len(shapes[0]) > 2 and shapes[0] == (shapes[1][0], *shapes[1][2:], shapes[1][1]):
@@ -108,6 +114,16 @@ def compare_parameters(c: Comparison, stage: Stage, inputs: Inputs) -> None:
     if stage.status == states.FAILED:
         raise StageFailed
     weights.copy_weights(c)
+
+
+def _has_axes_of_torch(c: Comparison, name: str, expected: tuple[int, ...]) -> bool:
+    """Returns whether a layer of MLX that has other axes than PyTorch's holds an array of a shape in PyTorch."""
+    holder, leaf = layout.split(name)
+    kind = c.a.layer_kinds.get(holder, "plain")
+    if c.a.backend != "mlx" or "plain" in kind:
+        return False
+    rule, shape = layout.rule(kind, leaf).to_mlx, c.a.shapes[name]
+    return rule is not None and len(rule) == len(shape) and tuple(shape[axis] for axis in rule) == expected
 
 
 def compare_shapes(

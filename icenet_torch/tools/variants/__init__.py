@@ -45,6 +45,7 @@ TABLE: list[Variant] = [
     *signals.VARIANTS,
     *losses.VARIANTS,
     *operations.VARIANTS,
+    *windows.ADDED,
 ]
 """The variants that need nothing of the module under test, the more likely ones first."""
 

@@ -54,8 +54,13 @@ def _distances(mask: torch.Tensor) -> torch.Tensor:
     return torch.arange(count)[None] - torch.arange(count - rows, count)[:, None]
 
 
-def _moved(change: Change) -> Callable[[torch.Tensor], torch.Tensor | None]:
-    """Returns the function of a mask, True for what is seen, that returns one of another window; None for others."""
+def _moved(change: Change, adds: bool = False) -> Callable[[torch.Tensor], torch.Tensor | None]:
+    """Returns the function of a mask, True for what is seen, that returns one of another window; None for others.
+
+    Args:
+        change: Moves the edges.
+        adds: Whether an edge that hides no key is moved, too: then a causal mask gets a window.
+    """
 
     def move(seen: torch.Tensor) -> torch.Tensor | None:
         edges = band(seen)
@@ -63,7 +68,8 @@ def _moved(change: Change) -> Callable[[torch.Tensor], torch.Tensor | None]:
             return None
         count = seen.shape[-1]
         low, high = change(*edges)
-        low, high = (low if edges[0] > -count else edges[0]), (high if edges[1] < count else edges[1])
+        if not adds:
+            low, high = (low if edges[0] > -count else edges[0]), (high if edges[1] < count else edges[1])
         if (max(low, -count), min(high, count)) == edges or low > high:
             return None
         distance = _distances(seen)
@@ -72,13 +78,15 @@ def _moved(change: Change) -> Callable[[torch.Tensor], torch.Tensor | None]:
     return move
 
 
-def _of_attention(change: Change) -> Run:
+def _of_attention(change: Change, adds: bool = False) -> Run:
     """Returns the variant of scaled_dot_product_attention with another window."""
-    move = _moved(change)
+    move = _moved(change, adds)
 
     def run(func: Any, args: Any, kwargs: Any) -> Any:
         given = arguments(_ATTENTION, args, kwargs)
         mask = given.get("attn_mask")
+        if mask is None and given.get("is_causal") and adds:
+            mask = torch.ones(given["query"].shape[-2], given["key"].shape[-2], dtype=torch.bool).tril()
         if mask is None:
             return NotImplemented
         new = move(mask if mask.dtype == torch.bool else mask > LOW)
@@ -87,9 +95,9 @@ def _of_attention(change: Change) -> Run:
     return run
 
 
-def _hiding(change: Change) -> Run:
+def _hiding(change: Change, adds: bool = False) -> Run:
     """Returns the variant of masked_fill, where and sums with another window."""
-    move = _moved(change)
+    move = _moved(change, adds)
 
     def hide(hidden: torch.Tensor) -> torch.Tensor:
         new = move(~hidden)
@@ -120,12 +128,23 @@ _CHANGES: list[tuple[str, Change]] = [
     ("the window of the attention mask is half as long in a", lambda low, high: ((low - 1) // 2 + 1, high)),
 ]
 
-VARIANTS: list[Variant] = [
+
+def _variants(text: str, change: Change, adds: bool = False) -> list[Variant]:
+    return [
+        Variant(text, frozenset({"scaled_dot_product_attention"}), _of_attention(change, adds)),
+        Variant(text, HIDES - SUMS, _hiding(change, adds)),  # a mask that one of them makes may be added by the other
+        Variant(text, SUMS, _hiding(change, adds)),
+    ]
+
+
+def _of_size(size: int) -> Change:
+    return lambda low, high: (max(low, 1 - size), high)
+
+
+VARIANTS: list[Variant] = [variant for text, change in _CHANGES for variant in _variants(text, change)]
+ADDED: list[Variant] = [
     variant
-    for text, change in _CHANGES
-    for variant in (
-        Variant(text, frozenset({"scaled_dot_product_attention"}), _of_attention(change)),
-        Variant(text, HIDES - SUMS, _hiding(change)),  # a mask that one of them makes may be added by the other
-        Variant(text, SUMS, _hiding(change)),
-    )
+    for size in (*range(1, 9), 12, *(2**power for power in range(4, 13)))
+    for variant in _variants(f"a window of {size} keys in the attention mask of a, none in b", _of_size(size), True)
 ]
+"""Tried after all others, as each causal mask may get them."""
