@@ -37,7 +37,7 @@ class LayerNorm(nn.LayerNorm):
         # on a CPU, MLX rounds half precision after each operation
         dtype = mx.float32 if is_half(self.weight) and on_cpu() else self.weight.dtype
         y, weight, bias = (array.astype(dtype) for array in (x, self.weight, self.bias))
-        norm = _layer_norm if has_wrong_gradient(y) else mx.fast.layer_norm
+        norm = _layer_norm if _has_wrong_gradient(y) else mx.fast.layer_norm
         return norm(y, weight, bias, self.eps).astype(x.dtype)
 
 
@@ -71,7 +71,7 @@ class RMSNorm(nn.RMSNorm):
         return mx.fast.rms_norm(y, weight, self.eps).astype(x.dtype)
 
 
-def has_wrong_gradient(x: Array) -> bool:
+def _has_wrong_gradient(x: Array) -> bool:
     """Returns whether the gradient of `mx.fast.layer_norm` is wrong: on CUDA, if 16 bytes do not divide a row.
 
     The kernel of MLX 0.32.4 (`layer_norm_vjp`) then reads values behind those that a thread holds.
