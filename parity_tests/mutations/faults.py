@@ -4047,4 +4047,40 @@ FAULTS: list[Fault] = [
         'if scatter.args["view"] != new.op and scatter.args["args"] != {',
         ["porting/test_turns.py::test_values_are_written_as_in_the_original"],
     ),
+    # ---- the last step of a run ----------------------------------------------------------------------------------
+    Fault(
+        "the last step is not evaluated",
+        "icenet/core/training/trainer.py",
+        "(self.step % training.eval_every == 0 or is_last)",
+        "self.step % training.eval_every == 0",
+        ["core/training/test_training.py::test_the_last_step_ends_a_run_as_planned"],
+    ),
+    Fault(
+        "a run ends early at its last step",
+        "icenet/core/training/trainer.py",
+        "should_stop(training.early_stopping) and not is_last",
+        "should_stop(training.early_stopping)",
+        ["core/training/test_training.py::test_the_last_step_ends_a_run_as_planned"],
+    ),
+    Fault(
+        "the loss of a run is that of a skipped step",
+        "icenet/core/training/trainer.py",
+        "        if math.isfinite(result.loss):\n            self._last_loss = result.loss",
+        "        self._last_loss = result.loss",
+        ["core/training/test_training.py::test_the_last_step_ends_a_run_as_planned"],
+    ),
+    Fault(
+        "a signal in the last step interrupts a complete run",
+        "icenet/core/training/trainer.py",
+        "if self._stop_signal is not None and self.step < training.max_steps:",
+        "if self._stop_signal is not None:",
+        ["core/training/test_training.py::test_the_last_step_ends_a_run_as_planned"],
+    ),
+    Fault(
+        "skipped steps add up over finite ones",
+        "icenet/core/training/skipped_steps.py",
+        "            self._in_a_row = 0\n            return True",
+        "            return True",
+        ["core/training/test_training.py::test_only_steps_in_a_row_end_a_run"],
+    ),
 ]

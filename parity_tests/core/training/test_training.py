@@ -18,15 +18,16 @@ from helpers import both_backends, is_one_line, losses, metrics, resume, same_bi
 
 import icenet
 from icenet.core import backends
-from icenet.core.config import Config
+from icenet.core.config import Config, TrainingConfig
 from icenet.core.data.datasets import dataset_for
-from icenet.core.engine import Evaluation, micro_batches, step_result
+from icenet.core.engine import Evaluation, StepResult, micro_batches, step_result
 from icenet.core.engine.ema import ema_weight
 from icenet.core.errors import CheckpointError, IceNetError, UsageError
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.runs import checkpoint
 from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.training.background import Background
+from icenet.core.training.skipped_steps import SkippedSteps
 from icenet.core.training.trainer import Trainer
 from icenet.parity.yardstick import judge
 
@@ -314,6 +315,13 @@ def test_ten_such_steps_end_a_run(tmp_path: Path, backend: str) -> None:
     assert "training.on_nan" not in str(error.value)  # it is set already
 
 
+def test_only_steps_in_a_row_end_a_run() -> None:
+    steps = SkippedSteps(TrainingConfig(on_nan="skip"))
+    good, bad = StepResult(1.0, 1.0, True), StepResult(math.nan, math.nan, False)
+    assert all(steps.count(result, 1.0) for result in 2 * [*9 * [bad], good])
+    assert [steps.count(bad, 1.0) for _ in range(10)] == [*9 * [True], False]
+
+
 @both_backends
 def test_the_largest_gradients_are_named(tmp_path: Path, backend: str) -> None:
     engine = backends.engine(tiny(tmp_path, "model.dropout=0"), backend)
@@ -554,6 +562,26 @@ def test_a_file_system_without_links_has_no_link_to_the_best(
     assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
     (note,) = (message for message in caplog.messages if "no symbolic links" in message)
     assert is_one_line(note, "run/best", "operation not permitted", "icenet runs")
+
+
+def test_the_last_step_ends_a_run_as_planned(tmp_path: Path) -> None:
+    """It is evaluated. A worse evaluation, a signal or a skipped step then changes nothing."""
+    sizes = ("max_steps=5", "eval_every=2", "eval_batches=1", "early_stopping=1", "on_nan=skip")
+    config = tiny(tmp_path, *(f"training.{size}" for size in sizes))
+    started = evaluated(Trainer.start(config, tmp_path / "run", backend="torch", quiet=True), [2.0, 1.0, 3.0])
+    read = started.engine.read
+
+    def read_step(handle: Any) -> StepResult:
+        result = read(handle)
+        if started.step < 5:
+            return result
+        started._request_stop("SIGTERM")
+        return result._replace(loss=math.nan, finite=False)
+
+    started.engine.read = read_step  # type: ignore[method-assign]
+    result = started.fit()
+    assert (result.step, result.validation_loss, result.stopped_early) == (5, 3.0, False)
+    assert math.isfinite(result.loss)
 
 
 def test_early_stopping_where_no_evaluation_is_a_number(tmp_path: Path) -> None:
