@@ -48,7 +48,11 @@ are judged again, with more samples of the noise and the error:
     replay in fp32 are over the tolerance, and the reference computes the same gradients, to 2^-40, with maxima that
     are constants, the noise is sampled with such maxima.
 
-Early end: sampling ends for a value with a large ratio, above 400 after 3 samples, 100 after 4, 52 after 6, 32 after
+Early end: sampling ends for a value that passes after k samples with a ratio up to FACTOR sqrt(k / SAMPLES). The sum
+of the squared distances only grows, so after all samples the noise is at least sqrt(k / SAMPLES) times as large, and
+the value passes for certain (`sure_limit`). Most values have a ratio of 1 to 3, and end after 1 to 3 samples.
+
+Sampling also ends for a value with a large ratio, above 400 after 3 samples, 100 after 4, 52 after 6, 32 after
 8 (LIMITS). With k samples the ratio of two equal normal errors has Student's t distribution with k degrees of
 freedom. Even if the error of MLX is twice that of PyTorch, it exceeds these limits by chance less often than equal
 errors exceed FACTOR after 12 samples. Of the results of a replay only the worst is reported, so sampling ends there
@@ -103,6 +107,11 @@ Values = Mapping[str, Value]
 
 F = TypeVar("F", covariant=True)
 G = TypeVar("G")
+
+
+def sure_limit(count: int, samples: int | None = None) -> float:
+    """Returns the ratio after `count` samples up to which a value passes after all `samples` (default: SAMPLES)."""
+    return FACTOR * math.sqrt(count / (samples or SAMPLES))
 
 
 @dataclass(frozen=True)
@@ -255,20 +264,20 @@ class _Resampling:
         return judged, cut
 
     def _sample_noise(self, sample: Callable[[int], Values], pending: list[str]) -> list[str]:
-        """Sets the noise of values to the RMS error of `count` samples; returns those that were given fewer."""
+        """Sets the noise of values to the RMS error of samples; returns the undecided ones that were given fewer."""
         squares: dict[str, Floats] = {}  # only sums are kept, because a sample may have all activations of a model
         failed: list[str] = []
         for index in range(self._count):
             values, exact = sample(index), self._reference(index)
             for name in pending:
                 squares[name] = squares.get(name, 0.0) + squared_distance(values[name].array, exact[name].array)
-            if index + 1 == self._count or index + 1 in LIMITS:
-                self._run.noises.update({name: np.sqrt(squares[name] / (index + 1)) for name in pending})
-                limit = LIMITS.get(index + 1, math.inf)
-                failed += [name for name in pending if self._run.judge(name).ratio > limit]
-                pending = [name for name in pending if name not in failed]
-                if not self._needed(pending, failed, index + 1):
-                    return pending if index + 1 < self._count else []
+            self._run.noises.update({name: np.sqrt(squares[name] / (index + 1)) for name in pending})
+            ratios = {name: self._run.judge(name).ratio for name in pending}
+            failed += [name for name, ratio in ratios.items() if ratio > LIMITS.get(index + 1, math.inf)]
+            passed = [name for name, ratio in ratios.items() if ratio <= sure_limit(index + 1, self._count)]
+            pending = [name for name in pending if name not in failed and name not in passed]
+            if not self._needed(pending, failed, index + 1):
+                return pending if index + 1 < self._count else []
         return []
 
     def _judge_with_jumps(self, judged: Mapping[str, Judgement]) -> dict[str, Judgement]:
@@ -298,7 +307,7 @@ class _Resampling:
         """
         repeats = {name: [judgement] for name, judgement in judged.items() if judgement.is_over}
         for index in range(REPEATS):
-            undecided = [name for name, judgements in repeats.items() if not _is_decided(judgements)]
+            undecided = [name for name, judgements in repeats.items() if not is_decided(judgements)]
             decided = [name for name in repeats if name not in (*undecided, *cut)]
             failed = [name for name in decided if not median(repeats[name]).passed]
             if self._samples.mlx is None or not self._needed(undecided, failed, FEW):
@@ -345,7 +354,7 @@ def _kept(run: Callable[[int], Values], names: list[str]) -> Callable[[int], Val
     return values_of
 
 
-def _is_decided(judgements: list[Judgement]) -> bool:
+def is_decided(judgements: list[Judgement]) -> bool:
     """Returns whether more than half of REPEATS + 1 runs pass, or fail."""
     if len(judgements) >= 3 and all(judgement.ratio > REPEAT_LIMIT for judgement in judgements):
         return True

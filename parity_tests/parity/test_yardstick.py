@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from icenet.core import rng
+from icenet.parity import resampling
 from icenet.parity.curves import judge_curve
 from icenet.parity.measures import BLOCK, half_ulp, rms, round_to
 from icenet.parity.nearby import nearby, perturb_by_ulp
@@ -187,6 +188,19 @@ def test_samples_are_taken_only_if_they_are_needed() -> None:
     runs = Runs(0, bias=1e4)
     assert not runs.judge().passed
     assert runs.counts["torch"] == 1 + min(LIMITS) and runs.counts["mlx"] == 3
+
+
+@pytest.mark.parametrize("factor", [1, 8, 20])
+def test_a_value_that_passes_early_passes_with_all_samples(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With k samples the noise is at least sqrt(k / SAMPLES) times that with all of them."""
+    seeds = [seed for seed in range(300) if Runs(seed, factor).judge(with_samples=False).is_over]
+    early = [Runs(seed, factor) for seed in seeds]
+    passed = [runs.judge().passed for runs in early]
+    monkeypatch.setattr(resampling, "sure_limit", lambda count, samples: FACTOR if count == samples else 0.0)
+    complete = [Runs(seed, factor) for seed in seeds]
+    assert [runs.judge().passed for runs in complete] == passed and any(passed)
+    if factor == 1:
+        assert sum(runs.counts["torch"] for runs in early) < sum(runs.counts["torch"] for runs in complete) / 3
 
 
 class Several:

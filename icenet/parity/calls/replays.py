@@ -16,7 +16,7 @@ from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.calls.sides import Side
 from icenet.parity.layer import judge_layer
 from icenet.parity.measures import rms, rms_distance, squared_distance
-from icenet.parity.resampling import FEW, LIMITS, SAMPLES, Samples
+from icenet.parity.resampling import FEW, LIMITS, SAMPLES, Samples, sure_limit
 from icenet.parity.state import Comparison
 from icenet.parity.ties import tie_remark
 from icenet.parity.trace import Call, Value
@@ -209,7 +209,7 @@ class _Replays:
                 exact, noise = self._found[item].array, np.sqrt(squares[name] / (number + 1))
                 judged[name] = judge(ours[item].array, exact, exact, sampled_noise=noise)
             worst = max(judgement.ratio for judgement in judged.values())
-            if worst > LIMITS.get(number + 1, math.inf):
+            if worst > LIMITS.get(number + 1, math.inf) or worst <= sure_limit(number + 1):
                 break
         return {name: judgement for name, judgement in judged.items() if judgement.passed}
 

@@ -20,7 +20,7 @@ from icenet.parity.calls.run_gradients import RunGradients
 from icenet.parity.causes.calls import find_recomputed
 from icenet.parity.causes.weights import find_untied
 from icenet.parity.measures import blocks, rms_distance, squared_distance, sum_of_products
-from icenet.parity.resampling import FEW, median
+from icenet.parity.resampling import FEW, is_decided, median
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import index_of, neutral, split_at
@@ -192,6 +192,8 @@ def _judge_again(c: Comparison, run: RunGradients, over: list[str]) -> dict[str,
         for found in repeated(c, {name: exact[name] for name in still_over}):
             for name in still_over:
                 judged[name].append(judge_one(name, found[name]))
+            if all(is_decided(judged[name]) for name in still_over):
+                break
     return {name: median(items) for name, items in judged.items()}
 
 

@@ -17,7 +17,7 @@ from icenet.parity.curves import judge_curve
 from icenet.parity.engines import Perturbation
 from icenet.parity.inputs import Inputs
 from icenet.parity.measures import rms, rms_distance, squared_distance
-from icenet.parity.resampling import LIMITS, SAMPLES, Samples, judge_values
+from icenet.parity.resampling import LIMITS, SAMPLES, Samples, judge_values, sure_limit
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
 from icenet.parity.results.rows import split_at
@@ -221,7 +221,7 @@ def update_gradients(gradients: Mapping[str, Array], names: Sequence[str]) -> li
 def _curve_passes(gap: Array, noise: Array, samples: Samples[Callable[[int], Any]]) -> bool:
     """Returns whether the distance of two training curves is within the noise of nearby runs.
 
-    Most are far within the noise of the first runs; then no more are trained.
+    Most are far within the noise of the first runs, or pass for certain after a few; then no more are trained.
     """
     squares = np.zeros(gap.shape)
     runs = (samples.torch, samples.in_order) if samples.in_order is not None else (samples.torch,)
@@ -230,7 +230,7 @@ def _curve_passes(gap: Array, noise: Array, samples: Samples[Callable[[int], Any
         for index in range(SAMPLES):
             squares += squared_distance(run(index), samples.reference(index))
             worst = float((gap / np.maximum(np.sqrt(squares / (index + 1)), noise)).max())
-            if worst <= FACTOR / 2 or (worst <= FACTOR and index + 1 == SAMPLES):
+            if worst <= max(FACTOR / 2, sure_limit(index + 1, SAMPLES)):
                 return True
             if worst > LIMITS.get(index + 1, math.inf):
                 break
