@@ -12,7 +12,7 @@ import mlx.nn as nn
 from icenet.nn import cpu_products, exact, linear_kernels, training_kernels
 from icenet.nn.arrays import Array, Dtype, cast_weight, is_half, on_cpu, product_dtype
 from icenet.nn.embedding import CheckedEmbedding
-from icenet.nn.quantized import QuantizedLayer, quantization_of, quantized_product, to_quantized
+from icenet.nn.quantized import QuantizedLayer, join_parts, quantization_of, quantized_product, to_quantized
 
 
 class Linear(nn.Linear):
@@ -66,6 +66,8 @@ class QuantizedLinear(QuantizedLayer, nn.QuantizedLinear):
         self._generates = True
         for name in ("scales", "biases", *(["bias"] if "bias" in original else [])):
             self[name] = cast_for_products(original[name], dtype)
+        if self.weight is original.weight:  # otherwise the original has become a part of `QuantizedProjections`
+            join_parts(self, [original])
 
 
 Linear.quantized_type = QuantizedLinear
@@ -173,6 +175,7 @@ class QuantizedProjections(Projections, QuantizedLayer):
         super().__init__(layers, dtype)
         self.bits, self.group_size = layers[0].bits, layers[0].group_size
         self.scales, self.biases = (self._join(layers, name, dtype) for name in ("scales", "biases"))
+        join_parts(self, layers)
 
     def __call__(self, x: Array) -> list[Array]:
         return list(mx.split(_add_bias(quantized_product(x, self), self.bias), self.ends[1:-1], axis=-1))
@@ -252,6 +255,7 @@ class QuantizedEmbedding(QuantizedLayer, nn.QuantizedEmbedding):
     def prepare_generation(self, original: QuantizedEmbedding, dtype: Dtype) -> None:
         """See `icenet.core.generation.copies`: allows a product without a backward pass."""
         self._generates = True
+        join_parts(self, [original])
 
 
 Embedding.quantized_type = QuantizedEmbedding

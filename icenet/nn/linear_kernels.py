@@ -44,25 +44,51 @@ constexpr int size = SIZE, weight_rows = WEIGHT_ROWS;
 int rows = 1;
 for (int i = 0; i + 1 < x_ndim; i++) rows *= x_shape[i];
 """
-_OPTIONAL = ("scales", "biases", "bias", "norm_weight", "norm_bias", "residual")
+# packed numbers, scales and biases in one array; the bias of a layer and the weight and bias of a norm in another
+_JOINED_WEIGHT = """
+const T* scales = (const T*)(weight + (size_t)WEIGHT_ROWS * SIZE / 32 * BITS);
+const T* biases = scales + (size_t)WEIGHT_ROWS * SIZE / GROUP;
+"""
+_JOINED_NORM = """
+const T* bias = vectors;
+const T* norm_weight = vectors + (BIAS ? WEIGHT_ROWS : 0);
+const T* norm_bias = norm_weight + SIZE;
+"""
+_OPTIONAL = ("scales", "biases", "bias", "norm_weight", "norm_bias", "residual", "vectors")
 
 
 class Norm(NamedTuple):
-    """A normalization of the inputs: `kind` is "layer", "rms" or "rms_offset", which multiplies by 1 + weight."""
+    """A normalization of the inputs.
+
+    Attributes:
+        kind: "layer", "rms" or "rms_offset", which multiplies by 1 + weight.
+        weight, bias: `[in]`.
+        eps: Added to the variance.
+        joined: The bias of the product, the weight and the bias, those that there are, as one array in the dtype of
+            the inputs; None if they are not.
+    """
 
     kind: str
     weight: Array
     bias: Array | None
     eps: float
+    joined: Array | None = None
 
 
 class Packed(NamedTuple):
-    """What describes packed numbers: `scales` and `biases` `[out, in / group_size]`, and the settings."""
+    """What describes packed numbers.
+
+    Attributes:
+        scales, biases: `[out, in / group_size]`.
+        bits, group_size: The settings.
+        joined: The numbers, scales and biases as one array, uint32 `[N]`; None if they are not parts of one.
+    """
 
     scales: Array
     biases: Array
     bits: int
     group_size: int
+    joined: Array | None = None
 
 
 class Blocks(NamedTuple):
@@ -120,12 +146,15 @@ def fused_linear(
     if blocks is None:
         blocks = _blocks(x, outputs, is_gated, packed)
     assert blocks is not None
+    joined = None if packed is None or packed.scales.dtype != x.dtype else packed.joined
+    vectors = None if norm is None else norm.joined
     scales, biases = (None, None) if packed is None else packed[:2]
     norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
-    optional = dict(zip(_OPTIONAL, (scales, biases, bias, norm_weight, norm_bias, residual), strict=True))
-    given = {name: array for name, array in optional.items() if array is not None}
-    [out] = _kernel(blocks.on_tensor_cores, blocks.rows > 1, blocks.shared_memory, tuple(given))(
-        inputs=[x, weight, *given.values()],
+    optional = dict(zip(_OPTIONAL, (scales, biases, bias, norm_weight, norm_bias, residual, vectors), strict=True))
+    parts = {*(_OPTIONAL[:2] if joined is not None else ()), *(_OPTIONAL[2:5] if vectors is not None else ())}
+    given = {name: array for name, array in optional.items() if array is not None and name not in parts}
+    [out] = _kernel(blocks.on_tensor_cores, blocks.rows > 1, blocks.shared_memory, tuple(given), joined is not None)(
+        inputs=[x, weight if joined is None else joined, *given.values()],
         template=[
             ("T", x.dtype),
             ("SIZE", size),
@@ -187,7 +216,7 @@ def _tensor_blocks(rows: int, outputs: int, size: int, is_gated: bool, bits: int
     each, chunk = 8 if is_gated else 16, CHUNK * (16 // bits if bits else 1)
     tiles, chunks = -(-outputs // each), -(-size // chunk)
     sums = 16 * WARPS * rows + 16 * rows + (rows * chunks * chunk // 32 + 4 if bits else 0)
-    shared_memory = _smallest(4 * sums + 2 * rows * chunks * chunk + 16, limits)
+    shared_memory = _smallest(4 * sums + 2 * (rows * chunks * chunk + 32), limits)
     if shared_memory is None:
         return None
     found: list[tuple[int, Blocks]] = []
@@ -251,7 +280,9 @@ def _blocks(x: Array, outputs: int, is_gated: bool, packed: Packed | None) -> Bl
 
 def packed_weight(layer: Any) -> Packed | None:
     """Returns the scales and biases of a quantized layer; None for a layer with a floating weight."""
-    return Packed(layer.scales, layer.biases, layer.bits, layer.group_size) if "scales" in layer else None
+    if "scales" not in layer:
+        return None
+    return Packed(layer.scales, layer.biases, layer.bits, layer.group_size, layer.get("_packed_parts"))
 
 
 def limits() -> Limits | None:
@@ -260,16 +291,20 @@ def limits() -> Limits | None:
 
 
 @lru_cache
-def _kernel(on_tensor_cores: bool, has_several_rows: bool, shared_memory: int, given: tuple[str, ...]) -> Any:
+def _kernel(
+    on_tensor_cores: bool, has_several_rows: bool, shared_memory: int, given: tuple[str, ...], is_joined: bool
+) -> Any:
     """Returns the kernel with some of the optional inputs: MLX spends time on each input of a launch."""
     name = f"icenet_{'tensor_' if on_tensor_cores else ''}linear_{shared_memory}"
     header = cuda.body("tensor_cores.cuh") if on_tensor_cores else ""
-    names, source = ["x", "weight", *given], _source(on_tensor_cores, has_several_rows, given)
+    names, source = ["x", "weight", *given], _source(on_tensor_cores, has_several_rows, given, is_joined)
     return mx.fast.cuda_kernel(name, names, ["out"], source, header + _HEADER, shared_memory=shared_memory)
 
 
-def _source(on_tensor_cores: bool, has_several_rows: bool, given: tuple[str, ...]) -> str:
+def _source(on_tensor_cores: bool, has_several_rows: bool, given: tuple[str, ...], is_joined: bool) -> str:
     sizes = _SEVERAL_ROWS if has_several_rows else _ONE_ROW
-    missing = [f"const T* {name} = x;  // not read" for name in _OPTIONAL if name not in given]
+    joined = [*([_JOINED_WEIGHT] if is_joined else []), *([_JOINED_NORM] if "vectors" in given else [])]
+    parts = {*(_OPTIONAL[:2] if is_joined else ()), *(_OPTIONAL[2:5] if "vectors" in given else ())}
+    missing = [f"const T* {name} = x;  // not read" for name in _OPTIONAL if name not in parts and name not in given]
     body = "tensor_linear.cuh" if on_tensor_cores else "linear.cuh"
-    return "\n".join([sizes, *missing, cuda.body("common.cuh"), cuda.body(body)])
+    return "\n".join([sizes, *joined, *missing, cuda.body("common.cuh"), cuda.body(body)])

@@ -77,7 +77,7 @@ ONE_SIDED = {
     "nn.experts": {"QuantizedStackedLinear"},  # PyTorch has no product with quantized weights of experts
     # mlx.nn.quantize calls the first; MLX has a function for the second, and no other layout
     "nn.linear_kernels": {"Packed", "processors", "limits", "most_rows", "can_compute", "packed_weight"},
-    "nn.quantized": {"to_quantized", "dequantized", "QuantizedLayer.prepare_product"},
+    "nn.quantized": {"to_quantized", "dequantized", "QuantizedLayer.prepare_product", "join_parts"},
     "nn.random": {"signed", "threefry2x32", "threefry2x32_in_place", "random_bits_at_least"},
 }
 """Public names that only one backend has, and why."""

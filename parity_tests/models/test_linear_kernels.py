@@ -71,13 +71,19 @@ template <class T> struct Half {
     machine::meet(warp.barrier, 32);
   }
 };
+inline unsigned masked(unsigned word, unsigned mask, unsigned ones) { return word & mask | ones; }
 inline void copy_16_bytes(void* into, const void* from) { memcpy(into, from, 16); }
 inline void wait_for_copies() {}
 """
 
 
 def emulated(
-    folder: Path, reversed_order: bool, on_tensor_cores: bool, has_several_rows: bool, given: tuple[str, ...]
+    folder: Path,
+    reversed_order: bool,
+    on_tensor_cores: bool,
+    has_several_rows: bool,
+    given: tuple[str, ...],
+    is_joined: bool,
 ) -> Callable[..., Any]:
     def call(*, inputs: Any, template: Any, grid: Any, threadgroup: Any, **outputs: Any) -> list[mx.array]:
         run = emulated_gpu.kernel(
@@ -85,7 +91,7 @@ def emulated(
             name="linear",
             input_names=["x", "weight", *given],
             output_names=["out"],
-            source=kernels._source(on_tensor_cores, has_several_rows, given),
+            source=kernels._source(on_tensor_cores, has_several_rows, given, is_joined),
             header=kernels._HEADER + _THREADS + _TENSOR_CORES,
             shared_memory=1 << 17,
             reversed_order=reversed_order,
@@ -118,7 +124,7 @@ def device(request: Any, tmp_path: Path, monkeypatch: Any) -> str:
         monkeypatch.setattr(
             kernels,
             "_kernel",
-            lambda cores, several, _, given: emulated(tmp_path, is_reversed, cores, several, given),
+            lambda cores, several, _, *inputs: emulated(tmp_path, is_reversed, cores, several, *inputs),
         )
         monkeypatch.setattr(kernels, "limits", lambda: Limits(4, 1 << 18, has_tensor_cores=True))
     return request.param
@@ -187,6 +193,9 @@ def test_one_kernel_rounds_as_separate_operations(case: str, is_aligned: bool, d
     norm = None if kind is None else kernels.Norm(kind.partition(" ")[0], draw(size), None, 1e-5)
     if kind == "layer":
         norm = norm._replace(bias=draw(size))
+    if norm is not None and is_aligned:
+        vectors = [vector for vector in (bias, norm.weight, norm.bias) if vector is not None]
+        norm = norm._replace(joined=mx.concatenate(vectors))
     packed, values = None, exact(weight)
     if bits:
         with mx.stream(mx.cpu):
@@ -195,6 +204,9 @@ def test_one_kernel_rounds_as_separate_operations(case: str, is_aligned: bool, d
                 scales, biases = scales.astype(dtype), biases.astype(dtype)
             values = exact(mx.dequantize(weight, *(a.astype(mx.float32) for a in (scales, biases)), group_size, bits))
         packed = kernels.Packed(scales, biases, bits, group_size)
+        if is_aligned and scales.nbytes % 4 == 0:
+            parts = [part.reshape(-1).view(mx.uint32) for part in (weight, scales, biases)]
+            packed = packed._replace(joined=mx.concatenate(parts))
     if not is_aligned:
         weight = mx.concatenate([weight.reshape(-1)[:1], weight.reshape(-1)])[1:].reshape(weight.shape)
         mx.eval(weight)

@@ -207,6 +207,34 @@ def test_generation_joins_quantized_projections(tmp_path: Path) -> None:
     assert same_bits(model.weights(), before)
 
 
+def test_on_a_gpu_the_parts_of_a_packed_weight_are_in_one_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel has one input for them. They are in memory once, and the model that is copied has the same values."""
+    kernels, limits = (importlib.import_module(f"icenet.nn.{name}") for name in ("linear_kernels", "device_limits"))
+    model = load(save(tmp_path / "model", tie_embeddings=True), "mlx", quantize=4, group_size=32)
+    before = {name: array.copy() for name, array in model.weights().items()}
+    tokens = native("mlx", token_ids(1, 6, vocab_size=257))
+    expected = plain(model(tokens))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "limits", lambda: limits.Limits(132, 227 << 10, has_tensor_cores=True))
+        prepared = model.for_generation()
+    block, original = prepared.blocks[0], model.blocks[0]
+    layers = [
+        (prepared.token_embedding, [model.token_embedding]),
+        (block.feed_forward.down_proj, [original.feed_forward.down_proj]),
+        (block.attention._joined, [getattr(original.attention, f"{name}_proj") for name in "qkv"]),
+    ]
+    for layer, originals in layers:
+        joined = np.array(kernels.packed_weight(layer).joined, copy=False)
+        for part in (layer[name] for layer in (layer, *originals) for name in ("weight", "scales", "biases")):
+            assert np.shares_memory(joined, np.array(part, copy=False))
+        numbers = [np.array(layer[name], copy=False).reshape(-1) for name in ("weight", "scales", "biases")]
+        assert np.array_equal(joined, np.concatenate([array.view(np.uint32) for array in numbers]))
+    np.testing.assert_allclose(plain(prepared(tokens)), expected, rtol=0, atol=1e-5)
+    assert same_bits(model.weights(), before)
+
+
 def test_layers_with_other_settings_are_not_joined(tmp_path: Path) -> None:
     path = save(tmp_path / "model")
     model = load(path, "mlx")

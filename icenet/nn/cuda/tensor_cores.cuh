@@ -50,6 +50,13 @@ template <> struct Half<__half> {
   }
 };
 
+// word & mask | ones in one instruction. The compiler takes two, each of which has one of the constants.
+static __device__ unsigned masked(unsigned word, unsigned mask, unsigned ones) {
+  unsigned found;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(found) : "r"(word), "r"(mask), "r"(ones));
+  return found;
+}
+
 // Copies from the device's memory to that of a block without registers; both addresses are multiples of 16.
 static __device__ void copy_16_bytes(void* shared, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(from));

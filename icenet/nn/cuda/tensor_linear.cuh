@@ -33,7 +33,7 @@ DYNAMIC_ARRAY(float, partial);  // [warps, 16, ROWS]
 float* moments = partial + warps * 16 * ROWS;  // [2, ROWS, 8]
 float* totals = moments + 16 * ROWS;  // of the inputs of each group, [ROWS, chunks * COLUMNS]
 T* inputs = (T*)(totals + (BITS ? (ROWS * chunks * COLUMNS + 3) / 4 * 4 : 0));  // [ROWS, padded]
-T* zeros = inputs + ROWS * padded;  // [8]
+T* zeros = inputs + ROWS * padded;  // [OWN]
 
 auto place = [&](int k) {  // of an input, in the order of the numbers of the words
   return k / PER_WORD * PER_WORD + k % (PER_WORD / 2) * 2 + k % PER_WORD / (PER_WORD / 2);
@@ -46,16 +46,18 @@ auto fetch = [&](Weights& w, int tile, int chunk) {
   for (int half = 0; half < 2; half++) {
     const int output = min(tile * EACH + g + (GATED ? 0 : half * 8), outputs - 1);
     const size_t row = output + (GATED ? half * outputs : 0);
+    const unsigned* line = (const unsigned*)weight + row * size / PER_WORD;
+    const unsigned* from = line + (chunk * CHUNK + t * OWN) / PER_WORD;
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
-      const int k = chunk * CHUNK + s * STEP + t * OWN;
-      w.words[s][half] = *(const Words*)((const unsigned*)weight + (row * size + (k < size ? k : 0)) / PER_WORD);
+      const bool exists = size % CHUNK == 0 || chunk * CHUNK + s * STEP + t * OWN < size;
+      w.words[s][half] = *(const Words*)(exists ? from + s * STEP / PER_WORD : line);
     }
 #pragma unroll
     for (int set = 0; set < (BITS ? SETS : 0); set++) {
       const int group = chunk * COLUMNS + (set * 8 + 2 * t) % COLUMNS;
       if (PAIRED) {
-        const size_t at = row * groups + (group < groups ? group : 0);
+        const size_t at = row * groups + (size % CHUNK == 0 || group < groups ? group : 0);
         w.scale[set][half] = *(const Pair*)(scales + at);
         w.offset[set][half] = *(const Pair*)(biases + at);
       } else {
@@ -74,9 +76,9 @@ auto fetch = [&](Weights& w, int tile, int chunk) {
 constexpr bool FEW_BITS = Number::MANTISSA < 8;
 constexpr int ADDED = BITS == 8 ? -128 : FEW_BITS ? 128 : -8;
 auto numbers = [&](unsigned word, int i) {
-  const unsigned low = word >> i * BITS & 0x000f000f | Number::ONES;
+  const unsigned low = masked(word >> i * BITS, 0x000f000f, Number::ONES);
   if (BITS == 4) return FEW_BITS ? low : Number::subtract(low, Number::ONES + 0x00080008);
-  const unsigned high = word >> (i * BITS + 4) & 0x000f000f | Number::ONES;
+  const unsigned high = masked(word >> (i * BITS + 4), 0x000f000f, Number::ONES);
   return Number::sixteenfold(Number::subtract(high, Number::ONES + 0x00080008), Number::subtract(low, Number::ONES));
 };
 
@@ -175,7 +177,7 @@ for (int p = thread; p < (BITS || NORM ? packs : 0); p += threads) {
     }
   }
 }
-if (thread < 8) zeros[thread] = (T)0.f;
+if (thread < OWN) zeros[thread] = (T)0.f;
 __syncthreads();
 
 if (!aligned) {  // without tensor cores: it is slow, and rare
@@ -226,13 +228,14 @@ for (int base = first; base < tiles; base += stride) {
         const int column = BITS ? (s * STEP + t * OWN) / GROUP : 0;  // of x, among the groups of the chunk
         const int set = BITS ? s * STEP / GROUP / 8 : 0;
         const bool is_zero = BITS ? g != column % 8 : g >= ROWS;
+        const T* from[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) from[b] = is_zero ? zeros : inputs + (BITS ? b : g) * padded + k;
 #pragma unroll
         for (int i = 0; i < OWN / 8; i++) {
           Words values[BATCH];
 #pragma unroll
-          for (int b = 0; b < BATCH; b++) {
-            values[b] = *(const Words*)(is_zero ? zeros : inputs + (BITS ? b : g) * padded + k + i * 8);
-          }
+          for (int b = 0; b < BATCH; b++) values[b] = *(const Words*)(from[b] + i * 8);
 #pragma unroll
           for (int j = 0; j < 2; j++) {
             unsigned factors[4];
