@@ -4083,4 +4083,23 @@ FAULTS: list[Fault] = [
         "            return True",
         ["core/training/test_training.py::test_only_steps_in_a_row_end_a_run"],
     ),
+    # ---- rows of gradients ---------------------------------------------------------------------------------------
+    Fault(
+        "rows of gradients are in the order of the forward pass",
+        "icenet/parity/stages/gradients.py",
+        "for pair in reversed(run.pairs):",
+        "for pair in run.pairs:",
+        [
+            "parity/test_backward.py::test_rows_are_in_the_order_of_the_backward_pass_and_say_where_it_begins_to_differ"
+        ],
+    ),
+    Fault(
+        "the gradient of a parameter of a wrong module inherits the difference",
+        "icenet/parity/stages/gradients.py",
+        "if path in differing and not item.passed:",
+        "if False:",
+        [
+            "parity/test_backward.py::test_rows_are_in_the_order_of_the_backward_pass_and_say_where_it_begins_to_differ"
+        ],
+    ),
 ]

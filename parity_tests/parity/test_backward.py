@@ -160,3 +160,15 @@ def test_a_value_at_the_edge_of_a_relu_is_no_difference(factor: float) -> None:
     report = compare(*pair, x, copy_weights=True, stages=STAGES)
     assert report.passed == (factor == 1.0), report
     assert report.passed or report.where == "between offset and leave"
+
+
+def test_rows_are_in_the_order_of_the_backward_pass_and_say_where_it_begins_to_differ() -> None:
+    """The gradient of a parameter of the wrong module differs; those of the layers before it inherit that."""
+    ours = Net(lambda m, x: squared_relu(x * m.scale), scale=mx.ones(6))
+    theirs = TorchNet(lambda m, x: F.relu(x * m.scale) ** 2, scale=T.Parameter(torch.ones(6)))
+    report = compare(*around(ours, theirs), draw(4, 6), copy_weights=True, stages=STAGES)
+    rows = next(stage.rows for stage in report.stages if stage.name == "gradients")
+    assert [row.path for row in rows if row.part == "gradient of output"] == ["leave", "inner", "enter", ""]
+    status = {f"{row.path}.{row.part.removeprefix('gradient of ')}": row.status for row in rows}
+    assert status["leave.weight"] == "passed" and status["inner.scale"] == "differs", status
+    assert status["enter.weight"] == "inherits" and report.culprit == "inner", status
