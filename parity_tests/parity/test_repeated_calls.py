@@ -229,6 +229,33 @@ def test_a_fault_in_the_routing_is_none_of_the_rows_of_experts(wrong: str) -> No
     assert not wrong or (report.culprit, report.failed_stage.name) == (place, "forward"), report.verdict
 
 
+class DropPath(M.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.where(mx.random.bernoulli(0.7, (len(x), 1)), x / 0.7, 0.0) if self.training else x
+
+
+class TorchDropPath(T.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.bernoulli(torch.full((len(x), 1), 0.7)).to(x.dtype) / 0.7 if self.training else x
+
+
+def test_a_stochastic_depth_that_is_called_in_another_order_is_left_out() -> None:
+    def call(m: Any, x: Any) -> Any:
+        left = m.drop_path(m.left(x))
+        return left + m.drop_path(m.right(x))
+
+    def reordered(m: Any, x: Any) -> Any:
+        right = m.drop_path(m.right(x))
+        return m.drop_path(m.left(x)) + right
+
+    ours = Call(reordered, left=M.Linear(4, 4), right=M.Linear(4, 4), drop_path=DropPath())
+    theirs = TorchCall(call, left=T.Linear(4, 4), right=T.Linear(4, 4), drop_path=TorchDropPath())
+    report = compare(ours, theirs, draw(16, 4), copy_weights=True)
+    assert report.passed and "the training mode of drop_path itself was not compared" in report.verdict, (
+        report.verdict
+    )
+
+
 def test_a_weight_with_channels_last_in_a_users_module_is_explained() -> None:
     """As far as its use does not show it: a function that is imported by its name is not seen."""
     conv2d = mx.conv2d

@@ -295,13 +295,27 @@ def _depends_on_mode(module: Any) -> bool:
         return bool(getattr(module, "p", 0.0) or getattr(module, "_p_1", 1.0) < 1.0)
     if isinstance(getattr(module, "dropout", None), float) and module.dropout > 0:
         return True
-    found: bool = _reads_mode(type(module))  # type: ignore[arg-type]
-    return found
+    return _reads_mode(type(module))
+
+
+def _reads_mode(cls: type) -> bool:
+    """Returns whether the code of a user's class reads its mode or drops values."""
+    return bool({"training", "dropout"} & _names_in_code(cls))
+
+
+_DRAWS = frozenset({"bernoulli", "bernoulli_", "rand", "rand_like", "uniform", "uniform_", "random", "random_"})
+
+
+def may_draw(module: Any) -> bool:
+    """Returns whether a module drops values, or draws the random numbers that masks are made of, by its code."""
+    names = _names_in_code(type(module))  # type: ignore[arg-type]
+    own = {name for name in names if not hasattr(module, name) or isinstance(getattr(module, name), float)}
+    return "Dropout" in type(module).__name__ or bool(_DRAWS & own) or any("drop" in name for name in own)
 
 
 @functools.cache
-def _reads_mode(cls: type) -> bool:
-    """Returns whether the code of a user's class reads its mode or drops values."""
+def _names_in_code(cls: type) -> frozenset[str]:
+    """Returns the names of functions and attributes in the methods of a user's class."""
     functions = (
         item
         for base in cls.__mro__
@@ -309,4 +323,4 @@ def _reads_mode(cls: type) -> bool:
         for item in vars(base).values()
     )
     codes = (getattr(getattr(item, "__wrapped__", item), "__code__", None) for item in functions)
-    return any(bool({"training", "dropout"} & {*code.co_names}) for code in codes if code is not None)
+    return frozenset(name for code in codes if code is not None for name in code.co_names)

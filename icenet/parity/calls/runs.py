@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from icenet.parity import align
 from icenet.parity import inputs as drawing
+from icenet.parity.calls import module_copy
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.pairs import Pair
@@ -138,8 +139,8 @@ def switch_off_dropouts(c: Comparison, pairs: list[Pair]) -> None:
     """
     others = {inner.path for pair in pairs for inner in pair.apart}
     others |= {pair.path for pair in pairs if pair.a.call != pair.b.call}
-    for path, name in c.b.classes.items() if c.computes_reference else ():
-        if path not in others or "Dropout" not in name or not c.b.depends_on_mode_at(path):
+    for path, module in c.b.modules.items() if c.computes_reference else ():
+        if path not in others or not module_copy.may_draw(module) or not c.b.depends_on_mode_at(path):
             continue
         changed = [side.switch_off(path) for side in (c.a, c.b, c.reference)]
         if any(changed):

@@ -51,6 +51,11 @@ class Report(Result):
             remark = f"  ({remarks})" if remarks else ""
             indent = "  " * depth.get(module.path, 0)
             yield f"  {_MARKS.get(module.status, ' ')} {indent}{name}: {classes}{ratio}{status}{remark}"
+        if not self.passed:
+            yield ""
+            yield f"  a is {self.names[0]}, under test; b is {self.names[1]}, the reference."
+            yield "  A number is the error of a in units of the rounding error of b; up to 8 is rounding."
+            yield "  ✗ the difference begins here   · contains it   ~ differs only because its inputs do"
         for note in self.notes:
             yield f"  note: {note}"
         if self.replay:
