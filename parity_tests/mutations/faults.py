@@ -3522,7 +3522,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "an expression of a port computes a value twice",
-        "icenet/core/porting/source/body.py",
+        "icenet/core/porting/source/inlining.py",
         "return TABLE[user.base](trial).count(mark) > 1",
         "return False",
         ["porting/test_idioms.py::test_sizes_of_inputs_stay_open_and_an_expression_is_computed_once"],
