@@ -282,3 +282,19 @@ def test_guards_of_a_size_are_one_remainder() -> None:
     assert [(guard.text, guard.places) for guard in found.guards[:1]] == [("s0 % 32 == 0", height)]
     assert found.guards[1:] == others
     assert with_remainders(Limits({}, guards), [(1, 3, 33, 32)]).guards == guards  # an example that violates them
+
+
+class Messages(nn.Module):
+    """The sums of a graph network, and a value that is replaced."""
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+        row, col = edges
+        count = torch.zeros(x.shape[0]).scatter_add_(0, col, torch.ones(col.shape[0])) ** -0.5
+        count[count == float("inf")] = 0
+        return torch.zeros_like(x).index_add_(0, col, count[row].unsqueeze(-1) * x[row])
+
+
+def test_sums_at_indices() -> None:
+    source = checked(Messages(), torch.randn(4, 3), torch.randint(0, 3, (2, 9)))
+    assert ".at[col].add(" in source and "def " not in source.partition("class ")[0], source
+    assert 'mx.where(count == float("inf"), 0.0, count)' in source

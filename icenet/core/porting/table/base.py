@@ -249,3 +249,10 @@ def flag(n: Operation, name: str) -> bool:
 def shape_source(n: Operation, sizes: Any) -> str:
     """Returns the source of sizes as arguments of `reshape`."""
     return ", ".join(n.source(size) for size in sizes)
+
+
+def number(n: Operation, text: str, other: str) -> str:
+    """Returns an array of one number as the number, if another argument has the dtype of the result and axes."""
+    tensor = n.tensor(other)
+    found = re.fullmatch(rf"mx\.array\(([^\[\]]+), mx\.{mlx_dtype(n.out.dtype)}\)", text)
+    return found[1] if found and tensor is not None and tensor.ndim and tensor.dtype == n.out.dtype else text

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from icenet.core.porting.record import Dtype, Tensor
 from icenet.core.porting.table.arrays import fill_value
-from icenet.core.porting.table.base import Operation, atom, entry, mlx_dtype, promoted, templates
+from icenet.core.porting.table.base import Operation, atom, entry, mlx_dtype, number, promoted, templates
 
 
 def operands(n: Operation, *names: str, dtype: str | None = None) -> list[str]:
@@ -390,14 +388,7 @@ def where(n: Operation) -> str:
     if "self" not in n.args:
         return n.call("nonzero_where", condition)
     a, b = (_bare(text) for text in operands(n, "self", "other"))
-    return _where(n, condition, _number(n, a, "other"), _number(n, b, "self"))
-
-
-def _number(n: Operation, text: str, other: str) -> str:
-    """Returns an array of one number as the number, if another argument has the dtype of the result and axes."""
-    tensor = n.tensor(other)
-    found = re.fullmatch(rf"mx\.array\(([^\[\]]+), mx\.{mlx_dtype(n.out.dtype)}\)", text)
-    return found[1] if found and tensor is not None and tensor.ndim and tensor.dtype == n.out.dtype else text
+    return _where(n, condition, number(n, a, "other"), number(n, b, "self"))
 
 
 def _where(n: Operation, condition: str, a: str, b: str) -> str:
@@ -413,7 +404,7 @@ def _bare(text: str) -> str:
 def masked_fill(n: Operation) -> str:
     value = n.args["value"]
     tensor = n.tensor("value")
-    text = n.cast("value", n.out.dtype) if tensor is not None else n.source(value)
+    text = number(n, n.cast("value", n.out.dtype), "self") if tensor is not None else n.source(value)
     if tensor is None and not n.out.is_floating and isinstance(value, (float, int)):
         text = repr(bool(value) if n.out.dtype == "bool" else int(value))
     return _where(n, n["mask"], text, n["self"])

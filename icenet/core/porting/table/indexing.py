@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from icenet.core.porting.table.base import Operation, entry
+from icenet.core.porting.table.base import Operation, entry, number
 
 
 @entry("embedding")
@@ -62,7 +62,8 @@ def index_put(n: Operation) -> str:
     is_one = values is not None and values.ndim <= n.out.ndim and all(size == 1 for size in values.shape)
     is_mask = mask is not None and mask.dtype == "bool" and mask.ndim == n.out.ndim
     if is_mask and is_one and not n.get("accumulate", False):
-        return f"mx.where({n.source(indices[0])}, {n.cast('values', n.out.dtype)}, {n['self']})"
+        value = number(n, n.cast("values", n.out.dtype), "self")
+        return f"mx.where({n.source(indices[0])}, {value}, {n['self']})"
     return n.call(
         "index_put", n["self"], n["indices"], n.cast("values", n.out.dtype), n.source(n.get("accumulate", False))
     )
@@ -93,7 +94,7 @@ def _narrow(index: str, axes: list[int]) -> str:
     if match is None or match[2] is None:
         return index
     parts = [part.strip() for part in match[2][1:-1].split(",")]
-    is_added = [number for number, part in enumerate(parts) if part == "None"]
+    is_added = [place for place, part in enumerate(parts) if part == "None"]
     is_whole = len(parts) == len(axes) + 1 and set(is_added) <= set(axes)
     return f"{match[1]}{match[2]}" if is_whole and set(parts) <= {":", "None"} else index
 
@@ -102,8 +103,8 @@ def _narrow(index: str, axes: list[int]) -> str:
 def gather(n: Operation) -> str:
     array, index, axis = n.tensor("self"), n.tensor("index"), n.args["dim"]
     if array is not None and index is not None and array.ndim and array.ndim == index.ndim and 0 not in index.shape:
-        others = [number for number in range(array.ndim) if number != axis % array.ndim]
-        if all(array.shape[number] == index.shape[number] for number in others):
+        others = [other for other in range(array.ndim) if other != axis % array.ndim]
+        if all(array.shape[other] == index.shape[other] for other in others):
             return f"mx.take_along_axis({n['self']}, {_narrow(n['index'], others)}, axis={n['dim']})"
     return n.call("gather", n["self"], n["dim"], n["index"])
 
@@ -115,6 +116,10 @@ def scatter(n: Operation) -> str:
     mode = {"add": "sum", "multiply": "prod"}.get(mode, mode)
     include = n.args.get("include_self", True)
     text = n.cast("src", n.out.dtype) if n.tensor("src") else n.source(value)
+    index, source = n.tensor("index"), n.tensor("src")
+    is_vector = index is not None and source is not None and source.shape == index.shape and index.ndim == 1
+    if is_vector and mode == "sum" and include and n.out.ndim == 1 and n.out.dtype != "bool":
+        return f"{n.atom('self')}.at[{n['index']}].add({text})"
     return n.call("scatter", n["self"], n["dim"], n["index"], text, repr(mode), repr(include))
 
 
@@ -126,6 +131,11 @@ def index_add(n: Operation) -> str:
         return n.call("index_reduce", n["self"], n["dim"], n["index"], n["source"], n["reduce"], n["include_self"])
     if n.node.base == "index_copy":
         return n.call("index_copy", n["self"], n["dim"], n["index"], n["source"])
+    index, source = n.tensor("index"), n.tensor("source")
+    is_plain = index is not None and index.ndim == 1 and source is not None and source.dtype == n.out.dtype
+    if is_plain and n.out.ndim and n.args["alpha"] == 1 and n.out.dtype != "bool":
+        places = ", ".join([":"] * (n.args["dim"] % n.out.ndim) + [n["index"]])
+        return f"{n.atom('self')}.at[{places}].add({n['source']})"
     return n.call("index_add", n["self"], n["dim"], n["index"], n["source"], n["alpha"])
 
 
