@@ -5,6 +5,7 @@ from __future__ import annotations
 import icenet.blas
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import nn
 
 import icenet
 from icenet.core.errors import PortError
+from icenet.parity.ports.limits import Guard, find_limits
 
 
 class Causal(nn.Module):
@@ -121,3 +123,9 @@ class Moved(nn.Module):
 def test_a_layer_may_be_moved_to_the_dtype_that_it_has() -> None:
     module, x = Moved(), torch.randn(3, 4)
     close(ported(module, x)[0](mx.array(x.numpy())), module(x))
+
+
+def test_conditions_beyond_the_number_of_tries_are_counted() -> None:
+    guards = [Guard(f"s0 != {size}", {"s0": ((0, 0),)}) for size in range(10, 60)]
+    found = find_limits(((np.zeros(8),), {}), guards, lambda given: True, lambda given: True)
+    assert found.untried == 10 and not found.ranges and not found.guards

@@ -70,6 +70,8 @@ class Limits:
 
     ranges: dict[Place, tuple[int | None, int | None]]
     guards: list[Guard]
+    untried: int = 0
+    """The guards that were not tried at all sizes, because `MOST` inputs were."""
 
 
 def find_limits(
@@ -91,7 +93,7 @@ def find_limits(
         return {name: int(given.get(of[0], shapes[of[0][0]][of[0][1]])) for name, of in guard.places.items()}
 
     for guard in guards:
-        own = sizes_of(guard, {})
+        own, is_tried = sizes_of(guard, {}), True
         if not guard.holds(own):  # an example with a batch of 1, which the proof has compared
             continue
         for point in itertools.islice(_violations(guard, own), TRIES):
@@ -100,7 +102,10 @@ def find_limits(
             }
             key = tuple(sorted(changed.items()))
             if key not in tried:
-                if len(tried) == MOST or not all(other.holds(sizes_of(other, changed)) for other in limiting):
+                if not all(other.holds(sizes_of(other, changed)) for other in limiting):
+                    continue
+                if len(tried) == MOST:
+                    is_tried = False
                     continue
                 given = with_sizes(example, changed)
                 tried[key] = not runs(given) or serves(given)
@@ -108,6 +113,8 @@ def find_limits(
                 limiting.append(guard)
                 _limit(found, guard, own, changed)
                 break
+        else:
+            found.untried += not is_tried
     return found
 
 

@@ -22,7 +22,7 @@ from icenet.core.porting.build import Plan
 from icenet.parity.engines import Perturbation
 from icenet.parity.ports import places as proof_places
 from icenet.parity.ports.inputs import Arguments, arrays_of, other_sizes, sizes_text, with_arrays, with_sizes
-from icenet.parity.ports.limits import Guard, find_limits
+from icenet.parity.ports.limits import MOST, Guard, find_limits
 from icenet.parity.ports.remainders import with_remainders
 from icenet.parity.resampling import FEW, Samples, judge_values
 from icenet.parity.trace import Value, short_dtype
@@ -286,6 +286,11 @@ def _try_limits(
 
     names = [ref.name for ref in plan.graph.inputs]
     found = find_limits(example, guards, functools.partial(_runs, single), serves)
+    if found.untried:
+        report.notes.append(
+            f"{found.untried} conditions of the export on sizes were not tried, since {MOST} inputs were; "
+            "compare other sizes with the module before use"
+        )
     found = with_remainders(found, [array.shape for array in arrays_of(example)])
     for (number, dim), (low, high) in sorted(found.ranges.items()):
         if low is not None and low == high:
