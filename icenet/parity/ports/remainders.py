@@ -9,7 +9,7 @@ from dataclasses import replace
 from icenet.parity.ports.limits import Guard, Limits, Place
 
 NEAR, FAR = range(1, 1025), range(20000, 21025)
-"""Sizes of which the guards are asked. A guard that is no remainder differs at large ones."""
+"""Sizes at which the guards are evaluated. A guard on a range, not on a remainder, differs at large ones."""
 
 
 def with_remainders(limits: Limits, shapes: Sequence[Sequence[int]]) -> Limits:
