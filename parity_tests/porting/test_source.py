@@ -228,6 +228,8 @@ def test_a_sequence_is_called_as_a_whole_or_by_its_layers() -> None:
         ("y = x / 2.8284271247461903", "y = x / math.sqrt(8)"),
         ("y = x * 0.09999999999999998", "y = x * (1 - 0.9)"),
         ("y = x * 2.0794415416798357", "y = x * math.log(8)"),
+        ("y = x / 2.302585092994046", "y = x / math.log(10)"),
+        ("y = x * 0.14391156831212787", "y = x * (math.log(10000) / 64)"),
         ("y = x * 2.0794415416798353", "y = x * 2.0794415416798353"),  # of no number that is known
         ("y = x * 0.09999999999999996", "y = x * 0.09999999999999996"),
         ("y = mx.where(mx.logical_not(m), a, b)", "y = mx.where(m, b, a)"),

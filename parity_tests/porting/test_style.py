@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import icenet.blas  # noqa: F401  (before mlx)
 
 import mlx.core as mx
@@ -12,6 +14,8 @@ import torch.nn.functional as F
 from made_ports import close, ported
 from torch import nn
 
+from icenet.core.porting.graph.images import Images
+from icenet.core.porting.record import Node, Ref, Tensor
 from icenet.core.porting.source.simplify import simplified, text
 from icenet.parity.ports.limits import Guard, Limits
 from icenet.parity.ports.remainders import with_remainders
@@ -166,6 +170,18 @@ def test_axes_are_changed_once() -> None:
     source = checked(Flat(), torch.randn(2, 3, 4, 5))
     assert "return input.transpose(0, 3, 1, 2).flatten(1)" in source, source
     assert "return self.net(x.transpose(0, 2, 3, 1))" in source
+
+
+def test_a_value_may_have_any_number_of_operations_until_an_image() -> None:
+    """More than Python has frames."""
+    tensors = {f"x{number}": Tensor((2, 3, 4), "float32") for number in range(2000)}
+    names = list(tensors)
+    nodes = [Node(new, "mul.Tensor", {"self": Ref(old)}, tensors[new]) for old, new in pairwise(names)]
+    for op, is_image in (("max_pool1d", True), ("sum", False)):
+        images = Images(
+            [*nodes, Node("y", op, {"self": Ref(names[-1])}, tensors["x0"])], {}, {**tensors, "y": tensors["x0"]}
+        )
+        assert images.ends_in_images("x1") == images.meets_images("x1") == is_image
 
 
 class Chomp(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from icenet.core.porting.graph.layout_operations import ALONG, ELEMENTWISE, IMAGE_OPS
@@ -19,15 +19,21 @@ class Images:
         tensors: What each value is.
     """
 
-    def __init__(self, nodes: Iterable[Node], layers: dict[str, Layer], tensors: dict[str, Any]) -> None:
+    def __init__(self, nodes: Sequence[Node], layers: dict[str, Layer], tensors: dict[str, Any]) -> None:
         self.layers, self.tensors = layers, tensors
-        self.known: dict[tuple[str, str], bool] = {}
-        """What was found about values."""
         self.users: dict[str, list[Node]] = {}
         """The operations that read each value."""
         for node in nodes:
             for name in dict.fromkeys(refs(node.args)):
                 self.users.setdefault(name, []).append(node)
+        self._ending: set[str] = set()
+        self._meeting: set[str] = set()
+        for node in reversed(nodes):  # what reads a value comes after it
+            users = [user for user in self.users.get(node.name, ()) if not _is_free(user)]
+            if users and all(map(self._ends, users)):
+                self._ending.add(node.name)
+            if any(self._meets(user, node.name) for user in users):
+                self._meeting.add(node.name)
 
     def shape(self, name: str) -> tuple[Any, ...]:
         tensor = self.tensors.get(name)
@@ -46,27 +52,21 @@ class Images:
         return bool(users) and all(user.op == "layer" and self.reads_images(user) for user in users)
 
     def ends_in_images(self, name: str) -> bool:
-        """Returns whether what takes images is all that reads a value, or what is computed of its elements."""
-        if ("ends", name) not in self.known:
-            found = [self._ends(user) for user in self.users.get(name, ()) if not _is_free(user)]
-            self.known["ends", name] = bool(found) and all(found)
-        return self.known["ends", name]
+        """Returns whether what takes images is all that reads a result, or what is computed of its elements."""
+        return name in self._ending
 
     def _ends(self, node: Node) -> bool:
         if self.reads_images(node):
             return True
         follows = node.base in ELEMENTWISE or node.base in ("pad", "slice", "narrow") or self._is_any(node)
-        return follows and isinstance(node.out, Tensor) and self.ends_in_images(node.name)
+        return follows and isinstance(node.out, Tensor) and node.name in self._ending
 
     def _is_any(self, node: Node) -> bool:
         return node.op == "layer" and self.layers[node.args["path"]].axes == "any"
 
     def meets_images(self, name: str) -> bool:
         """Returns whether a (B, C, 1, 1) is combined with a whole image, or read by what takes images."""
-        if ("meets", name) not in self.known:
-            users = [user for user in self.users.get(name, ()) if not _is_free(user)]
-            self.known["meets", name] = any(self._meets(user, name) for user in users)
-        return self.known["meets", name]
+        return name in self._meeting
 
     def _meets(self, node: Node, name: str) -> bool:
         if self.reads_images(node):
@@ -77,7 +77,7 @@ class Images:
             if any(len(shape) == ndim and any(size != 1 for size in shape[2:]) for shape in others):
                 return True
         follows = node.base in ELEMENTWISE or node.base in ALONG or node.base == "item" or self._is_any(node)
-        return follows and self.meets_images(node.name)
+        return follows and node.name in self._meeting
 
 
 def _is_free(node: Node) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from icenet.core.porting.graph.hoist import hoisted
 from icenet.core.porting.graph.layout_operations import ALONG, ELEMENTWISE, IMAGE_OPS, REDUCTIONS
-from icenet.core.porting.graph.orders import Order, Orders, identity, last, physical
+from icenet.core.porting.graph.orders import Order, Orders, axes_of, identity, last, physical
 from icenet.core.porting.layers.mlx_layers import Layer
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, refs
 
@@ -128,7 +128,7 @@ class _Pass(Orders):
         Three axes may be any; four are an image.
         """
         ndim = self.ndim(node.name)
-        axes = _axes_of(node, ndim)
+        axes = axes_of(node)
         if axes is None or ndim < 3 or tuple(map(axes.index, range(ndim))) != last(ndim):
             return False
         return ndim > 3 or self.images.ends_in_images(node.name)
@@ -315,7 +315,7 @@ class _Pass(Orders):
             self.emit(node, args, order)
 
     def permuted(self, node: Node, name: str, order: Order) -> None:
-        axes = _axes_of(node, len(order))
+        axes = axes_of(node)
         if axes is None:
             self.emit(node, self.plain_all(node.args))
             return
@@ -383,15 +383,3 @@ class _Pass(Orders):
             self.emit(node, {**node.args, "self": Ref(name), "dim": moved[0]}, new)
         else:
             self.emit(replace(node, op="squeeze.dims"), {"self": Ref(name), "dim": moved}, new)
-
-
-def _axes_of(node: Node, ndim: int) -> list[int] | None:
-    """Returns the axes of its argument in the order in which a node has them, None if it is not known."""
-    if node.base == "permute":
-        return [dim % ndim for dim in node.args["dims"]]
-    if node.base not in ("transpose", "swapaxes"):
-        return None
-    axes = list(range(ndim))
-    first, second = (node.args.get(f"dim{number}", node.args.get(f"axis{number}", number)) for number in (0, 1))
-    axes[first % ndim], axes[second % ndim] = axes[second % ndim], axes[first % ndim]
-    return axes

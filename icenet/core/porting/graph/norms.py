@@ -1,4 +1,8 @@
-"""RMS norms that the original writes as a formula, x * rsqrt(mean(x^2) + eps), and MLX has as a function."""
+"""Norms that the original writes by hand.
+
+The formula of an RMS norm, x * rsqrt(mean(x^2) + eps), becomes one operation. A module that is nothing but a norm
+becomes a layer of mlx.nn.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from icenet.core.porting.graph.calls import Call
+from icenet.core.porting.graph.orders import axes_of
 from icenet.core.porting.layers.mlx_layers import Layer
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
 
@@ -146,7 +151,7 @@ def norm_of(graph: Graph, call: Call) -> Layer | None:
     if len(nodes) == 3:
         ndim = node.out.ndim if isinstance(node.out, Tensor) else 0
         first, last = [0, *range(2, ndim), 1], [0, ndim - 1, *range(1, ndim - 1)]
-        if _axes(nodes[0]) != first or _axes(nodes[2]) != last or nodes[2].args["self"] != Ref(node.name):
+        if axes_of(nodes[0]) != first or axes_of(nodes[2]) != last or nodes[2].args["self"] != Ref(node.name):
             return None
         if nodes[0].args["self"] != source or node.base != "layer_norm":
             return None
@@ -171,18 +176,3 @@ def norm_of(graph: Graph, call: Call) -> Layer | None:
     return Layer(
         "nn.LayerNorm", [size], keywords, "last" if is_image else "same", node.out.ndim - 2 if is_image else 0
     )
-
-
-def _axes(node: Node) -> list[int] | None:
-    """Returns the order of axes that a node makes, None for another operation."""
-    if not isinstance(node.out, Tensor) or not isinstance(node.args.get("self"), Ref):
-        return None
-    ndim = node.out.ndim
-    if node.base == "permute":
-        return [dim % ndim for dim in node.args["dims"]]
-    if node.base != "transpose":
-        return None
-    axes = list(range(ndim))
-    first, second = node.args["dim0"] % ndim, node.args["dim1"] % ndim
-    axes[first], axes[second] = axes[second], axes[first]
-    return axes

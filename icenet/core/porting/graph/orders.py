@@ -28,6 +28,19 @@ def physical(tensor: Tensor, order: Sequence[int]) -> Tensor:
     return Tensor(tuple(tensor.shape[axis] for axis in order), tensor.dtype)
 
 
+def axes_of(node: Node) -> list[int] | None:
+    """Returns the axes of its argument in the order in which an operation has them; None if it changes more."""
+    if not isinstance(node.out, Tensor) or node.base not in ("permute", "transpose", "swapaxes"):
+        return None
+    ndim = node.out.ndim
+    if node.base == "permute":
+        return [dim % ndim for dim in node.args["dims"]]
+    axes = list(range(ndim))
+    first, second = (node.args.get(f"dim{number}", node.args.get(f"axis{number}", number)) for number in (0, 1))
+    axes[first % ndim], axes[second % ndim] = axes[second % ndim], axes[first % ndim]
+    return axes
+
+
 class Orders:
     """The orders of the values so far, and the nodes of the new graph."""
 
@@ -80,12 +93,11 @@ class Orders:
         tensor = self.tensors[name]
         self.tensors[new] = tensor
         place = self.nodes[-1].place if self.nodes else None
-        moved = self.view_in_order(name, order)
         if same_memory(tensor.shape, have, order):
-            moved = ("alias", {"self": Ref(name)})
-        elif moved is None:
+            moved = "alias", {"self": Ref(name)}
+        else:
             dims = [have.index(axis) for axis in order]
-            moved = ("permute", {"self": Ref(name), "dims": dims})
+            moved = self.view_in_order(name, order) or ("permute", {"self": Ref(name), "dims": dims})
         self.nodes.append(Node(new, *moved, physical(tensor, order), place))
         if order != identity(len(order)):
             self.order[new] = order

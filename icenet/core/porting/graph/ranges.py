@@ -10,7 +10,9 @@ from icenet.core.porting.record import Dtype, Graph, Node, Tensor, refs
 
 _VIEWS = ("unsqueeze", "expand", "view", "reshape", "select", "slice", "permute", "transpose", "alias", "squeeze")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-_PRODUCTS = ("add", "sub", "rsub", "mul", "div")
+_ARITHMETIC = ("add", "sub", "rsub", "mul", "div")
+_SMALL = 2**20
+"""What is added to a range below this number leaves it far within int32."""
 
 
 def with_short_ranges(graph: Graph) -> Graph:
@@ -47,7 +49,7 @@ def with_short_ranges(graph: Graph) -> Graph:
 def _is_view(node: Node) -> bool:
     """Returns whether an operation returns the numbers of a range, or all of them moved by a small number."""
     other = node.args.get("other")
-    is_moved = node.base in ("add", "sub") and type(other) is int and abs(other) < 2**20
+    is_moved = node.base in ("add", "sub") and type(other) is int and abs(other) < _SMALL
     return node.base in _VIEWS or (is_moved and _dtype(node.out) == "int64")
 
 
@@ -55,7 +57,7 @@ def _is_free(node: Node, name: str) -> bool:
     """Returns whether the result of an operation does not depend on the width of an integer that it reads."""
     if node.base in ("embedding", "index", "index_select"):
         return name not in refs(node.args.get("self", node.args.get("weight")))
-    if node.base in _PRODUCTS or node.base in ("to", "_to_copy", "float"):
+    if node.base in _ARITHMETIC or node.base in ("to", "_to_copy", "float"):
         return str(_dtype(node.out)).startswith(("float", "bfloat"))
     return node.base in _COMPARISONS or node.base == "sym.sym_size"
 

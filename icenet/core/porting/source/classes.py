@@ -234,7 +234,7 @@ def _attribute(column: tuple[str, ...], members: list[Instance], taken: set[str]
 
 
 def _formula(column: tuple[str, ...], members: list[Instance]) -> tuple[str, tuple[str, ...], str] | None:
-    """Returns the only attribute of which the numbers of a column are the negative, or the rest to 1; None without.
+    """Returns the only attribute x for which the numbers of a column are -x or 1 - x; None without one.
 
     Returns:
         The attribute, its numbers, and how a number is written with it, such as "(1 - {})".

@@ -249,12 +249,12 @@ def _written(value: float) -> str:
             return f"1 - {rest}"
     if value == math.sqrt(2 / math.pi):
         return "math.sqrt(2 / math.pi)"
-    for divisor in range(2, 1025):  # sinusoidal positions
-        if value == math.log(10000) / divisor:
-            return f"math.log(10000) / {divisor}"
     number = round(math.exp(value)) if value < 20 else 0
     if 2 <= number < 10**6 and math.log(number) == value:
         return f"math.log({number})"
+    for divisor in range(2, 1025):  # sinusoidal positions
+        if value == math.log(10000) / divisor:
+            return f"math.log(10000) / {divisor}"
     return ""
 
 

@@ -258,6 +258,10 @@ class Values:
                 declared.add(name)
                 given.append((self.hint(name), name))
         self._parameters[call.entered] = given
+        self._returns[call.entered] = self._needed_results(call, inside) if call is not self.root else []
+
+    def _needed_results(self, call: Call, inside: set[str]) -> list[str]:
+        """Returns the values computed in a call that its caller, another call or an update of a buffer reads."""
         kept = self.read_results.get(self.structure.role_of(call.path), set())
         results = [
             name
@@ -270,8 +274,7 @@ class Values:
         ]
         returned = list(dict.fromkeys([*results, *escaping]))
         updated = sorted(updates & inside, key=lambda name: self.order.get(name, -1))
-        returned += [name for name in updated if name not in returned and not self.updates_here(name, call)]
-        self._returns[call.entered] = returned if call is not self.root else []
+        return returned + [name for name in updated if name not in returned and not self.updates_here(name, call)]
 
     def part(self, call: Call, argument: str, leaves: list[str], number: int) -> str:
         """Returns a name for a part of an argument: that of the original, here or in a module that takes it."""

@@ -141,7 +141,7 @@ class _Writer:
             free_names(body, [by_line[id(line)] for line in body.lines if id(line) in by_line], names)
         for line, tree in statements:
             line.code = text(tree)
-        for body in (body for item in classes for body in item.bodies):
+        for body in (body for item in classes for body in item.bodies):  # two values may now have one variable
             body.lines = [line for line in body.lines if not re.fullmatch(r"(\w+) = \1", line.code)]
         return functions
 

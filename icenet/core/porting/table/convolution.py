@@ -215,9 +215,9 @@ def upsample(n: Operation) -> str:
         scales = [n.args.get(key) for key in ("scales", "scales_d", "scales_h", "scales_w") if key in n.args]
         scales = None if not scales or None in scales else scales
     key = "input" if "input" in n.args else "self"
-    if mode == "nearest" and size is None and all(float(scale).is_integer() for scale in scales or [0.5]):
+    if mode == "nearest" and size is None and scales is not None and all(scale % 1 == 0 for scale in scales):
         text = n[key]
-        for axis, scale in enumerate(scales or [], 1):
+        for axis, scale in enumerate(scales, 1):
             text = f"mx.repeat({text}, {int(scale)}, axis={axis})" if scale != 1 else text
         return text
     keywords = {}
