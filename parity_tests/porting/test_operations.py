@@ -120,6 +120,14 @@ CASES: dict[str, tuple[Callable[..., object], tuple[torch.Tensor, ...]]] = {
         lambda x, i, y: x.scatter_reduce(0, i, y, "prod"),
         (random(5), torch.tensor([4, 1, 4]), torch.tensor([0.0, 3.0, 5.0])),
     ),
+    "largest at places, equal ones": (
+        lambda x, i, y: (
+            x.scatter_reduce(0, i, y, "amax"),
+            x.relu().scatter_reduce(0, i, y.relu(), "amax", include_self=False),
+            x.relu().index_reduce(0, i, -y.relu(), "amin"),
+        ),
+        (torch.tensor([0.5, -1.0, 2.0, 0.0]), torch.tensor([2, 0, 2, 1, 1, 2, 3]), random(7).round() * 2),
+    ),
     "ctc loss": (lambda x, y: F.ctc_loss(x, y, *LENGTHS), (random(6, 2, 5).log_softmax(2), IDS[:, :3].abs())),
     "decompositions": (
         lambda x: (torch.linalg.qr(x), *torch.linalg.svd(x.T.relu(), False)[1:2], torch.linalg.pinv(x)),

@@ -189,23 +189,17 @@ def scatter(x, axis, index, source, mode=None, include_self=True):
     places = tuple(mx.broadcast_arrays(*places))
     if mode is None:
         return put(x, places, source)
+    if mode == "amax" or mode == "amin":
+        return extreme_at(x, places, source, mode == "amax", include_self)
     if not include_self:
-        limits = (-math.inf, math.inf)
-        if not mx.issubdtype(x.dtype, mx.floating):
-            limits = mx.iinfo(x.dtype).min, mx.iinfo(x.dtype).max
-        neutral = {"sum": 0, "mean": 0, "prod": 1, "amax": limits[0], "amin": limits[1]}[mode]
         written = mx.zeros(x.shape).at[places].add(mx.ones(source.shape)) > 0
-        start = mx.where(written, mx.array(neutral, x.dtype), x)
+        start = mx.where(written, mx.array(1 if mode == "prod" else 0, x.dtype), x)
     else:
         start = x
     if mode == "sum":
         return start.at[places].add(source)
     if mode == "prod":
         return multiply_at(start, places, source)
-    if mode == "amax":
-        return start.at[places].maximum(source)
-    if mode == "amin":
-        return start.at[places].minimum(source)
     count = mx.zeros(x.shape, mx.float32).at[places].add(mx.ones(source.shape, mx.float32))
     count = mx.maximum(count + 1 if include_self else count, 1)
     total = start.at[places].add(source)
@@ -232,6 +226,33 @@ def multiply_at(x, places, source):
         return of(x, cotangent, products, zeros), of(source, cotangent[places], products[places], zeros[places])
 
     return multiply(x, source)
+
+
+def extreme_at(x, places, source, is_largest, include_self=True):
+    """Returns x with the largest or the smallest values at places. Equal values share the gradient, as in PyTorch."""
+    written = mx.zeros(x.shape).at[places].add(mx.ones(source.shape)) > 0
+
+    @mx.custom_function
+    def extreme(x, source):
+        if not include_self:
+            if mx.issubdtype(x.dtype, mx.floating):
+                limits = -math.inf, math.inf
+            else:
+                limits = mx.iinfo(x.dtype).min, mx.iinfo(x.dtype).max
+            x = mx.where(written, mx.array(limits[0] if is_largest else limits[1], x.dtype), x)
+        return x.at[places].maximum(source) if is_largest else x.at[places].minimum(source)
+
+    @extreme.vjp
+    def gradient(inputs, cotangent, y):
+        x, source = inputs
+        own, other = x == y, source == y[places]
+        # PyTorch counts x also if it is not included, and gives its share to none
+        share = cotangent / mx.maximum(own.astype(mx.int32).at[places].add(other.astype(mx.int32)), 1)
+        share = share.astype(cotangent.dtype)
+        of_x = mx.where(own if include_self else own & ~written, share, 0)
+        return of_x, mx.where(other, share[places], 0)
+
+    return extreme(x, source)
 
 
 def _along(x, axis, index):
