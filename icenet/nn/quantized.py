@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -140,25 +141,18 @@ def join_parts(layer: QuantizedLayer, originals: Sequence[QuantizedLayer]) -> No
     if linear_kernels.limits() is None or layer.scales.size * layer.scales.itemsize % 4:
         return
     joined = mx.concatenate([part.reshape(-1).view(mx.uint32) for part in parts])
+    ends = list(itertools.accumulate(original.weight.shape[0] for original in originals[:-1]))
     start = 0
     for name, part in zip(("weight", "scales", "biases"), parts, strict=True):
         end = start + part.nbytes // 4
         found = joined[start:end].view(part.dtype).reshape(part.shape)
-        rows = [found] if len(originals) == 1 else mx.split(found, _ends(originals))
+        rows = [found] if len(originals) == 1 else mx.split(found, ends)
         mx.eval(found, rows)
         layer[name], start = found, end
         for original, own in zip(originals, rows, strict=True):
             if original[name].dtype == own.dtype:
                 original[name] = own
     layer["_packed_parts"] = joined
-
-
-def _ends(layers: Sequence[QuantizedLayer]) -> list[int]:
-    """Returns the first rows of all layers but the first one, below one another."""
-    ends = [0]
-    for layer in layers[:-1]:
-        ends.append(ends[-1] + layer.weight.shape[0])
-    return ends[1:]
 
 
 def quantized_product(x: Array, layer: QuantizedLayer) -> Array:

@@ -219,4 +219,4 @@ def _settings_of(module: Path) -> dict[str, Any]:
     file = module / dense.CONFIG
     if not file.is_file():
         raise ConfigError(f"{file}: no such file, and {MODULES} lists this module; copy or download the whole folder")
-    return json_files.read_optional(file)
+    return json_files.read_object(file)

@@ -309,18 +309,19 @@ _DRAWS = frozenset({"bernoulli", "bernoulli_", "rand", "rand_like", "uniform", "
 def may_draw(module: Any) -> bool:
     """Returns whether a module drops values, or draws the random numbers that masks are made of, by its code."""
     names = _names_in_code(type(module))  # type: ignore[arg-type]
+    # a layer that it holds as `dropout` draws itself; a number, such as `drop_prob`, is its own
     own = {name for name in names if not hasattr(module, name) or isinstance(getattr(module, name), float)}
     return "Dropout" in type(module).__name__ or bool(_DRAWS & own) or any("drop" in name for name in own)
+
+
+def is_of_user(item: Any) -> bool:
+    """Returns whether a class or function is defined outside of the frameworks and IceNet."""
+    return str(item.__module__).partition(".")[0] not in ("mlx", "torch", "builtins", "icenet", "icenet_torch")
 
 
 @functools.cache
 def _names_in_code(cls: type) -> frozenset[str]:
     """Returns the names of functions and attributes in the methods of a user's class."""
-    functions = (
-        item
-        for base in cls.__mro__
-        if base.__module__.partition(".")[0] not in ("torch", "mlx", "builtins", "icenet", "icenet_torch")
-        for item in vars(base).values()
-    )
+    functions = (item for base in cls.__mro__ if is_of_user(base) for item in vars(base).values())
     codes = (getattr(getattr(item, "__wrapped__", item), "__code__", None) for item in functions)
     return frozenset(name for code in codes if code is not None for name in code.co_names)

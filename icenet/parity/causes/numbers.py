@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from icenet.parity.calls.module_copy import is_of_user
 from icenet.parity.causes.trial import Trial
 from icenet.parity.state import Comparison
 
@@ -111,7 +112,7 @@ def attributes(module: Any) -> dict[str, tuple[str, Any]]:
 
 def code_numbers(module: Any) -> list[float]:
     """Returns the numbers in the code of a user's module: of its methods, functions that they call, and tuples."""
-    kinds = (cls for cls in type(module).__mro__ if _is_of_user(cls))
+    kinds = (cls for cls in type(module).__mro__ if is_of_user(cls))
     held = list(vars(module).values())
     functions = [item for cls in kinds for name, item in vars(cls).items() if name != "__init__"] + held
     functions = [item for item in functions if isinstance(item, FunctionType)]
@@ -123,13 +124,11 @@ def code_numbers(module: Any) -> list[float]:
             found += [item for item in code.co_consts if isinstance(item, float)]
         called = [function.__globals__.get(name) for code in codes for name in code.co_names]
         called += [cell.cell_contents for cell in function.__closure__ or ()]
-        new = [item for item in called if isinstance(item, FunctionType) and _is_of_user(item)]
-        functions += [item for item in new if item not in functions][: _MOST_FUNCTIONS - len(functions)]
+        for item in called:
+            is_new = isinstance(item, FunctionType) and is_of_user(item) and item not in functions
+            if is_new and len(functions) < _MOST_FUNCTIONS:
+                functions.append(item)
     return list(dict.fromkeys(found))
-
-
-def _is_of_user(item: Any) -> bool:
-    return str(item.__module__).partition(".")[0] not in ("mlx", "torch", "builtins", "icenet", "icenet_torch")
 
 
 _MOST_FUNCTIONS = 50

@@ -17,6 +17,9 @@ BOUNDED = frozenset(
 _CLIPPED = frozenset({"softplus", "exp", "sigmoid", "tanh", "relu", "softmax", "square", "sqrt", "sum", "norm"})
 """Functions whose results may be clipped."""
 _MOST_CLIPS = 6
+"""Number of numbers at which results are clipped."""
+_LARGEST_LOG = 100
+"""A theta below this number is a logarithm, as that of 10000 in exp(-log(10000) * i / n)."""
 _EQUAL = 1e-9
 """Relative difference up to which two numbers are the same one."""
 
@@ -31,8 +34,8 @@ def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> l
     found: dict[tuple[str, float, float], Variant] = {}
 
     def add(name: str, old: float, new: float, what: str) -> None:
-        is_log = what == "theta" and abs(old) < 100
-        if abs(old - new) > _EQUAL * max(abs(old), 1e-12) and not (is_log and abs(new) >= 100):
+        is_log = what == "theta" and abs(old) < _LARGEST_LOG
+        if abs(old - new) > _EQUAL * max(abs(old), 1e-12) and not (is_log and abs(new) >= _LARGEST_LOG):
             shown = (math.exp(abs(new)), math.exp(abs(old))) if is_log else (new, old)
             root = tuple(map(_root, shown)) if what == "a scale" else ("", "")
             text = f"{what} is {shown[0]:.6g}{root[0]} in a, {shown[1]:.6g}{root[1]} in b"

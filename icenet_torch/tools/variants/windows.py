@@ -12,6 +12,8 @@ from icenet_torch.tools.variants.masks import HIDES, LOW, SUMS, masking
 from icenet_torch.tools.variants.variant import Run, Variant, arguments
 
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_ANY = 10**6
+"""A distance that is larger than those of all keys."""
 Change = Callable[[int, int], tuple[int, int]]
 """Returns another first and last key that a position sees, relative to it. An edge that hides no key is not moved."""
 
@@ -116,8 +118,8 @@ def _farther(by: int) -> Change:
 
 
 _CHANGES: list[tuple[str, Change]] = [
-    ("the window of the attention mask is left out in a", lambda low, high: (-(10**6), high)),
-    ("the window of the attention mask is left out in a on both sides", lambda low, high: (-(10**6), 10**6)),
+    ("the window of the attention mask is left out in a", lambda low, high: (-_ANY, high)),
+    ("the window of the attention mask is left out in a on both sides", lambda low, high: (-_ANY, _ANY)),
     *(
         (f"the window of the attention mask is {abs(by)} key{'s' * (abs(by) > 1)} {what} in a{where}", change(by))
         for size in (1, 2, 3, 4, 8)
