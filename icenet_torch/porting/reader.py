@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import inspect
 import json
-import linecache
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch.utils import _pytree as pytree
 from icenet.core.errors import PortError
 from icenet.core.porting.graph.functional import DROPOUTS
 from icenet.core.porting.record import Argument, Array, Dtype, Graph, Module, Node, Place, Ref, Tensor, refs
+from icenet.core.porting.statements import place_at
 from icenet_torch.porting.failures import FRAME, HERE, TORCH
 
 _DROPPED = (
@@ -354,10 +353,10 @@ class Reader:
                 found.append((file, int(match["line"])))
         if not found:
             return None
-        while len(found) > 1 and _statement(*found[-1]).code.startswith("return"):
+        while len(found) > 1 and place_at(*found[-1]).code.startswith("return"):
             found.pop()  # what a function returns is a value of the statement that calls it
-        outer = tuple((file, _statements(file).get(line, (line,))[0]) for file, line in found[:-1])
-        place = dataclasses.replace(_statement(*found[-1]), outer=outer)
+        outer = tuple((file, place_at(file, line).line) for file, line in found[:-1])
+        place = dataclasses.replace(place_at(*found[-1]), outer=outer)
         # what a hook computes for a layer of torch.nn is no variable of the statement that calls the layer
         return (
             dataclasses.replace(place, targets=()) if (own or "").startswith(TORCH) and found[-1][0] != own else place
@@ -404,55 +403,6 @@ def _plain(tree: Any) -> Any:
         return type(tree)(_plain(item) for item in tree) if type(tree) in (list, tuple) else [*map(_plain, tree)]
     leaves, _ = pytree.tree_flatten(tree)
     return [_plain(item) for item in leaves] if leaves and leaves[0] is not tree else tree
-
-
-@functools.cache
-def _statements(file: str) -> dict[int, tuple[int, tuple[str, ...], bool]]:
-    """Returns first line and targets of the statement at each line of a file, and whether the line has several."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return {}
-    found: dict[int, tuple[int, tuple[str, ...], bool]] = {}
-    simple = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr, ast.Raise, ast.Assert, ast.Delete)
-    for statement in ast.walk(tree):
-        if isinstance(statement, simple):
-            targets: tuple[str, ...] = ()
-            if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-                targets = _targets(statement.targets[0])
-            elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
-                targets = _targets(statement.target)
-            elif isinstance(statement, ast.Expr):
-                targets = _changed(statement.value)
-            before = found.get(statement.lineno)
-            if before is not None:  # on the same line
-                targets = tuple(dict.fromkeys((*before[1], *targets)))
-            for line in range(statement.lineno, (statement.end_lineno or statement.lineno) + 1):
-                found[line] = (statement.lineno, targets, before is not None)
-    return found
-
-
-def _changed(node: ast.expr) -> tuple[str, ...]:
-    """Returns the variable that a call changes in place: `x.index_add_(...)`."""
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-        return ()
-    is_in_place = node.func.attr.endswith("_") and not node.func.attr.endswith("__")
-    return _targets(node.func.value) if is_in_place else _changed(node.func.value)
-
-
-def _targets(node: ast.expr) -> tuple[str, ...]:
-    if isinstance(node, ast.Name):
-        return (node.id,)
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return tuple(name for item in node.elts for name in (_targets(item) or ("_",)))
-    if isinstance(node, (ast.Subscript, ast.Attribute, ast.Starred)):
-        return _targets(node.value) if not isinstance(node, ast.Attribute) else (node.attr,)
-    return ()
-
-
-def _statement(file: str, line: int) -> Place:
-    first, targets, is_several = _statements(file).get(line, (line, (), False))
-    return Place(file, first, linecache.getline(file, first).strip(), targets, is_several)
 
 
 _SIMPLE = (bool, int, float, str, type(None))

@@ -1,0 +1,63 @@
+"""The statements of the original's source: which one stands at a line, and to which variables it assigns."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+
+from icenet.core.porting.record import Place
+
+_SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr, ast.Raise, ast.Assert, ast.Delete)
+
+
+def place_at(file: str, line: int) -> Place:
+    """Returns the statement at a line of a file; the line itself if it belongs to no simple statement."""
+    return _places(file).get(line) or Place(file, line, linecache.getline(file, line).strip())
+
+
+@functools.cache
+def _places(file: str) -> dict[int, Place]:
+    """Returns the statement at each line of a file. Statements that begin on one line are one place."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return {}
+    found: dict[int, Place] = {}
+    for statement in ast.walk(tree):
+        if isinstance(statement, _SIMPLE):
+            first, targets = statement.lineno, _assigned(statement)
+            before = found.get(first)
+            if before is not None:
+                targets = tuple(dict.fromkeys((*before.targets, *targets)))
+            place = Place(file, first, linecache.getline(file, first).strip(), targets, before is not None)
+            for line in range(first, (statement.end_lineno or first) + 1):
+                found[line] = place
+    return found
+
+
+def _assigned(statement: ast.stmt) -> tuple[str, ...]:
+    """Returns the variables to which a statement assigns, or which it changes in place."""
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        return _targets(statement.targets[0])
+    if isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
+        return _targets(statement.target)
+    return _changed(statement.value) if isinstance(statement, ast.Expr) else ()
+
+
+def _changed(node: ast.expr) -> tuple[str, ...]:
+    """Returns the variable that a call changes in place: `x.index_add_(...)`."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return ()
+    is_in_place = node.func.attr.endswith("_") and not node.func.attr.endswith("__")
+    return _targets(node.func.value) if is_in_place else _changed(node.func.value)
+
+
+def _targets(node: ast.expr) -> tuple[str, ...]:
+    if isinstance(node, ast.Name):
+        return (node.id,)
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(name for item in node.elts for name in (_targets(item) or ("_",)))
+    if isinstance(node, (ast.Subscript, ast.Attribute, ast.Starred)):
+        return _targets(node.value) if not isinstance(node, ast.Attribute) else (node.attr,)
+    return ()
