@@ -101,10 +101,10 @@ def test_a_window_that_the_model_hands_to_its_layers() -> None:
 @pytest.mark.parametrize("ours, theirs", [(2, 3), (3, 2), (3, 5)])
 @pytest.mark.parametrize("has_layer", [False, True])
 def test_loops(ours: int, theirs: int, has_layer: bool) -> None:
-    def call(m: Any, x: Any, turns: int, zeros: Any, tanh: Any) -> Any:
+    def call(m: Any, x: Any, count: int, zeros: Any, tanh: Any) -> Any:
         h = m.enter(x)
         z = zeros(h)
-        for _ in range(turns):
+        for _ in range(count):
             z = tanh((m.layer(z) if has_layer else 0.5 * z) + h)
         return m.leave(z)
 
@@ -115,7 +115,7 @@ def test_loops(ours: int, theirs: int, has_layer: bool) -> None:
         enter=linear(4, 6), leave=linear(6, 4), **layers,
     )  # fmt: skip
     cause = verdict(pair, draw(3, 4))
-    assert f"a loop of {theirs} turns in b has {ours} in a" in cause, cause
+    assert f"a loop of {theirs} iterations in b has {ours} in a" in cause, cause
 
 
 def test_a_layer_that_is_left_out_is_named_before_what_it_computes() -> None:

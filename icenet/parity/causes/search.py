@@ -9,7 +9,7 @@ sums        an array that is added, left out, multiplied by a number, or taken i
 functions   variants of the functions that the reference calls (`icenet_torch.tools.variants`): GELU, masks, scales,
             padding, variance, pooling, TF32, eps as a number in the code; casts to fp32 that are left out
 rotary      the base of the angles of rotary positions, the values that they turn together, and how many they turn
-turns       loops of another number of turns
+loops       loops of another number of iterations
 weights     the order of gates and projections, a bias that is not used, 1 + weight, tied weights
 integers    integers and booleans: an offset of positions, an inverted mask
 shapes      operations that change a shape, if the shapes of both sides differ
@@ -28,6 +28,7 @@ from icenet.parity.causes.calls import find_calls, find_dropout, find_mode
 from icenet.parity.causes.device import find_device
 from icenet.parity.causes.functions import find_casts, find_functions, find_mask, find_statistics, find_stopped
 from icenet.parity.causes.integers import find_integers
+from icenet.parity.causes.loops import find_loops
 from icenet.parity.causes.numbers import (
     find_numbers,
     find_options,
@@ -36,14 +37,13 @@ from icenet.parity.causes.order import find_direction, find_order
 from icenet.parity.causes.rotary import find_angles, find_partial, find_rotary
 from icenet.parity.causes.sums import find_centred, find_parts, find_scale, find_sums
 from icenet.parity.causes.trial import Trial
-from icenet.parity.causes.turns import find_turns
 from icenet.parity.causes.weights import find_offset, find_tied, find_unused, find_weights
 from icenet.parity.state import Comparison
 from icenet.parity.yardstick import Judgement
 
 _SEARCHES = (
     *(find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_rotary, find_partial),
-    *(find_offset, find_unused, find_calls, find_functions, find_turns, find_scale, find_sums, find_weights),
+    *(find_offset, find_unused, find_calls, find_functions, find_loops, find_scale, find_sums, find_weights),
     *(find_tied, find_options, find_centred, find_direction, find_casts),
 )
 """The searches for the cause of a wrong output, in their order."""
@@ -54,7 +54,7 @@ _BACKWARD = (
 """Those for the cause of a wrong gradient."""
 _COMPUTED = (
     *(find_statistics, find_functions, find_rotary, find_angles, find_partial),
-    *(find_unused, find_weights, find_offset, find_tied, find_casts, find_turns, find_stopped),
+    *(find_unused, find_weights, find_offset, find_tied, find_casts, find_loops, find_stopped),
 )
 """Those in which the reference computes something else, which a recorded one cannot."""
 

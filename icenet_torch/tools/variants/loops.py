@@ -1,4 +1,4 @@
-"""Loops of another number of turns: `range` is another one in the code of a user's module."""
+"""Loops of another number of iterations: `range` is another one in the code of a user's module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TORCH, _OWN = str(Path(torch.__file__).parent), str(Path(__file__).parents[2])
 
 
 class Loop(NamedTuple):
-    """A call of `range` in the code of a user, and the number of its turns."""
+    """A call of `range` in the code of a user, and the number of its iterations."""
 
     site: Site
     length: int
@@ -51,26 +51,27 @@ def globals_used() -> Iterator[dict[int, dict[str, Any]]]:
 
 
 @contextlib.contextmanager
-def turns(names: dict[int, dict[str, Any]], only: Site | None = None, count: int = 0) -> Iterator[list[Loop]]:
+def loops(names: dict[int, dict[str, Any]], only: Site | None = None, count: int = 0) -> Iterator[list[Loop]]:
     """Yields a list to which the loops over `range` are added while the context is open.
 
     Args:
         names: What `globals_used` found.
-        only, count: The loop whose number of turns is changed, and the number; None to change none.
+        only, count: The loop whose number of iterations is changed, and the number; None to change none.
     """
-    loops: list[Loop] = []
+    found: list[Loop] = []
 
     def counted(*args: Any) -> range:
-        found, frame = range(*args), sys._getframe(1)
+        numbers, frame = range(*args), sys._getframe(1)
         site = frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti
-        loops.append(Loop(site, len(found)))
-        return range(found.start, found.start + count * found.step, found.step) if site == only else found
+        found.append(Loop(site, len(numbers)))
+        changed = range(numbers.start, numbers.start + count * numbers.step, numbers.step)
+        return changed if site == only else numbers
 
-    changed = [own for own in names.values() if "range" not in own]
+    without = [own for own in names.values() if "range" not in own]
     try:
-        for own in changed:
+        for own in without:
             own["range"] = counted
-        yield loops
+        yield found
     finally:
-        for own in changed:
+        for own in without:
             del own["range"]
