@@ -20,7 +20,8 @@ from torch import nn
 import icenet
 from icenet.core.errors import FileError, PortError, UsageError
 from icenet.parity.ports.inputs import drawn_like
-from icenet.parity.ports.proof import Check, PortReport, locate
+from icenet.parity.ports.proof import locate
+from icenet.parity.ports.report import Check, PortReport
 
 R = torch.randn
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from icenet.parity.ports.proof import ROUNDING, Check, PortReport, settle
+from icenet.parity.ports.report import ROUNDING, Check, PortReport, settle
 
 
 def report(mlx: float, icenet: float | None, what: str = "gradients", **changes: Any) -> PortReport:

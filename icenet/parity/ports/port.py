@@ -21,7 +21,8 @@ from icenet.core.porting.names import optimizer_notes
 from icenet.core.porting.places import as_dict
 from icenet.core.porting.record import Graph, Tensor, refs
 from icenet.parity.ports.inputs import arrays_of
-from icenet.parity.ports.proof import PortReport, limit_text, locate, prove
+from icenet.parity.ports.proof import locate, prove
+from icenet.parity.ports.report import PortReport, limit_text
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
