@@ -72,6 +72,7 @@ FACTOR stays the same; the noise and the error are only measured with more sampl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -202,16 +203,32 @@ class _Run:
             name: Its name.
             array: What to judge in place of the value of MLX.
         """
-        return judge(
+        layer_rms = self._layer_rms[_parent(name)] if _is_gradient(name) else 0.0
+        judged = functools.partial(
+            judge,
             self.mlx[name].array if array is None else array,
             self.torch[name].array,
             self.reference[name].array,
             self._dtype,
             stored=self.torch[name].dtype,
-            layer_rms=self._layer_rms[_parent(name)] if _is_gradient(name) else 0.0,
+            layer_rms=layer_rms,
             min_noise=self._min_noise(name),
             sampled_noise=self.noises.get(name),
         )
+        judgement = judged()
+        if judgement.is_over and layer_rms:
+            return judged(layer_noise=self._noise_of_layer(_parent(name)))
+        return judgement
+
+    def _noise_of_layer(self, path: str) -> tuple[float, float]:
+        """Returns the RMS and the largest value of the noise of all gradients of a layer."""
+        squares = [
+            squared_distance(self.torch[name].array, exact.array).reshape(-1)
+            for name, exact in self.reference.items()
+            if _is_gradient(name) and _parent(name) == path and name in self.torch
+        ]
+        every = np.concatenate([np.zeros(0), *squares])
+        return (math.sqrt(every.mean()), math.sqrt(every.max())) if every.size else (0.0, 0.0)
 
     def _min_noise(self, name: str) -> float:
         if name == "loss:":

@@ -32,7 +32,10 @@ implementation may have. Half an ulp of 1 is u = 2^-24 (fp32), 2^-8 (bf16) or 2^
     terms cancel. Example: the bias of a key projection, because softmax is invariant to a shift of its inputs. The
     computed gradient is the rounding error of the terms. The terms cannot be seen in their sum, but the other
     gradients of the layer sum terms of the same size. A gradient counts as zero if rms(r) is at most 2^-40 of that
-    RMS: rounding errors of float64 are below this limit, gradients that affect training above it.
+    RMS: rounding errors of float64 are below this limit, gradients that affect training above it. If the terms are
+    less exact than half an ulp, so is their sum: then the floor is the noise of all gradients of the layer.
+    Example: the bias before a batch norm over two values, x1 and x2. Its result is nearly +1 and -1 for any x1 and
+    x2, so the terms are small differences of large numbers. PyTorch's two are exactly opposite, so its sum is 0.
 4.  Mean over m values (the loss): rms(noise of the values) / sqrt(m). The noise of a single number is sometimes
     close to zero by chance.
 
@@ -116,6 +119,7 @@ def judge(
     *,
     stored: str | None = None,
     layer_rms: float = 0.0,
+    layer_noise: tuple[float, float] = (0.0, 0.0),
     min_noise: float = 0.0,
     sampled_noise: npt.ArrayLike | None = None,
 ) -> Judgement:
@@ -127,6 +131,7 @@ def judge(
         dtype: Compute dtype under test: fp32, bf16 or fp16.
         stored: Dtype of the result; default: `dtype`. The gradients of a bf16 run are fp32.
         layer_rms: For a gradient, the RMS of all gradients of its layer (floor 3).
+        layer_noise: The RMS and the largest value of the noise of these gradients (floor 3).
         min_noise: A known lower bound of the noise (floor 4).
         sampled_noise: Noise of each element, in the shape of the reference (floor 5).
 
@@ -150,19 +155,19 @@ def judge(
             side = f"{mlx_only} values not finite in MLX only" if mlx_only else "not finite in PyTorch only"
             return Judgement.incomparable(side)
         if not finite.any() and dtype == "fp32":
-            return Judgement.incomparable("no value is finite")
+            return Judgement.incomparable("no value is finite on either side, so nothing is compared")
         if not finite.any():
             return Judgement(0.0, 0.0, 0.0, 0.0, note=f"{r.size} values not finite on both")
         note = "" if finite.all() else f"{int((~finite).sum())} values not finite on both"
         a, b, r = a[finite], b[finite], r[finite]
         sizes = _measure(a, b, r, None if sampled is None else sampled[finite])
-    least = max(min_noise, _SMALLEST_NORMAL.get(stored, 0.0))
+    least = [max(min_noise, _SMALLEST_NORMAL.get(stored, 0.0))] * 2
     if layer_rms and sizes.scale <= ZERO * layer_rms:
-        least = max(least, layer_rms * float(half_ulp(1.0, dtype)))
+        least = [max(least[0], layer_rms * float(half_ulp(1.0, dtype)), noise) for noise in layer_noise]
     rounding = float(half_ulp(sizes.largest, stored))  # of the largest value; of the others it is smaller
-    floors = [max(rounding, size, least) for size in sizes.sampled]
+    floors = [max(rounding, size, floor) for size, floor in zip(sizes.sampled, least, strict=True)]
     if sizes.noise[0] < floors[0]:
-        floors[0] = max(_rounding_rms(r, stored), sizes.sampled[0], least)
+        floors[0] = max(_rounding_rms(r, stored), sizes.sampled[0], least[0])
     ratios = [e / max(n, floor) for e, n, floor in zip(sizes.error, sizes.noise, floors, strict=True)]
     decisive = 0 if ratios[0] >= ratios[1] else 1
     return Judgement(

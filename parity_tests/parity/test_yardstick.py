@@ -87,6 +87,29 @@ def test_a_gradient_that_cancels_to_zero_has_the_noise_of_its_terms() -> None:
     assert not judge(small * (1 + 1e-4), small, small, layer_rms=layer_rms).passed
 
 
+def test_a_sum_of_inexact_terms_that_cancel_has_their_noise() -> None:
+    """The gradient of a bias before a batch norm over two values, by its textbook formula in fp32."""
+    generator = np.random.default_rng(5)
+    x, upstream = generator.standard_normal((2, 8)), 100 * generator.standard_normal((2, 64))
+    weight = 3 * generator.standard_normal((64, 8))
+
+    def gradients(dtype: str, opposite: bool) -> dict[str, Value]:
+        inputs, dy = x.astype(dtype), upstream.astype(dtype)
+        h = inputs @ weight.T.astype(dtype)
+        std = np.sqrt(h.var(0) + np.asarray(1e-5, dtype))
+        normal = (h - h.mean(0)) / std
+        dh = (dy - dy.mean(0) - normal * (dy * normal).mean(0)) / std
+        if opposite:  # PyTorch's two terms
+            dh = (dh[:1] - dh[1:]) / 2 * np.array([[1], [-1]], dtype)
+        return {"gradient:weight": Value(dh.T @ inputs, "fp32"), "gradient:bias": Value(dh.sum(0), "fp32")}
+
+    exact, torch, mlx = gradients("float64", True), gradients("float32", True), gradients("float32", False)
+    assert np.abs(torch["gradient:bias"].array).max() == 0 < np.abs(mlx["gradient:bias"].array).max()
+    assert judge_values(mlx, torch, exact)["gradient:bias"].passed
+    wrong = Value(mlx["gradient:bias"].array + 0.1, "fp32")
+    assert not judge_values({**mlx, "gradient:bias": wrong}, torch, exact)["gradient:bias"].passed
+
+
 def test_values_below_the_smallest_normal_number_may_be_flushed_to_zero() -> None:
     tiny = np.full(8, 1e-41)
     assert judge(np.zeros(8), tiny, tiny).passed
@@ -288,7 +311,7 @@ def test_values_that_are_not_finite_must_agree() -> None:
     assert not judge(opposite, both, reference).passed
     nothing = np.full((2, 2), np.nan)
     assert not judge(nothing, nothing, nothing).passed
-    assert judge(nothing, nothing, nothing).note == "no value is finite"
+    assert judge(nothing, nothing, nothing).note == "no value is finite on either side, so nothing is compared"
 
 
 def test_unequal_shapes_fail_with_a_note() -> None:
