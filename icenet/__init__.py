@@ -127,14 +127,14 @@ def load(
         A `BaseModel` (`icenet.models` or `icenet_torch.models`) in evaluation mode.
 
     Raises:
-        CheckpointError: The path contains no weights.
+        MissingCheckpointError: The path does not exist or contains no weights.
         UsageError: The weights cannot be quantized like this.
         BackendError: As in `build`.
     """
     with without_garbage_collection():
         from icenet.core import backends, files
         from icenet.core.config import custom
-        from icenet.core.errors import CheckpointError
+        from icenet.core.errors import MissingCheckpointError
         from icenet.core.models.inference import build_for_inference, quantized
         from icenet.core.runs.open_model import (
             WITH_WEIGHTS,
@@ -154,7 +154,7 @@ def load(
         config, weights = open_averaged(path) if averaged else open_target(path, chosen)
     if config is None or weights is None:
         problem = "contains no weights" if path.exists() else "no such file or folder"
-        raise CheckpointError(f"{path}: {problem}; {WITH_WEIGHTS}")
+        raise MissingCheckpointError(f"{path}: {problem}; {WITH_WEIGHTS}")
     config = with_tokenizer(config, weights)
     if trust_code:
         custom.trust_model(config.model)

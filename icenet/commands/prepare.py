@@ -15,12 +15,12 @@ from icenet.core.data.text.left_out import LeftOut
 from icenet.core.data.text.packed import TextDataset
 from icenet.core.data.text.reading import Reader, UnusableFileError
 from icenet.core.data.text.sources import Source, find_source
-from icenet.core.errors import DataError, IceNetError, UsageError
+from icenet.core.errors import DataError, UsageError
 from icenet.core.report.bar import Bar
 from icenet.core.runs import checkpoint
 from icenet.core.tokenizers.huggingface import HFTokenizer
 from icenet.core.tokenizers.library import library
-from icenet.core.training.signals import Stopped
+from icenet.core.training.signals import Interrupted, Stopped
 
 EOT_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
@@ -54,11 +54,10 @@ def prepare(config: Config, workers: int | None = None, quiet: bool = False) -> 
             dataset, path = _open(config, workers, quiet)
             is_new, notes = True, [*dataset.notes, f"{path}: was damaged and is encoded again; check the disk"]
     except (KeyboardInterrupt, Stopped) as stop:
-        reason = str(stop) or "Ctrl-C"
         kept = "the work done so far is kept: the same command continues it"
         if isinstance(config.data, ChatDataConfig):
             kept = "conversations that are not all encoded are not kept"
-        raise IceNetError(f"stopped by {reason}; {kept}") from None
+        raise Interrupted(str(stop) or "Ctrl-C", f"; {kept}") from None
     existing = "" if is_new else "already prepared: "
     if isinstance(dataset, ConversationDataset):
         tokens, count, noun = dataset.num_tokens, dataset.num_conversations, "conversation"

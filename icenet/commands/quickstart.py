@@ -18,14 +18,15 @@ from icenet.commands.cpu_threads import choose_num_threads
 from icenet.commands.overrides import warn_of_replaced
 from icenet.core import backends, files
 from icenet.core.config import Config
-from icenet.core.errors import BackendError, IceNetError, UsageError
+from icenet.core.errors import BackendError, UsageError
 from icenet.core.report import canvas, plots
 from icenet.core.report.console import new_console
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.runs import run_folder
 from icenet.core.runs.checkpoint import newest as newest_checkpoint
 from icenet.core.runs.checkpoint import path_of
-from icenet.core.training.trainer import Interrupted, Trainer
+from icenet.core.training.signals import Interrupted
+from icenet.core.training.trainer import Trainer
 from icenet.parity import yardstick
 from icenet.parity.curves import CurveJudgement, judge_curve
 from icenet.parity.texts import TextComparison, compare_texts
@@ -155,8 +156,7 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
     except TimeoutError:
         raise UsageError(f"{out}: another quickstart uses this folder; wait for it, or set --out") from None
     except Interrupted as stop:
-        reason = str(stop).partition(";")[0]
-        raise IceNetError(f"{reason}; icenet quickstart begins again") from None
+        raise Interrupted(stop.name, "; icenet quickstart begins again") from None
     except OSError as error:
         if error.filename is None or not Path(error.filename).is_relative_to(out):
             raise

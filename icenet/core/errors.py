@@ -54,8 +54,16 @@ class CheckpointError(IceNetError):
     """A checkpoint that is missing, incomplete, damaged or part of another run."""
 
 
+class MissingCheckpointError(UsageError, CheckpointError):
+    """A path that names no run, checkpoint or model: it does not exist, or is something else."""
+
+
 class WeightsError(IceNetError):
     """Weights with names, shapes, dtypes or bytes other than the model or the file format requires."""
+
+
+class MissingWeightsError(UsageError, WeightsError):
+    """A path of weights that does not exist."""
 
 
 class NonFiniteError(IceNetError):

@@ -275,13 +275,14 @@ def check_folder(folder: Path) -> None:
     """Checks that files can be written to a folder, which need not exist, before the work whose result it gets.
 
     Raises:
-        UsageError: It is a file, or no folder can be created there.
+        UsageError: It is a file.
+        FileError: It cannot be written.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UsageError(f"{existing}: is not a folder; choose another one")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"{existing}: cannot be written; check its permissions, or choose another folder")
+        raise FileError(f"{existing}: cannot be written; check its permissions, or choose another folder")
 
 
 def set_aside(path: Path) -> Path:

@@ -42,7 +42,7 @@ class BaseModel(ModelBase, nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = self.checked_config(config)
         self.compute_dtype = mx.float32
         self.gradient_checkpointing = False
 

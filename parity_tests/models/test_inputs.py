@@ -222,3 +222,16 @@ def test_a_model_that_does_not_fit_its_data(name: str, expected: list[str], back
     calls = [lambda: engine.evaluate(batch), lambda: engine.gradients(batch), lambda: record(engine, batch)]
     found = [error(call) for call in calls]
     assert all(is_one_line(message, *expected) for message in found), found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_without_a_model_section(backend: str) -> None:
+    model_class = backends.module(backend, "models").TransformerModel
+    whole = Config.from_yaml("quickstart")
+    for given, names in (
+        ({"type": "transformer"}, ("dict", "ModelConfig(")),
+        (whole, ("not a Config", "section model")),
+    ):
+        with pytest.raises(UsageError) as caught:
+            model_class(given)
+        assert is_one_line(caught.value, "TransformerModel", *names)

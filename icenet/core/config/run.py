@@ -164,6 +164,8 @@ class Config(Section):
 
 
 def _parse(overrides: Sequence[str]) -> list[_Override]:
+    if isinstance(overrides, str):  # its letters would be taken for overrides
+        raise ConfigError(f"overrides must be a list, not a text; write [{overrides!r}]")
     return [_Override(text, *yaml_file.parse_override(text)) for text in overrides]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from icenet.core.config import Config, TransformerConfig
-from icenet.core.errors import CheckpointError, ConfigError, DataError, UsageError
+from icenet.core.errors import CheckpointError, ConfigError, DataError, MissingCheckpointError, UsageError
 from icenet.core.families import Family, folder, gguf_export, json_files, mlx_lm
 from icenet.core.families.tensors import Row
 from icenet.core.families.weights import ExportedWeights, OriginalWeights
@@ -73,14 +73,14 @@ def export(
         UsageError: The destination is not a folder of its own, a file would be replaced, or the settings of the
             quantization fit no layer.
         ConfigError: No family has the options of the model.
-        CheckpointError: The source has no weights.
+        CheckpointError: The source has no weights, or (MissingCheckpointError) does not exist.
         FileError: A file cannot be written.
     """
     if quantize is not None and form != MLX_LM:
         raise UsageError(f"--quantize: is for --to {MLX_LM}, and has no effect with --to {form}")
     source = hub.local_path(source)
     if not source.exists():
-        raise CheckpointError(f"{source}: no such file or folder; {WITH_WEIGHTS}")
+        raise MissingCheckpointError(f"{source}: no such file or folder; {WITH_WEIGHTS}")
     _check_destination(source, destination, form)
     imported, config, weights = _open(source, averaged)
     _check_model(config, form)

@@ -215,7 +215,8 @@ def open_dataset(
         workers, progress: See `icenet.core.data.text.cache.load_tokens`.
 
     Raises:
-        DataError: The source is missing, empty, not text or too short, or the cache cannot be written.
+        DataError: The source is missing, empty, not text or too short.
+        FileError: The cache cannot be written.
     """
     kind = TextDataset if data_config.packing else DocumentDataset
     return kind.open(

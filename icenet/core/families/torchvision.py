@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from icenet.core.config import CNNConfig, Config, ModelConfig, ViTConfig
-from icenet.core.errors import ConfigError, UsageError, WeightsError
+from icenet.core.errors import ConfigError, MissingWeightsError, UsageError
 from icenet.core.families.family import Family
 from icenet.core.families.tensors import Row
 from icenet.core.families.vision import cnn_options, conv_blocks, vit_options
@@ -177,7 +177,7 @@ def translations(config: Config | None, source: Path, destination: Path, to: str
     if to != FORM:
         return {"to": to, "read_as": read_as}
     if config is None and not source.exists():  # rather than of the config that would be next to it
-        raise WeightsError(f"{source}: no such file or folder; check the path")
+        raise MissingWeightsError(f"{source}: no such file or folder; check the path")
     if config is None:
         raise UsageError(f"--to {FORM} needs the config of the model: give --config (in Python model=model)")
     if destination.is_dir() or not destination.suffix:

@@ -62,6 +62,19 @@ class ModelBase(ModelInterface):
     computes_loss: bool = False
     _generation_copy: GenerationCopy | None = None
 
+    @classmethod
+    def checked_config(cls, config: Any) -> ModelConfig:
+        """Returns a model section of a configuration as it is.
+
+        Raises:
+            UsageError: It is something else, such as a dict or the whole configuration.
+        """
+        if not isinstance(config, ModelConfig):
+            given = type(config).__name__
+            remedy = "give its section model" if hasattr(config, "model") else "write ModelConfig(type=..., ...)"
+            raise UsageError(f"{cls.__name__}: needs a ModelConfig, not a {given}; {remedy}")
+        return config
+
     # ---- size --------------------------------------------------------------------------------------------
 
     @property

@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 
 from icenet.core.config import Config, CustomDataConfig
-from icenet.core.errors import CheckpointError, IceNetError
+from icenet.core.errors import CheckpointError, IceNetError, MissingCheckpointError
 from icenet.core.families import sentence_transformers
+from icenet.core.files import path_hint, staged_folder, write_bytes, write_error, write_text
 from icenet.core.files import set_aside as rename_aside
-from icenet.core.files import staged_folder, write_bytes, write_error, write_text
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.weights import files as weight_files
 
@@ -269,14 +269,16 @@ def _check_format(path: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def _no_checkpoint(path: Path) -> CheckpointError:
+def _no_checkpoint(path: Path) -> MissingCheckpointError:
     if path.name == FOLDER and list_checkpoints(path.parent):
-        return CheckpointError(f"{path}: contains the checkpoints of a run; give its folder, {path.parent}")
+        return MissingCheckpointError(f"{path}: contains the checkpoints of a run; give its folder, {path.parent}")
     if path.is_file() and (path.parent / MANIFEST).is_file():
-        return CheckpointError(f"{path}: is a file of a checkpoint; give its folder, {path.parent}")
+        return MissingCheckpointError(f"{path}: is a file of a checkpoint; give its folder, {path.parent}")
     if path.is_dir() and (files := sorted(file.name for file in path.glob("*.gguf"))):
-        return CheckpointError(f"{path}: contains no checkpoint; give the GGUF file, such as {path / files[0]}")
-    return CheckpointError(f"{path}: contains no checkpoint; give the folder of a run or of a checkpoint")
+        return MissingCheckpointError(
+            f"{path}: contains no checkpoint; give the GGUF file, such as {path / files[0]}"
+        )
+    return MissingCheckpointError(f"{path}: contains no checkpoint; give the folder of a run or of a checkpoint")
 
 
 def find(path: Path, warn: Callable[[str], None] | None = None, skip_incomplete: bool = True) -> Checkpoint:
@@ -289,10 +291,11 @@ def find(path: Path, warn: Callable[[str], None] | None = None, skip_incomplete:
 
     Raises:
         IncompleteError: The newest checkpoint that is not damaged is incomplete, and may not be skipped.
+        MissingCheckpointError: The path does not exist, or has no checkpoint.
         CheckpointError: There is no intact checkpoint.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: no such run or checkpoint")
+        raise MissingCheckpointError(f"{path}: no such run or checkpoint{path_hint(path)}")
     if (path / MANIFEST).is_file():
         return load(path)
     check_link(path)

@@ -13,10 +13,26 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from icenet.core.errors import IceNetError
+
 _HANGUP = getattr(signal, "SIGHUP", None)
 """None on Windows."""
 _REPEAT_SECONDS = 1.0
 """Within this time a second Ctrl-C is the same request: a terminal and a launcher may both send it."""
+
+
+class Interrupted(IceNetError):
+    """A signal stopped work whose results were kept.
+
+    Args:
+        name: The signal: `Ctrl-C`, `SIGTERM` or `SIGHUP`.
+        rest: What was kept, and how to continue.
+    """
+
+    def __init__(self, name: str, rest: str) -> None:
+        super().__init__(f"stopped by {name}{rest}")
+        self.name = name
+        self.exit_code = 130 if name == "Ctrl-C" else 1  # 130: as shells report it
 
 
 class Stopped(BaseException):

@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from icenet.core import backends
+from icenet.core import backends, files
 from icenet.core.config import Config, custom
 from icenet.core.data.datasets import Dataset, dataset_for
 from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.data.user import UserDataset
 from icenet.core.distributed import processes, watchdog
 from icenet.core.engine import Batch, Engine
-from icenet.core.errors import IceNetError
+from icenet.core.errors import IceNetError, UsageError
 from icenet.core.families import sentence_transformers
 from icenet.core.models import twins
 from icenet.core.report.reporter import Reporter
@@ -42,13 +42,9 @@ from icenet.core.training.notices import continuation, loss_twins, unused_keys
 from icenet.core.training.own_folder import OwnFolder
 from icenet.core.training.prefetch import Prefetch
 from icenet.core.training.schedule import learning_rate
-from icenet.core.training.signals import on_stop_signal
+from icenet.core.training.signals import Interrupted, on_stop_signal
 from icenet.core.training.skipped_steps import SkippedSteps
 from icenet.core.weights.origin import Origin
-
-
-class Interrupted(IceNetError):
-    """Training was stopped by Ctrl-C, SIGTERM or SIGHUP, and its state was saved."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ class Trainer:
     def start(
         cls,
         config: Config,
-        run: Path,
+        run: str | Path,
         *,
         numbered: bool = False,
         backend: str | None = None,
@@ -177,9 +173,15 @@ class Trainer:
             loss: A loss in place of that of the configuration, for the backend of the run: (output, batch) -> mean.
 
         Raises:
-            UsageError: The folder contains a run, a checkpoint, a model, or files with the names of a run's.
+            UsageError: `config` is no Config; or the folder contains a run, a checkpoint, a model, or files with the
+                names of a run's.
             CheckpointError: Another process trains a run there.
         """
+        if not isinstance(config, Config):
+            raise UsageError(
+                f"Trainer.start: needs a Config, not {type(config).__name__}; Config.from_yaml reads a file or preset"
+            )
+        run = files.user_path(run, "Trainer.start")
         config = config.checked()
         if not numbered:
             run_folder.check_free(run)
@@ -207,9 +209,9 @@ class Trainer:
     @classmethod
     def resume(
         cls,
-        path: Path,
+        path: str | Path,
         *,
-        run: Path | None = None,
+        run: str | Path | None = None,
         overrides: Sequence[str] = (),
         backend: str | None = None,
         device: str | None = None,
@@ -235,6 +237,8 @@ class Trainer:
         """
         if backend is not None:
             backends.check_name(backend)
+        path = files.user_path(path, "Trainer.resume")
+        run = None if run is None else files.user_path(run, "Trainer.resume")
         plan = find_continuation(path, run, overrides, backend)
         config, found = plan.config, plan.found
         given = Given(data, loss)
@@ -372,8 +376,8 @@ class Trainer:
                     self._read_step(pending, reporter)
                 self.save(wait=True)  # the signal may have come after `save` was decided
                 raise Interrupted(
-                    f"stopped by {self._stop_signal} after step {self.step}; "
-                    f"everything is saved: icenet train --resume {self.run}"
+                    self._stop_signal,
+                    f" after step {self.step}; everything is saved: icenet train --resume {self.run}",
                 )
         self.save(wait=True)  # waits for the last checkpoint, and repeats one that could not be written before
         return False

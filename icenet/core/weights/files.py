@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from icenet.core.errors import WeightsError
+from icenet.core.errors import MissingWeightsError, WeightsError
 from icenet.core.files import staged
 from icenet.core.weights import prefixes
 from icenet.core.weights.safetensors import (
@@ -150,7 +150,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     elif path.name.endswith(INDEX_SUFFIX) or path.is_file() or path.suffix == SUFFIX:
         file = path
     else:
-        raise WeightsError(f"{path}: no such file or folder; give a {SUFFIX} file or the folder of one")
+        raise MissingWeightsError(f"{path}: no such file or folder; give a {SUFFIX} file or the folder of one")
     index = index_of(file)
     if file.is_file() and not file.name.endswith(INDEX_SUFFIX):
         if path.is_dir() and index.is_file() and not _lists_only(index, file.name):
@@ -167,7 +167,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
         others = sorted(entry.name for entry in path.iterdir() if entry.suffix in _OTHER_SUFFIXES)
         hint = f"give one of its files: {_first_three(others)}" if others else "give the folder of a checkpoint"
         raise WeightsError(f"{path}: contains neither {file.name} nor its index; {hint}")
-    raise WeightsError(f"{path}: no such file; check the path")
+    raise MissingWeightsError(f"{path}: no such file; check the path")
 
 
 def index_of(path: Path) -> Path:

@@ -34,7 +34,7 @@ from icenet.core.data.text import left_out, prepare, reading
 from icenet.core.data.text.cache import load_tokens
 from icenet.core.data.text.sources import find_source
 from icenet.core.data.text.token_file import HEADER_BYTES, TokenFile
-from icenet.core.errors import DataError, IceNetError
+from icenet.core.errors import DataError, FileError, IceNetError
 from icenet.core.runs import run_folder
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.bytes import ByteTokenizer
@@ -697,7 +697,7 @@ PREPARE = """
     from icenet.core.data.text import prepare, reading
     from icenet.core.data.text.cache import load_tokens
     from icenet.core.data.text.sources import find_source
-    from icenet.core.errors import DataError
+    from icenet.core.errors import FileError
     from icenet.core.tokenizers import get_tokenizer
     source, cache, tokenizer, workers = sys.argv[1:]
     source, tokenizer = find_source(source), get_tokenizer(tokenizer)
@@ -705,8 +705,8 @@ PREPARE = """
     {before}
     try:
         print(load_tokens(source, tokenizer, Path(cache), errors="skip", workers=int(workers)).fingerprint)
-    except DataError as error:
-        print("DataError:", error)
+    except FileError as error:
+        print("FileError:", error)
 """
 
 
@@ -887,7 +887,7 @@ def test_a_full_disk_loses_nothing(workers: int, bpe: Path, tmp_path: Path, cach
     write_lines(tmp_path / "a.jsonl", [f"a{i}b" for i in range(20_000)])
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))"
     said = output(preparation(tmp_path / "a.jsonl", cache, bpe, workers, limit))
-    assert said.startswith("DataError: ")
+    assert said.startswith("FileError: ")
     assert is_one_line(said, str(cache), "no space left", "ICENET_CACHE", "kept for the next attempt")
     assert [name.split(".")[1] for name in left_over(cache)] == ["partial"]
     broken = "get_tokenizer(sys.argv[3]).__class__.encode = None; reading.Reader = None"  # nothing is left to encode
@@ -901,10 +901,12 @@ def test_no_space_and_no_permission_are_one_line(tmp_path: Path, cache: Path) ->
     source.write_text("long enough " * 1000)
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
     said = output(preparation(source, cache, before=limit))
-    assert said.startswith("DataError: ") and is_one_line(said, str(cache), "no space left", "ICENET_CACHE")
+    assert said.startswith("FileError: ") and is_one_line(said, str(cache), "no space left", "ICENET_CACHE")
     assert not left_over(cache)
     (tmp_path / "file").write_text("")
-    fails(source, tmp_path / "file" / "cache", str(tmp_path / "file" / "cache"), "ICENET_CACHE")
+    with pytest.raises(FileError) as caught:
+        make(source, tmp_path / "file" / "cache")
+    assert is_one_line(caught.value, str(tmp_path / "file" / "cache"), "ICENET_CACHE")
 
 
 # numpy imports mmap late, the cache filelock, from where a user without rights may not be allowed to read
@@ -927,7 +929,7 @@ def test_without_write_permission_the_cache_is_read() -> None:
         said = [output(preparation(folder / file, cache, before=NO_RIGHTS)) for file in ("a.txt", "b.txt")]
         cache.chmod(0o755)
     assert said[0] == fingerprint
-    assert said[1].startswith("DataError: ") and is_one_line(said[1], str(cache), "permission denied", "ICENET_CACHE")
+    assert said[1].startswith("FileError: ") and is_one_line(said[1], str(cache), "permission denied", "ICENET_CACHE")
 
 
 @posix

@@ -39,7 +39,8 @@ from icenet.core.errors import CheckpointError, ConfigError, DataError, IceNetEr
 from icenet.core.runs import checkpoint
 from icenet.core.training.loss_scale import GROWTH_INTERVAL, LossScale
 from icenet.core.training.schedule import adam_corrections, learning_rate
-from icenet.core.training.trainer import Interrupted, Trainer
+from icenet.core.training.signals import Interrupted
+from icenet.core.training.trainer import Trainer
 from icenet.parity.curves import judge_curve
 from icenet.parity.engines import build
 from icenet.parity.run import curves
@@ -549,6 +550,18 @@ def test_compiled(tmp_path: Path, backend: str) -> None:
 # ---- signals and kills ----------------------------------------------------------------------------------
 
 
+def test_arguments_of_start(tmp_path: Path) -> None:
+    config = Config.from_yaml("quickstart")
+    with pytest.raises(UsageError) as caught:
+        Trainer.start("quickstart", tmp_path)  # type: ignore[arg-type]
+    assert is_one_line(caught.value, "Trainer.start", "Config", "not str", "Config.from_yaml")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="contains"):  # a path as text
+        Trainer.start(config, str(tmp_path))
+    with pytest.raises(ConfigError, match="must be a list"):
+        Config.from_yaml("quickstart", "training.max_steps=3")
+
+
 @pytest.mark.parametrize(
     ("backend", "number"),
     [
@@ -616,7 +629,7 @@ def test_the_command_stopped_by_a_signal(tmp_path: Path, backend: str, number: s
     out, err = process.communicate(timeout=60)
     step = int(checkpoint.find(run).step)
     name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-    assert (process.returncode, out) == (1, "")
+    assert (process.returncode, out) == (130 if number == signal.SIGINT else 1, "")
     assert is_one_line(err, f"stopped by {name} after step {step}", "icenet train --resume run")
     assert step >= 3 and len(losses(run)) == step
     assert Trainer.resume(run).step == step

@@ -60,7 +60,8 @@ def load_tokens(
         progress: Called with the bytes done and the bytes in total.
 
     Raises:
-        DataError: The source has no text, a file cannot be read, or the cache cannot be written.
+        DataError: The source has no text, or a file cannot be read.
+        FileError: The cache cannot be written.
     """
     key = f"{text_key}\n" if any(document.lines or document.json for document in source.documents) else ""
     key += "replace\n" if errors == "replace" else ""  # tokens that `stop` finds are those of `skip`
@@ -95,7 +96,7 @@ def cached(
         make: Writes the file to its first argument, a path. The second is a folder for unfinished work.
 
     Raises:
-        DataError: The cache cannot be written.
+        FileError: The cache cannot be written.
     """
     folder = folder if folder is not None else files.cache_folder()
     name = hashlib.sha256(os.fsencode(identity)).hexdigest()[:12]
@@ -137,11 +138,11 @@ def _clean(path: Path) -> None:
                 old.unlink()
 
 
-def _unusable(folder: Path, error: BaseException | None, resumable: bool) -> DataError:
+def _unusable(folder: Path, error: BaseException | None, resumable: bool) -> FileError:
     full = getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     reason = "no space left" if full else (getattr(error, "strerror", None) or str(error)).lower()
     kept = "; the work done so far is kept for the next attempt" if full and resumable else ""
-    return DataError(
+    return FileError(
         f"cannot keep tokens in {folder}: {reason}; "
         f"set ICENET_CACHE to a writable folder with enough free space{kept}"
     )
