@@ -49,6 +49,27 @@ def test_statements_on_one_line_have_their_variables() -> None:
     assert "kept = (mu + logvar) * mu" in source and "return kept - logvar" in source
 
 
+class Lists(nn.Module):
+    """Statements on a line that assign to no variable, or of which one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found, named = [], {}
+        # fmt: off
+        found.append(torch.tanh(x)); found.append(self.fc(x))  # noqa: E702
+        named.update(a=x.exp()); named.update(b=self.fc(x)); y = x + 1  # noqa: E702
+        # fmt: on
+        return found[0] * found[1] + found[0] / found[1] + named["a"] * named["b"] + named["a"] / named["b"] + y * y
+
+
+def test_values_of_other_statements_of_a_line_do_not_have_its_variable() -> None:
+    source = checked(Lists(), torch.randn(2, 3))
+    assert "y = x + 1" in source and source.count("y = ") == 1, source
+
+
 class Norm(nn.Module):
     """A layer norm by hand, over the last axis or the channels of images."""
 

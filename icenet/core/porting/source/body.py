@@ -357,7 +357,7 @@ class Frame(Inlining):
             if self.is_inlined(fake, index, text) and not self.structure.trace:
                 self.text[results[0]] = text
                 return
-        targets = call.place.targets if call.place else ()
+        targets = call.place.targets if call.place and not call.place.is_several else ()
         variables = []
         for position, name in enumerate(results):
             is_unused = self.uses[name] == 0 and name not in self.pinned and not self.structure.trace
@@ -373,7 +373,7 @@ class Frame(Inlining):
             )
             first = self.graph.parameters(call)[:1]
             reused = self.element_name(call, name, first[0][1]) if first and position == 0 else None
-            on_line = self.target_on_line(call, name) if call.place is not None and call.place.is_several else ""
+            on_line = self.target_on_line(call, name)
             if reused:
                 hint = reused
             elif on_line:

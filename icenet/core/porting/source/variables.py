@@ -154,22 +154,24 @@ class Variables(Statements):
         return self.target_of(users[0], users[0].name) or self.becomes(users[0])
 
     def target_on_line(self, item: Item, name: str) -> str:
-        """Returns the variable of a value of a line with several statements, empty if it is not known.
+        """Returns the variable of a value of a line with several statements, empty for others or if it is not known.
 
-        What a later line reads is in variables: one for each target, unless some are not read.
+        What a later line reads is in variables: one for each target, unless some are not read. Then only the last
+        value is known.
         """
-        targets = item.place.targets if item.place is not None else ()
+        if item.place is None or not item.place.is_several or not item.place.targets:
+            return ""
+        targets = item.place.targets
         places = [index for index, other in enumerate(self.items) if self.is_same_statement(other, item)]
         made = [
             value
-            for index in places
-            for other in [self.items[index]]
+            for other in (self.items[index] for index in places)
             for value in ([other.name] if isinstance(other, Node) else self.graph.returns(other))
             if self.last_use.get(value, -1) > max(places)
         ]
-        if name not in made or (len(made) != len(targets) and name != made[-1]):
-            return ""
-        return targets[made.index(name) - len(made)].strip("_")
+        if name in made and len(made) == len(targets):
+            return targets[made.index(name)].strip("_")
+        return targets[-1].strip("_") if made and name == made[-1] else ""
 
     def hint(self, item: Item, name: str) -> str:
         place = item.place
@@ -184,10 +186,13 @@ class Variables(Statements):
             found = self.element_name(item, name, item.args["self"].name)
             if found:
                 return found
-        if place is not None and place.is_several and self.target_on_line(item, name):
-            return self.target_on_line(item, name)
+        on_line = self.target_on_line(item, name)
+        if on_line:
+            return on_line
         if place is not None and place.targets and self.is_final(item, name):
-            if len(place.targets) == 1 or (isinstance(item, Node) and item.op == "attention"):
+            if (len(place.targets) == 1 and not place.is_several) or (
+                isinstance(item, Node) and item.op == "attention"
+            ):
                 return place.targets[0]  # y, _ = self.attention(x, x, x)
             found = self.target_of(item, name)
             if found:
