@@ -111,10 +111,10 @@ def find_stopped(trial: Trial) -> str:
     seeds = trial.given.cotangents
     if seeds is None or trial.c.reference.backend != "torch":
         return ""
-    for (source, _), index in zip(trial.pair.places(), range(len(seeds)), strict=True):
-        if not seeds[index].is_float or len(seeds) < 2:
+    for index, ((source, _), seed) in enumerate(zip(trial.pair.places(), seeds, strict=True)):
+        if not seed.is_float or len(seeds) < 2:
             continue
-        zeros = [replace(s, array=np.zeros_like(s.array)) if i == index else s for i, s in enumerate(seeds)]
+        zeros = [*seeds[:index], replace(seed, array=np.zeros_like(seed.array)), *seeds[index + 1 :]]
         if trial.explains(trial.replay(cotangents=zeros)):
             what = "the output" if source is None else f"the input of {relative(source.path, trial.pair.path)}"
             return f"the gradient of {what} is not passed on in a, as by stop_gradient"
