@@ -110,7 +110,11 @@ def _run(arguments: list[str] | None) -> int:
         return _fail(str(error), error.exit_code)
     except signals.Stopped as error:
         return _fail(f"stopped by {error}", 1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # click takes it for the end of the input
+            if debug:
+                raise error.__cause__ from None
+            return _fail(f"EOFError: {error.__cause__}; set ICENET_DEBUG=1 to see the traceback", 1)
         return _fail("stopped by Ctrl-C", 130)
     except BrokenPipeError:  # the reader of the output, such as head, has exited
         return 1

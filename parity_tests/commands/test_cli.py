@@ -157,6 +157,17 @@ def test_ctrl_c_while_the_command_line_is_imported(place: Path) -> None:
     assert process.stdout == "" and is_one_line(process.stderr.strip(), "icenet: ", "Ctrl-C")
 
 
+def test_the_end_of_a_file_is_no_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """click ends a command for both in the same way."""
+
+    def examine() -> None:
+        raise EOFError("marshal data too short")
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert main(["doctor"]) == 1
+    assert is_one_line(capsys.readouterr().err.strip(), "EOFError: marshal data too short")
+
+
 def test_train_and_resume_on_the_other_backend(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--set", "training.max_steps=6", "--set", "training.checkpoint_every=3"]
     assert main(["train", "tiny.yaml", "--run", "moved", "--backend", "torch", *options]) == 0

@@ -320,8 +320,8 @@ def test_a_full_disk_in_a_run(tmp_path: Path) -> None:
         "from icenet.cli.main import main; sys.exit(main(['train', '--resume', 'run', '--quiet']))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True,
-        check=False,
+        [sys.executable, "-B", "-c", program], cwd=tmp_path, env=environment(tmp_path), capture_output=True,
+        text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
     note, error = done.stderr.splitlines()
