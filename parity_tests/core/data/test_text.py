@@ -900,7 +900,7 @@ def test_no_space_and_no_permission_are_one_line(tmp_path: Path, cache: Path) ->
     source = tmp_path / "a.txt"
     source.write_text("long enough " * 1000)
     # Python would cut its own compiled modules off at the limit, and keep them
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); sys.dont_write_bytecode = True"
+    limit = "sys.dont_write_bytecode = True; import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
     said = output(preparation(source, cache, before=limit))
     assert said.startswith("FileError: ") and is_one_line(said, str(cache), "no space left", "ICENET_CACHE")
     assert not left_over(cache)
