@@ -4,9 +4,16 @@ PyTorch sums in many partial sums or in float64, MLX mostly term by term. The ro
 grows with sqrt(n): for the statistics of a batch norm over 16 images of 32x32 it is about 20 times larger. Both are
 correct. `summing_in_order` measures how far such sums change a result, whichever layer or function they are in.
 
-For the same purpose it moves the error function of fp32 by up to an ulp of 1: on a CPU, MLX's has errors of 4e-7,
-also where its value is small, and PyTorch's of 3e-8. So has GELU. And `exp` becomes a power of 2, as in MLX on a CPU:
-the exponent is rounded, so the error of exp(x) is |x| times as large.
+For the same purpose it has the errors of functions that MLX computes less exactly on a CPU:
+
+erf, GELU    moved by up to an ulp of 1 in fp32: MLX's error function has errors of 4e-7, also where its value is
+             small, and PyTorch's of 3e-8.
+exp          a power of 2, whose exponent is rounded up or down: the error of exp(x) is |x| times as large.
+softmax      its gradient in half precision: MLX rounds the products of probabilities and cotangents before it
+             subtracts their sum, so the error is half an ulp of the products. PyTorch computes it in fp32.
+constants    functions of numbers in the code and of integers, such as the frequencies exp(-k) of positions, and their
+             angles t * exp(-k). Nearby problems do not move them, so without more they had equal roundings in all
+             samples. What is rounded in them is moved by an ulp, up or down, in one of SAMPLES samples each.
 """
 
 from __future__ import annotations
@@ -22,6 +29,8 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from icenet.core import rng
 
@@ -37,7 +46,6 @@ _COMPOSED = get_decompositions(
         aten.native_group_norm,
         aten.native_group_norm_backward,
         aten._softmax,
-        aten._softmax_backward_data,
         aten._log_softmax,
         aten._log_softmax_backward_data,
         aten.logsumexp,
@@ -75,8 +83,23 @@ _sample: ContextVar[int] = ContextVar("sample", default=0)
 
 
 class _InOrder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._constants = WeakTensorKeyDictionary()
+        self._roundings = 0
+
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        is_constant = self._is_constant(args, kwargs)
+        found = self._call(func, args, kwargs)
+        if is_constant and isinstance(found, Tensor):
+            if found.dtype == torch.float32 and torch.Tag.pointwise in func.tags:
+                found = _rounded_again(func, args, kwargs, found, self._roundings)
+                self._roundings += 1
+            self._constants[found] = True
+        return found
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not _is_single(args):
             return func(*args, **kwargs)
         if func in _REPLACED:
@@ -87,6 +110,28 @@ class _InOrder(TorchDispatchMode):
             # other signatures of the sums, such as var_mean(x, dim, unbiased) in PyTorch's own group norm
             found = func.decompose(*args, **kwargs)
         return func(*args, **kwargs) if found is NotImplemented else found
+
+    def _is_constant(self, args: Any, kwargs: Any) -> bool:
+        """Returns whether arguments depend on no float from without, such as an input or a weight."""
+        tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+        return all(not item.is_floating_point() or item in self._constants for item in tensors)
+
+
+def _rounded_again(func: Any, args: Any, kwargs: Any, found: Tensor, number: int) -> Tensor:
+    """Returns a result of fp32 in which one in SAMPLES of the rounded elements is moved up or down by an ulp."""
+    exact, rounded = func(*tree_map(_in_float64, args), **tree_map(_in_float64, kwargs)), found.cpu()
+    slots = (SAMPLES * (_uniform(rounded, "constants", number) + 1)).floor()  # 0 to 2 * SAMPLES
+    moved = torch.nextafter(rounded, torch.where(slots == 0, torch.inf, -torch.inf).to(rounded))
+    return torch.where((slots < 2) & (exact != rounded) & rounded.isfinite(), moved, rounded).to(found.device)
+
+
+def _in_float64(item: Any) -> Any:
+    """Returns a dtype or a tensor of numbers as float64, on the CPU: MPS has no float64."""
+    if isinstance(item, torch.dtype):
+        return torch.float64 if item == torch.float32 else item
+    if not isinstance(item, Tensor):
+        return item
+    return item.cpu() if item.dtype == torch.bool else item.cpu().double()
 
 
 def _is_single(args: Sequence[Any]) -> bool:
@@ -105,6 +150,9 @@ def _sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtyp
     shape = [1 if axis in dims else x.shape[axis] for axis in range(x.ndim)] if keepdim else total.shape
     return torch.from_numpy(np.asarray(total)).reshape(tuple(shape)).to(x.device, dtype or x.dtype)
 
+
+SAMPLES = 12
+"""One in so many roundings of constants is moved in a sample, as in `icenet.parity.nearby`."""
 
 LONG, MANY = 1024, 1 << 24
 """Sums of products of LONG terms are taken in order if all of them have at most MANY terms together."""
@@ -225,15 +273,25 @@ def _gelu_backward(gradient: Tensor, x: Tensor, *, approximate: str = "none") ->
 
 
 def _exp(x: Tensor) -> Tensor:
-    return aten.exp2.default(x.float() * math.log2(math.e)).to(x.dtype)
+    exponent = x.cpu().double() * math.log2(math.e)  # on the CPU: MPS has no float64
+    half_ulp = torch.ldexp(torch.ones_like(exponent), torch.frexp(exponent).exponent - 25)
+    return torch.exp2(exponent + half_ulp * _uniform(x, "functions").cpu()).to(x)
+
+
+def _softmax_backward(gradient: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    terms = gradient * output
+    return (terms - output * _sum(terms, dim, keepdim=True)).to(input_dtype)
 
 
 def _error_of_erf(x: Tensor) -> Tensor:
     """Returns random errors of up to an ulp of 1 in fp32, and zeros in other dtypes."""
-    if x.dtype != torch.float32:
-        return torch.zeros_like(x)
-    uniform = rng.uniform(rng.key(0, "errors of functions", _sample.get()), tuple(x.shape))
-    return ((2 * torch.from_numpy(np.asarray(uniform)) - 1) * 2.0**-23).to(x)
+    return 2.0**-23 * _uniform(x, "functions") if x.dtype == torch.float32 else torch.zeros_like(x)
+
+
+def _uniform(x: Tensor, what: str, number: int = 0) -> Tensor:
+    """Returns random numbers of fp32 from -1 to 1 in the shape of a tensor, by the sample, a name and a number."""
+    uniform = rng.uniform(rng.key(0, f"errors of {what}", _sample.get(), number), tuple(x.shape))
+    return (2 * torch.from_numpy(np.asarray(uniform)) - 1).to(x.device)
 
 
 def _axes(x: Tensor, dim: Any) -> list[int]:
@@ -256,4 +314,5 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     aten.exp.default: _exp,
     aten.gelu.default: _gelu,
     aten.gelu_backward.default: _gelu_backward,
+    aten._softmax_backward_data.default: _softmax_backward,
 }

@@ -158,7 +158,7 @@ def model_pair(seed: int) -> tuple[Any, Any, Any, str, bool]:
         import written_pairs
 
         kind = written_pairs.MODELS[seed % len(written_pairs.MODELS)]
-        return *written_pairs.make(seed), kind in (written_pairs.images, written_pairs.images_and_text)
+        return *written_pairs.make(seed), kind in written_pairs.WITH_IMAGES
     import random_pairs
 
     ours, theirs, given, dtype = random_pairs.make(seed)

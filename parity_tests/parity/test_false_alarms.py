@@ -147,6 +147,13 @@ def test_the_error_of_an_exponential_is_no_difference(shift: float) -> None:
     assert not compare(*functions(1.0001), draw(40, 8), stages=["forward", "gradients"]).passed
 
 
+def test_a_loss_that_overflows_on_both_sides_is_no_difference() -> None:
+    """Float64 holds it. Its gradients are finite."""
+    pair = with_equal_weights(Net(lambda x: 1e19 * x), TorchNet(lambda x: 1e19 * x))
+    report = compare(*pair, draw(40, 8, scale=3.0))
+    assert report.passed, report
+
+
 def test_losses_that_overflow_on_both_sides_are_no_difference() -> None:
     """Float64 holds the loss of such a step."""
     pair = with_equal_weights(Net(mx.exp), TorchNet(torch.exp))
@@ -155,3 +162,76 @@ def test_losses_that_overflow_on_both_sides_are_no_difference() -> None:
     assert report.passed, report
     assert report.stages[-1].note.startswith("the losses of a and b are infinite or NaN after"), report
     assert not np.isfinite(report.losses["a"][-1])
+
+
+class Attention(M.Module):
+    """An attention of one position, whose softmax is 1, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = M.Linear(3, 64), M.LayerNorm(64)
+        self.attention = M.MultiHeadAttention(64, 1, bias=True)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.up(x)
+        return self.norm(x + self.attention(x, x, x))
+
+
+class TorchAttention(T.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = T.Linear(3, 64), T.LayerNorm(64)
+        self.attention = T.MultiheadAttention(64, 1, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)
+        return self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_training_that_only_the_rounding_of_pytorch_ends_is_no_difference() -> None:
+    """The gradients by the scores are 0. PyTorch's fused attention has their rounding errors, times keys of 1e6."""
+    torch.manual_seed(0)
+    for rate, passes in ((1.0, True), (1.001, False)):
+        rates = optim.SGD(rate), partial(torch.optim.SGD, lr=1.0)
+        given = draw(2, 1, 3, scale=1e6)
+        report = compare(Attention(), TorchAttention(), given, copy_weights=True, optimizer=rates, steps=3)
+        assert report.passed is passes, report
+        if passes:
+            assert "the loss of b is infinite or NaN after 3 steps" in report.stages[-1].note
+            assert not np.isfinite(report.losses["b"][-1]) and np.isfinite(report.losses["a"]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_softmax_has_the_rounding_of_mlx(dtype: torch.dtype) -> None:
+    """In half precision MLX rounds the products of probabilities and cotangents, PyTorch only the result."""
+    scores = torch.from_numpy(draw(64, 40, scale=0.3)).to(dtype)
+    cotangent = (1 + torch.from_numpy(draw(64, 40, scale=0.1, seed=1))).to(dtype)
+
+    def gradient(as_dtype: torch.dtype) -> np.ndarray:
+        x = scores.to(as_dtype).requires_grad_()
+        return torch.autograd.grad(x.softmax(-1), x, cotangent.to(as_dtype))[0].double().numpy()
+
+    arrays = [mx.array(x.float().numpy()).astype(getattr(mx, str(dtype)[6:])) for x in (scores, cotangent)]
+    ours = mx.vjp(lambda x: mx.softmax(x, axis=-1, precise=True), arrays[:1], arrays[1:])[1][0]
+    exact = gradient(torch.float64)
+    with summing_in_order(1):
+        sampled = gradient(dtype)
+    errors = [np.sqrt(np.square(x - exact).mean()) for x in (np.array(ours.astype(mx.float32)), sampled)]
+    assert 0.5 < errors[1] / errors[0] < 2
+    assert 4 * np.sqrt(np.square(gradient(dtype) - exact).mean()) < errors[1]
+
+
+def test_functions_of_constants_are_rounded_again_in_each_sample() -> None:
+    """Nearby problems do not move them: they would have the same error in each."""
+    steps, weight = torch.tensor([531, 326]), torch.from_numpy(draw(100))
+    found = []
+    for sample in range(12):
+        with summing_in_order(sample):
+            angles = steps.float()[:, None] * torch.exp(torch.arange(100) / -7)
+            exact = torch.arange(100) * 0.5 + steps.sum()
+            assert torch.equal(exact, torch.arange(100) / 2 + 857)
+            assert torch.equal(weight * weight, weight.square())
+        found.append(angles.double())
+    errors = torch.stack(found) / (steps[:, None] * torch.exp(torch.arange(100).double() / -7)) - 1
+    assert (errors.std(dim=0) > 2.0**-27).double().mean() > 0.9
+    assert errors.abs().max() < 16 * 2.0**-23

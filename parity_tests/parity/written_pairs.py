@@ -7,6 +7,7 @@ up to ten times as large and a hundred times as small as usual.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable
@@ -115,6 +116,13 @@ ACTIVATIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "sine": (mx.sin, torch.sin),
     "hard": (M.hardswish, F.hardswish),
 }
+
+
+def mlx_mean(x: Any, axis: int | tuple[int, ...], keepdims: bool = False) -> Any:
+    """Returns the mean, of fp16 in fp32: MLX sums in fp16, and overflows where PyTorch does not, a difference."""
+    if x.dtype != mx.float16:
+        return x.mean(axis=axis, keepdims=keepdims)
+    return x.astype(mx.float32).mean(axis=axis, keepdims=keepdims).astype(x.dtype)
 
 
 # ---- norms --------------------------------------------------------------------------------------------------
@@ -364,7 +372,7 @@ def mixed(draw: Draw, width: int) -> Pair:
     ours, theirs = [
         (lambda m, x: x * (1 + m.scale) + m.shift, lambda m, x: x * (1 + m.scale) + m.shift),
         (
-            lambda m, x: m.scale * (x - x.mean(axis=1, keepdims=True)) + m.shift,
+            lambda m, x: m.scale * (x - mlx_mean(x, 1, keepdims=True)) + m.shift,
             lambda m, x: m.scale * (x - x.mean(dim=1, keepdim=True)) + m.shift,
         ),
         (
@@ -436,7 +444,7 @@ def series(draw: Draw) -> Made:
     """Numbers, a projection, blocks, an output of each position or of one."""
     width, inputs = draw.choice(WIDTHS), draw.choice([1, 3, 7])
     end = draw.randrange(4)
-    mlx_ends = (lambda x: x, lambda x: x[:, -1], lambda x: x.mean(axis=1), lambda x: x.max(axis=1))
+    mlx_ends = (lambda x: x, lambda x: x[:, -1], lambda x: mlx_mean(x, 1), lambda x: x.max(axis=1))
     torch_ends = (lambda x: x, lambda x: x[:, -1], lambda x: x.mean(1), lambda x: x.amax(1))
     pair = net(
         lambda m, x: m.head(mlx_ends[end](m.body(m.enter(x)))),
@@ -540,7 +548,7 @@ def image_block(draw: Draw, width: int) -> Pair:
         )
     if kind == 3:  # a factor for each channel (squeeze and excitation)
         return net(
-            lambda m, x: x * mx.sigmoid(m.fc2(M.relu(m.fc1(x.mean(axis=(1, 2))))))[:, None, None],
+            lambda m, x: x * mx.sigmoid(m.fc2(M.relu(m.fc1(mlx_mean(x, (1, 2))))))[:, None, None],
             lambda m, x: x * torch.sigmoid(m.fc2(F.relu(m.fc1(x.mean(dim=(2, 3))))))[:, :, None, None],
             fc1=linear(width, 3),
             fc2=linear(3, width),
@@ -572,7 +580,7 @@ def image_body(draw: Draw, channels: int, width: int) -> Pair:
 def images(draw: Draw) -> Made:
     width, channels, dense = draw.choice([1, 2, 4, 8, 16]), draw.choice([1, 3]), draw.random() < 0.3
     pair = net(
-        lambda m, x: m.head(m.body(x)) if dense else m.head(m.body(x).mean(axis=(1, 2))),
+        lambda m, x: m.head(m.body(x)) if dense else m.head(mlx_mean(m.body(x), (1, 2))),
         lambda m, x: m.head(m.body(x)) if dense else m.head(m.body(x).mean(dim=(2, 3))),
         body=image_body(draw, channels, width),
         head=convolution(width, 2, 1) if dense else linear(width, 5),
@@ -585,8 +593,8 @@ def images_and_text(draw: Draw) -> Made:
     width = draw.choice([2, 8, 16])
 
     def mlx_call(m: Any, images: Any, ids: Any) -> Any:
-        a = m.project(m.body(images).mean(axis=(1, 2)))
-        b = m.text(m.tokens(ids)).mean(axis=1)
+        a = m.project(mlx_mean(m.body(images), (1, 2)))
+        b = mlx_mean(m.text(m.tokens(ids)), 1)
         a, b = (v / mx.sqrt(mx.square(v).sum(axis=-1, keepdims=True) + 1e-6) for v in (a, b))
         return 10.0 * a @ b.T
 
@@ -670,6 +678,27 @@ def graph(draw: Draw) -> Made:
 
 
 MODELS = (series, series, text, text, images, images, images_and_text, diffusion, graph)
+WITH_IMAGES = (images, images_and_text)
+"""Models whose PyTorch twin has its channels first."""
+
+
+def _is_finite(module: Any, inputs: Any, dtype: str, moves: bool) -> bool:
+    """Returns whether the outputs of a module of PyTorch, and their squares in the loss, are finite; of fp16, any."""
+    own = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+    def convert(array: np.ndarray) -> torch.Tensor:
+        if array.dtype.kind != "f":
+            return torch.from_numpy(array)
+        moved = np.moveaxis(array, -1, 1) if moves and array.ndim > 2 else array
+        return torch.from_numpy(np.ascontiguousarray(moved)).to(own)
+
+    module = copy.deepcopy(module).to(own).eval()
+    if isinstance(inputs, dict):
+        found = module(**{name: convert(array) for name, array in inputs.items()})
+    else:
+        found = module(*map(convert, inputs if isinstance(inputs, tuple) else (inputs,)))
+    finite = found.float().square().isfinite()
+    return bool(finite.any() if dtype == "fp16" else finite.all())
 
 
 def make(seed: int) -> tuple[Any, Any, Any, str]:
@@ -686,5 +715,8 @@ def make(seed: int) -> tuple[Any, Any, Any, str]:
     with torch.no_grad():
         for parameter in changed:
             parameter *= min(gain, 3.0) if dtype == "fp16" else gain
+        while not _is_finite(pair.theirs, inputs, dtype, moves=MODELS[seed % len(MODELS)] in WITH_IMAGES):
+            for parameter in matrices:  # a model that overflows in both frameworks says nothing
+                parameter *= 0.5
     icenet.from_torch(pair.theirs, pair.ours)
     return pair.ours, pair.theirs, inputs, dtype

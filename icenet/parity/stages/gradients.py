@@ -43,8 +43,8 @@ def judge_loss(c: Comparison, stage: Stage, pairs: list[Pair], runs: tuple[Run, 
     worst = max(judged.items(), key=lambda item: item[1].ratio, default=("loss", None))
     run = [float(np.asarray(run.loss.array)) if run.loss is not None else math.nan for run in runs]
     is_over = any(not item.passed for item in judged.values())
-    # fp16 may overflow on both sides
-    is_finite = math.isfinite(run[0]) == math.isfinite(run[2 if c.dtype == "fp32" else 1])
+    # what overflows on both sides, float64 may hold
+    is_finite = any(math.isfinite(run[0]) == math.isfinite(b) for b in (run[1:] if c.dtype == "fp32" else run[1:2]))
     status = states.DIFFERS if is_over or not is_finite else states.PASSED
     part = "loss" if worst[0] == "loss" else "gradient of the loss"
     row = Row("", "loss", (), status, error=abs(run[0] - run[2]), noise=abs(run[1] - run[2]), scale=abs(run[2]))

@@ -79,6 +79,11 @@ def _judge_losses(c: Comparison, stage: Stage, inputs: Inputs, optimizers: tuple
         curves = [curve[: ends[0]] for curve in curves]
     if not curves[0]:
         return
+    losses = enumerate(zip(*curves, strict=True))
+    left = [step for step, (a, b, r) in losses if math.isfinite(a + r) and not math.isfinite(b)]
+    if left:  # by its own noise, which is no smaller than at the steps before: those give the noise of a
+        stage.note = f"the loss of b is infinite or NaN after {left[0]} steps; a is compared with the reference"
+        curves[1] = [r if step in left else b for step, (b, r) in enumerate(zip(*curves[1:], strict=True))]
     judged = judge_curve(curves[0], curves[1], curves[2])
     allowed = FACTOR * c.factor
     noise = np.maximum(judged.noise, c.loss_noise)
