@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import icenet.blas
 
 import mlx.core as mx
@@ -118,3 +121,36 @@ def test_a_module_may_have_the_name_of_a_layer_within_it(kind: type[nn.Module]) 
     torch.manual_seed(0)
     module, x = kind().eval(), torch.randn(2, 5, 3)
     close(icenet.port(module, x).module(mx.array(x.numpy())), module(x))
+
+
+class Arguments(nn.Module):
+    """Arguments with the names of Python's functions, and of one that the port calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        std: torch.Tensor,
+        *,
+        len: int = 3,
+        max: torch.Tensor,
+        min: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        y = self.layer(input).std(-1, keepdim=True) + std * len
+        return y + max if min is None else y + max * min
+
+
+def test_arguments_have_the_names_of_the_original(tmp_path: Path) -> None:
+    x, std, most = (torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    module = Arguments()
+    port = icenet.port(module, (x, std), example_kwargs={"max": most})
+    theirs = module(x, std, max=most).detach()
+    ours = port.module(*(mx.array(array.numpy()) for array in (x, std)), len=3, max=mx.array(most.numpy()))
+    assert np.allclose(np.array(ours), theirs, atol=1e-5)
+    assert "def __call__(self, input, std_, *, len=3, max, min=None):" in port.source  # the body calls std
+    with pytest.raises(ValueError, match="the port was made for len=3"):
+        port.module(mx.array(x.numpy()), mx.array(std.numpy()), len=4, max=mx.array(most.numpy()))
+    runpy.run_path(str(port.save(tmp_path / "port") / "model.py"), run_name="__main__")

@@ -43,7 +43,7 @@ def parameters(signature: list[Argument], variable: Callable[[str, str], str]) -
         if any(refs(item.value)):
             found.append(f"{name}=None" if has_default else name)
             if has_default:  # Python needs a default value after another one
-                lines += [f"if {name} is None:", f"    raise ValueError('the port was made with {name}')"]
+                lines += [f"if {name} is None:", f"    raise ValueError('the port was made with {item.name}')"]
             if not isinstance(item.value, Ref):
                 lines += [
                     f"{variable(hint, leaf)} = {text}" for leaf, text, hint in leaves(item.value, name, item.name)
@@ -52,15 +52,16 @@ def parameters(signature: list[Argument], variable: Callable[[str, str], str]) -
         found.append(f"{name}={item.default!r}" if item.has_default else f"{name}=None" if has_default else name)
         has_default = has_default or item.has_default
         if item.value is None:
-            absent.append(name)
+            absent.append((name, item.name))
         else:
             test = "is not" if isinstance(item.value, bool) else "!="
-            message = f"the port was made for {name}={item.value!r}"
+            message = f"the port was made for {item.name}={item.value!r}"
             lines += [f"if {name} {test} {item.value!r}:", f"    raise ValueError({message!r})"]
     if absent:
-        names = ", ".join(absent)
-        test = f"{names} is not None" if len(absent) == 1 else f"any(item is not None for item in ({names}))"
-        said = names if len(absent) < 4 else f"{', '.join(absent[:2])} and {len(absent) - 2} other arguments"
+        names, own = (list(column) for column in zip(*absent, strict=True))
+        joined = ", ".join(names)
+        test = f"{joined} is not None" if len(absent) == 1 else f"any(item is not None for item in ({joined}))"
+        said = ", ".join(own) if len(own) < 4 else f"{', '.join(own[:2])} and {len(own) - 2} other arguments"
         lines += [f"if {test}:", f"    raise ValueError('the port was made without {said}')"]
     return found, lines
 
@@ -77,19 +78,26 @@ def leaves(value: Any, text: str, hint: str) -> Iterator[tuple[str, str, str]]:
             yield from leaves(item, f"{text}[{index}]", f"{hint}_{index}")
 
 
-def call_text(signature: list[Argument], inputs: list[Ref], texts: list[str]) -> str:
-    """Returns the source of the arguments of a call; constants with their default values are left out."""
+def call_text(signature: list[Argument], inputs: list[Ref], texts: list[str], names: list[str]) -> str:
+    """Returns the source of the arguments of a call; constants with their default values are left out.
+
+    Args:
+        signature: The parameters of the original.
+        inputs: The arrays of the example in their order.
+        texts: Their source.
+        names: The parameters of the port, in the order of the original's.
+    """
     if not signature:
         return ", ".join(texts)
     values = dict(zip((ref.name for ref in inputs), texts, strict=True))
     parts = []
     by_name = False
-    for item in signature:
+    for item, name in zip(signature, names, strict=True):
         is_default = item.has_default and not any(refs(item.value)) and item.value == item.default
         by_name = by_name or item.is_keyword_only or is_default
         if not is_default:
             text = _source(item.value, values)
-            parts.append(f"{item.name}={text}" if by_name else text)
+            parts.append(f"{name}={text}" if by_name else text)
     return ", ".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -126,7 +127,8 @@ _LOADED_BY_NAME = """    for name, array in mx.load(str(folder / "weights.safete
 def _file(port: Port) -> str:
     """Returns the text of model.py: the source, a function that loads the weights, and a call on zeros."""
     zeros = [f"mx.zeros({tuple(array.shape)}, mx.{_mlx(array)})" for array in port.inputs]
-    given = signature.call_text(port.plan.graph.signature, port.plan.graph.inputs, zeros)
+    names = _parameters(port.source, port.plan.class_name)
+    given = signature.call_text(port.plan.graph.signature, port.plan.graph.inputs, zeros, names)
     source = port.source.replace("import math\n\n", "", 1)
     standard = (
         "import math\nfrom pathlib import Path\n\n" if source != port.source else "from pathlib import Path\n\n"
@@ -150,6 +152,13 @@ if __name__ == "__main__":
     model = load()
     print(tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, mx.array) else x, model({given})))
 '''
+
+
+def _parameters(source: str, class_name: str) -> list[str]:
+    """Returns the parameters of the call of a class."""
+    found = [item for item in ast.parse(source).body if isinstance(item, ast.ClassDef) and item.name == class_name]
+    call = next(item for item in found[0].body if isinstance(item, ast.FunctionDef) and item.name == "__call__")
+    return [argument.arg for argument in [*call.args.args[1:], *call.args.kwonlyargs]]
 
 
 def _mlx(array: np.ndarray) -> str:

@@ -16,7 +16,7 @@ from icenet.core.porting.source.body import Frame
 from icenet.core.porting.source.classes import MARK, Class, Instance, class_source, resolve
 from icenet.core.porting.source.lines import Body
 from icenet.core.porting.source.modes import either
-from icenet.core.porting.source.renaming import free_names
+from icenet.core.porting.source.renaming import free_arguments, free_names
 from icenet.core.porting.source.simplify import Constructors, simplified, text
 from icenet.core.porting.source.specialize import Calls, specialized
 from icenet.core.porting.source.structure import Structure, member
@@ -137,8 +137,11 @@ class _Writer:
         functions = specialized(self.structure.used_helpers, calls)
         names = {item.name for code in functions for item in ast.parse(code).body if hasattr(item, "name")}
         by_line = {id(line): tree for line, tree in statements}
+        arguments = [item.name for item in self.graph.graph.signature]
         for body in (body for item in classes for body in item.bodies):
-            free_names(body, [by_line[id(line)] for line in body.lines if id(line) in by_line], names)
+            trees = [by_line[id(line)] for line in body.lines if id(line) in by_line]
+            free_names(body, trees, names)
+            free_arguments(body, trees, arguments)
         for line, tree in statements:
             line.code = text(tree)
         for body in (body for item in classes for body in item.bodies):  # two values may now have one variable
