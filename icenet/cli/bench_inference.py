@@ -263,7 +263,9 @@ def start_command(**options: Any) -> None:
 @_inference_options
 @_new_tokens_option
 def all_command(**options: Any) -> None:
-    """Run decode, prefill, batch, quantized, speculative, load, convert and start.
+    """Run all measurements of inference.
+
+    These are decode, prefill, batch, quantized, speculative, load, convert and start.
 
     TARGET is the same as in icenet bench decode.
     """

@@ -45,7 +45,9 @@ class _ParityGroup(CommandGroup):
     ),
 )
 def parity() -> None:
-    """Find the first layer that differs, between the backends or two modules.
+    """Find the first layer that differs between two models.
+
+    Compares the backends of a config, or two modules.
 
     The name of the command can be left out: `icenet parity quickstart` is `icenet parity config quickstart`, and
     `icenet parity mine.py:A ref.py:B` is `icenet parity modules mine.py:A ref.py:B`. The exit code is 0 if all values

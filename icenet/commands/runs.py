@@ -142,7 +142,7 @@ def describe(run: Path, name: str | None = None) -> RunState:
         try:
             stored, size = _checkpoint(newest)
         except IceNetError as error:
-            rest = "; resume uses the checkpoint before it" if len(list_checkpoints(run)) > 1 else ""
+            rest = "; --resume names the newest intact checkpoint" if len(list_checkpoints(run)) > 1 else ""
             problem = problem or f"{error}{rest}"
     goal = training.get("max_steps")
     over = newest is not None and isinstance(goal, int) and int(newest.name.partition("-")[2]) >= goal

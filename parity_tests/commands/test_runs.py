@@ -92,7 +92,7 @@ def test_a_damaged_run_says_what_is_wrong(runs: Path, file: str, said: str, caps
     found = by_name(runs)["whole"]
     problem = str(found.problem)
     assert found.state == "damaged" and "step-00000020 is damaged" in problem and said in problem
-    assert problem.endswith("resume uses the checkpoint before it")
+    assert problem.endswith("--resume names the newest intact checkpoint")
     assert cli.main(["runs", str(runs)]) == 0
     assert "whole: step-00000020 is damaged" in capsys.readouterr().out
     (runs / "whole" / "config.yaml").write_text("a: [")

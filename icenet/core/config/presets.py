@@ -32,6 +32,8 @@ class NotFoundError(ConfigError):
     """A path of a configuration at which there is neither a file nor a preset."""
 
 
+_TEXTS = {".txt", ".jsonl", ".ndjson", ".md", ".py"}
+"""Suffixes of files that are data or code."""
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -66,12 +68,25 @@ def find(path: str | Path) -> Path:
         raise ConfigError(f"{shortened(str(path))}: cannot be read: {reason}") from None
     if mode is not None:
         if stat.S_ISREG(mode):
+            if file.suffix.lower() in _TEXTS:
+                raise ConfigError(
+                    f"{path}: is not a configuration; to train on a text, give a preset and --set data.source={path}"
+                )
             return file
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise ConfigError(f"{path}: is {kind}; expected a YAML file or a preset")
+        raise ConfigError(f"{path}: is {kind}; expected a YAML file or a preset{_use_of_folder(file)}")
     preset = folder() / f"{file.stem}.yaml"
     if preset.is_file() and file.parent.name in ("", "configs") and file.suffix in ("", ".yaml"):
         return preset
     close = difflib.get_close_matches(file.stem, names(), 1)
     hint = f"did you mean {close[0]}?" if close else f"presets: {', '.join(names())}"
     raise NotFoundError(f"{path}: no such file or preset", hint)
+
+
+def _use_of_folder(path: Path) -> str:
+    """Returns the option for a folder that was given in place of a configuration."""
+    if (path / "run.json").is_file():
+        return f" (a run continues with --resume {path})"
+    if (path / "config.json").is_file():
+        return f" (a model is trained with --set model.path={path})"
+    return ""

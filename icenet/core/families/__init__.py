@@ -51,5 +51,5 @@ def family_of(config: ModelConfig, preferred: Family | None = None) -> Family:
     names = ", ".join(name if is_refusal(name) else f"model.{name}" for name in with_values(nearest, config, lacking))
     raise ConfigError(
         f"no family of Hugging Face has these options together; {nearest.model_type}, the nearest, lacks "
-        f"{names}; docs/conversion.md has the options of each family"
+        f"{names}; train a new run with its values to export it (docs/conversion.md has the options of each family)"
     )

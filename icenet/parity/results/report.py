@@ -51,10 +51,17 @@ class Report(Result):
             remark = f"  ({remarks})" if remarks else ""
             indent = "  " * depth.get(module.path, 0)
             yield f"  {_MARKS.get(module.status, ' ')} {indent}{name}: {classes}{ratio}{status}{remark}"
+        is_less_exact = any(module.status == LESS_EXACT for module in self.modules)
         if not self.passed:
             yield ""
             yield f"  a is {self.names[0]}, under test; b is {self.names[1]}, the reference."
+        elif is_less_exact:
+            yield ""
+        if not self.passed or is_less_exact:
             yield "  A number is the error of a in units of the rounding error of b; up to 8 is rounding."
+        if is_less_exact:
+            yield "  less exact: within the error of sums in fp32 that are taken term by term, as MLX's are"
+        if not self.passed:
             yield "  ✗ the difference begins here   · contains it   ~ differs only because its inputs do"
         for note in self.notes:
             yield f"  note: {note}"
