@@ -109,7 +109,11 @@ class Port:
             f"<title>{html.escape(self.plan.class_name)}: parity</title>"
             "<style>body{font:16px system-ui;margin:2em auto;max-width:60em;padding:0 1em}td,th{padding:.2em .8em;"
             "text-align:left;border-bottom:1px solid #ccc}</style>"
-            f"<h1>{html.escape(self.plan.class_name)}</h1><p>{first}</p><table><tr><th>mode<th>compared<th>sizes"
+            f"<h1>{html.escape(self.plan.class_name)}</h1><p>{first}</p>"
+            "<p>Each row compares the port with the original. The difference is the largest one, relative to the "
+            "largest value. The ratio is the error of the port against the original in float64, in units of the "
+            "error that the original itself has in its dtype; up to 8 passes. The layers are those of mlx.nn, as in "
+            "model.py, or IceNet's, as in port.module.</p><table><tr><th>mode<th>compared<th>sizes"
             f"<th>ratio<th>difference<th>layers<th>largest at</tr>{rows}</table><ul>{notes}</ul></html>\n"
         )
 
