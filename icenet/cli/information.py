@@ -42,6 +42,8 @@ def info_command(
     """Show parameter counts and memory of models.
 
     TARGET is a config, a run, a checkpoint, a Hugging Face folder or a GGUF file. Without it, all presets are listed.
+    Their sizes are those of a list of models, whose figures are in the columns guide; within tells whether a preset
+    needs no more memory (docs/models.md).
     """
     if target is None and (overrides or schedule):
         raise click.UsageError("--set needs a TARGET" if overrides else "--schedule needs a TARGET")

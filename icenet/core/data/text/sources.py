@@ -166,7 +166,9 @@ def find_source(source: str, errors: str = "stop") -> Source:
             return _glob(source, path, errors)
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; ~ of an unknown user
         raise DataError(f"data.source {source!r} cannot be read: {reason(error)}") from None
-    raise DataError(f"data.source {source!r} does not exist{path_hint(path)}")
+    hint = path_hint(path)
+    way_out = "" if "did you mean" in hint else "; set data.source to where it is"
+    raise DataError(f"data.source {source!r} does not exist{hint}{way_out}")
 
 
 class _Listing:
