@@ -201,6 +201,21 @@ def test_training_that_only_the_rounding_of_pytorch_ends_is_no_difference() -> N
             assert not np.isfinite(report.losses["b"][-1]) and np.isfinite(report.losses["a"]).all()
 
 
+def test_a_mean_that_overflows_in_fp16_is_a_difference_with_its_cause() -> None:
+    """MLX sums fp16 in fp16, PyTorch in fp32."""
+    for sums_in, words in (
+        (mx.float16, "the mean of 10 values of the output of up overflows in a"),
+        (mx.float32, ""),
+    ):
+
+        def mean(x: Any, sums_in: Any = sums_in) -> Any:
+            return mx.mean(x.astype(sums_in), axis=1).astype(x.dtype)
+
+        pair = with_equal_weights(Net(mean), TorchNet(lambda x: torch.mean(x, dim=1)))
+        report = compare(*pair, np.full((4, 10, 8), 8e3, np.float32), dtype="fp16", stages=["forward"])
+        assert report.passed is (not words) and words in report.cause, report
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_of_a_softmax_has_the_rounding_of_mlx(dtype: torch.dtype) -> None:
     """In half precision MLX rounds the products of probabilities and cotangents, PyTorch only the result."""

@@ -5,7 +5,8 @@ That which removes the difference is named. What is tried, one file each:
 calls       modes that differ; modules, such as a dropout, that only one side calls, or more often
 numbers     attributes of both modules with the same meaning: eps, momentum, rates, strides, align_corners
 order       axes, halves, a direction or a shift of the array that differs
-sums        an array that is added, left out, multiplied by a number, or taken in the place of another one
+sums        an array that is added, left out, multiplied by a number, or taken in the place of another one; a mean
+            that overflows in fp16
 functions   variants of the functions that the reference calls (`icenet_torch.tools.variants`): GELU, masks, scales,
             padding, variance, pooling, TF32, eps as a number in the code; casts to fp32 that are left out
 rotary      the base of the angles of rotary positions, the values that they turn together, and how many they turn
@@ -35,15 +36,25 @@ from icenet.parity.causes.numbers import (
 )
 from icenet.parity.causes.order import find_direction, find_order
 from icenet.parity.causes.rotary import find_angles, find_partial, find_rotary
-from icenet.parity.causes.sums import find_centred, find_parts, find_scale, find_sums
+from icenet.parity.causes.sums import find_centred, find_overflow, find_parts, find_scale, find_sums
 from icenet.parity.causes.trial import Trial
 from icenet.parity.causes.weights import find_offset, find_tied, find_unused, find_weights
 from icenet.parity.state import Comparison
 from icenet.parity.yardstick import Judgement
 
 _SEARCHES = (
-    *(find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_rotary, find_partial),
-    *(find_offset, find_unused, find_calls, find_functions, find_loops, find_scale, find_sums, find_weights),
+    *(find_overflow, find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_rotary),
+    *(
+        find_partial,
+        find_offset,
+        find_unused,
+        find_calls,
+        find_functions,
+        find_loops,
+        find_scale,
+        find_sums,
+        find_weights,
+    ),
     *(find_tied, find_options, find_centred, find_direction, find_casts),
 )
 """The searches for the cause of a wrong output, in their order."""

@@ -49,6 +49,27 @@ def find_sums(trial: Trial) -> str:
     return ""
 
 
+def find_overflow(trial: Trial) -> str:
+    """Returns which mean is infinite in MLX because its sum exceeds the largest number of fp16."""
+    if trial.c.a.backend != "mlx" or trial.c.dtype != "fp16" or not trial.is_forward:
+        return ""
+    ours, exact = (np.asarray(values[trial.name].array, np.float64) for values in (trial.ours, trial.exact))
+    if ours.shape != exact.shape or np.isfinite(ours).all() or not np.isfinite(exact).all():
+        return ""
+    for (source, _), value in zip(trial.pair.input_places(), trial.given.values, strict=True):
+        array = np.asarray(value.array, np.float64)
+        counts = range(1, array.ndim + 1) if value.is_float else ()
+        for axes in itertools.chain.from_iterable(itertools.combinations(range(array.ndim), n) for n in counts):
+            mean = array.mean(axis=axes)
+            if mean.size != exact.size or not np.allclose(mean, exact.reshape(mean.shape)):
+                continue
+            sums = np.abs(array).sum(axis=axes)[~np.isfinite(ours.reshape(mean.shape))]
+            if (sums > np.finfo(np.float16).max).all():
+                what = f"the mean of {array.size // mean.size} values of {_label(trial.pair, source)} overflows in a"
+                return f"{what}: MLX sums fp16 in fp16, up to 65504, PyTorch in fp32; use x.astype(mx.float32)"
+    return ""
+
+
 def find_scale(trial: Trial) -> str:
     """Returns by which number the array is multiplied, if that explains the difference."""
     ours, exact = (np.asarray(values[trial.name].array, np.float64) for values in (trial.ours, trial.exact))
