@@ -20,7 +20,7 @@ from icenet.core.errors import UsageError
 from icenet.core.weights import layout
 from icenet.core.weights.copying import contiguous, copy_to
 from icenet.core.weights.safetensors import read_ahead, read_into
-from icenet.core.weights.sharing import find_shared
+from icenet.core.weights.sharing import OTHER_NAMES, find_shared
 from icenet.nn.arrays import filled, from_numpy, on_cpu, to_numpy
 from icenet.nn.kinds import kind_of
 
@@ -89,6 +89,11 @@ def layer_kinds(model: nn.Module) -> dict[str, str]:
     for node in nodes:
         if not isinstance(node.holder, nn.Module) and any(isinstance(value, mx.array) for _, value in node.items):
             kinds.setdefault(node.path, "plain")
+    for other, owner in _other_names(nodes):
+        (module, name), kind = layout.split(other.path), layout.parameter_kind(kinds, owner.path)
+        kinds.setdefault(module, "plain")
+        if layout.rule(kind, layout.split(owner.path)[1]) != layout.rule(kinds[module], name):
+            kinds[module] += f" {name}={kind}"
     return kinds
 
 
@@ -239,8 +244,26 @@ class Arrays:
 
 
 def _places(model: nn.Module) -> list[_Place]:
+    """Returns the places of the arrays; an array of a port also under the further names that its original has."""
+    nodes = _nodes(model)
+    return _own_places(nodes) + [other for other, _ in _other_names(nodes)]
+
+
+def _other_names(nodes: list[_Node]) -> list[tuple[_Place, _Place]]:
+    """Returns each further name of an array of a port in its original, as a place, and the owner's place."""
+    named = [(node, names) for node in nodes if (names := getattr(type(node.holder), OTHER_NAMES, None))]
+    own = {place.path: place for place in _own_places(nodes)} if named else {}
+    return [
+        (owner._replace(path=_join(node.path, other), mlx_path=_join(node.mlx_path, other)), owner)
+        for node, names in named
+        for other, path in names.items()
+        if (owner := own.get(_join(node.path, path))) is not None
+    ]
+
+
+def _own_places(nodes: list[_Node]) -> list[_Place]:
     found = []
-    for node in _nodes(model):
+    for node in nodes:
         if node.is_hidden:
             continue
         for name, value in node.items:

@@ -50,6 +50,9 @@ KINDS: dict[str, str] = {
 DIFFERENT_CALLS = frozenset({"attention", "native_recurrent"})
 """Kinds whose first output is the same on both sides, but not the further outputs and the names of parameters."""
 
+_PORTED_MODEL = "icenet.models.ported.PortedModel"
+"""The class of a model whose module is a port."""
+
 _SAMPLES = 2000  # elements that `permutation` compares
 _MASKED = 1e3
 """A negative value this many times as large as the others (and as one) masks: softmax gives it nothing."""
@@ -252,14 +255,19 @@ def align_trace(mlx: Trace, torch: Trace) -> tuple[Trace, dict[str, str]]:
 
 
 def without_counterpart(mlx: Trace, torch: Trace) -> set[str]:
-    """Returns the names of values that one side lacks because its layer has other parts (`DIFFERENT_CALLS`)."""
+    """Returns the names of values that one side lacks because its layer has other parts (`DIFFERENT_CALLS`).
+
+    A port computes some layers of its original by functions, such as a head with the weight of an embedding.
+    """
     if mlx.backend == torch.backend:
         return set()
+    is_port = mlx.classes.get("") == _PORTED_MODEL
     found = set()
     for name in (*mlx.values, *torch.values):
         kind, _, path = name.partition(":")
         is_further = "[" in path and _common_kind(mlx, torch, path) in DIFFERENT_CALLS
-        if kind == "module" and path and (is_further or _is_within_different(mlx, torch, path)):
+        is_of_one = is_port and (name not in mlx.values or name not in torch.values)
+        if kind == "module" and path and (is_further or is_of_one or _is_within_different(mlx, torch, path)):
             found.add(name)
     return found
 

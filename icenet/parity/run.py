@@ -300,9 +300,14 @@ def _samples(engines: Engines, sampled: Callable[[str, bool], F]) -> Samples[F]:
 
 
 def _state(engine: Engine, gradients: Mapping[str, Array]) -> Trace:
-    """Returns the engine's weights and optimizer state; weights without a gradient are of kind "statistic"."""
-    trace = Trace()
+    """Returns the engine's weights and optimizer state; weights without a gradient are of kind "statistic".
+
+    A shared array is there once, by its owner's path.
+    """
+    trace, shared = Trace(), engine.model.shared_arrays()
     for path, array in engine.weights().items():
+        if path in shared:
+            continue
         trace.add("parameter" if path in gradients else "statistic", path, Value(array, short_dtype(array.dtype)))
     for path, array in engine.optimizer_state().items():
         trace.add("moment", path, Value(array, short_dtype(array.dtype)))

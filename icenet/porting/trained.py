@@ -27,6 +27,7 @@ def module(config: Any) -> nn.Module:
     described = ports.read_config(folder)
     found: nn.Module = getattr(source, described["class"])()
     object.__setattr__(found, _LAYOUT, described["layout"])
+    ports.mark(found, described["weights"])
     fixed = [place.name for place in described["weights"].values() if not place.is_saved]
     arrays = files.read(folder / "weights.safetensors") if fixed else {}
     for path in fixed:

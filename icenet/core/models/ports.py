@@ -9,13 +9,16 @@ from typing import Any
 from icenet.core import backends
 from icenet.core.errors import FileError, WeightsError
 from icenet.core.porting.places import Place, Places
+from icenet.core.weights import sharing
 
 _PLACES = "icenet_places"
 
 
 def mark(mlx_module: Any, places: Places) -> None:
-    """Notes the places of a port at its class."""
+    """Notes the places of a port, and the further names of its arrays in the original, at its class."""
     setattr(type(mlx_module), _PLACES, places)
+    others = {path: places[path].name for path in _shared(places)}
+    setattr(type(mlx_module), sharing.OTHER_NAMES, others)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -60,7 +63,9 @@ def places_of(mlx_module: Any, torch_module: Any) -> Places | None:
     if places is None:
         return None
     tensors = backends.module("torch", "porting.weights").tensors(torch_module)
-    return places if all(path in tensors for path in _of_original(places)) else None
+    own = _of_original(places)
+    found = {place.name for path, place in own.items() if path in tensors}  # of a shared array one name is enough
+    return places if all(place.name in found for place in own.values()) else None
 
 
 def to_torch(places: Places, mlx_module: Any, torch_module: Any) -> None:
@@ -74,7 +79,8 @@ def to_torch(places: Places, mlx_module: Any, torch_module: Any) -> None:
     values = {
         path: place.to_torch(found[place.name])
         for path, place in _of_original(places).items()
-        if place.is_saved or place.name in found  # a model that is trained holds the others as constants
+        if path in tensors
+        and (place.is_saved or place.name in found)  # a trained model holds the others as constants
     }
     _check("to_torch", {path: (tuple(tensors[path].shape), value.shape) for path, value in values.items()})
     theirs.assign(torch_module, values)
@@ -84,10 +90,10 @@ def from_torch(places: Places, torch_module: Any, mlx_module: Any) -> None:
     """Copies the arrays of the original to its port.
 
     Raises:
-        WeightsError: A shape differs; nothing is copied.
+        WeightsError: A shape differs, or two arrays that the original shared are unequal; nothing is copied.
     """
     ours, theirs = backends.module("mlx", "porting.weights"), backends.module("torch", "porting.weights")
-    found, tensors = ours.arrays(mlx_module), theirs.arrays(torch_module)
+    found, tensors = ours.arrays(mlx_module), sharing.complete(theirs.arrays(torch_module), _shared(places))
     own = {path: p for path, p in _of_original(places).items() if p.is_saved or p.name in found}
     values = {place.name: place.to_port(tensors[path]) for path, place in own.items()}
     shapes = {path: (values[place.name].shape, found[place.name].shape) for path, place in own.items()}
@@ -97,6 +103,13 @@ def from_torch(places: Places, torch_module: Any, mlx_module: Any) -> None:
 
 def _of_original(places: Places) -> dict[str, Place]:
     return {path: place for path, place in places.items() if place.kind != "constant"}
+
+
+def _shared(places: Places) -> dict[str, str]:
+    """Returns the first path of each further path of an array in the original."""
+    first: dict[str, str] = {}
+    owners = {path: first.setdefault(place.name, path) for path, place in places.items()}
+    return {path: owner for path, owner in owners.items() if path != owner}
 
 
 def _check(function: str, shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:

@@ -76,7 +76,7 @@ class Plan:
         return found
 
     def places(self) -> dict[str, Place]:
-        """Returns where the port has each array of the original, by its path there."""
+        """Returns where the port has each array of the original, by its path there; a shared one by all its paths."""
         arrays = {a.path: a for g in (self.graph, self.train) if g is not None for a in g.arrays.values()}
         found = {}
         for path, name in self.wanted().items():
@@ -84,7 +84,8 @@ class Plan:
             layer = self.layers.get(owner)
             axes = layer.permutations.get(leaf, ()) if layer is not None else ()
             found[path] = Place(name, tuple(axes), arrays[path].kind, arrays[path].is_saved)
-        return found
+        shared = {**self.graph.shared, **(self.train.shared if self.train is not None else {})}
+        return found | {path: found[owner] for path, owner in shared.items() if owner in found}
 
     def wanted(self) -> dict[str, str]:
         """Returns the path in the port of each array, by its path in PyTorch."""

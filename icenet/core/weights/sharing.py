@@ -16,6 +16,10 @@ from icenet.core.errors import UsageError, WeightsError
 
 Array = NDArray[Any]
 
+OTHER_NAMES = "icenet_other_names"
+"""The attribute of a class whose modules hold an array once that their twins hold at several places, as ports do: the
+path of the array by each further path in the twin."""
+
 
 def find_shared(arrays: Iterable[tuple[str, Any]]) -> dict[str, str]:
     """Returns the owner's path of each alias.
