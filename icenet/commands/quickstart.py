@@ -19,7 +19,7 @@ from icenet.commands.overrides import warn_of_replaced
 from icenet.core import backends, files
 from icenet.core.config import Config
 from icenet.core.errors import BackendError, UsageError
-from icenet.core.report import canvas, plots
+from icenet.core.report import canvas, plots, streams
 from icenet.core.report.console import new_console
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.runs import run_folder
@@ -167,13 +167,19 @@ def _run(out: Path, config: Config, half: int, quiet: bool, began: float) -> Rep
     tokens = config.training.batch_size * getattr(config.model, "max_seq_length", 1)
     choose_num_threads("mlx", tokens, config.model.hidden_size)
 
+    say = (lambda text: None) if quiet else streams.write_error
+
+    say(f"1 of 4: MLX trains, steps 1 to {half}")
     Trainer.start(config, out / "mlx", backend="mlx", quiet=quiet).fit(until=half)
     checkpoint = path_of(out / "mlx", half)
+    say("2 of 4: PyTorch continues from the checkpoint of MLX")
     Trainer.resume(checkpoint, run=out / "torch", backend="torch", quiet=quiet).fit()
     with tempfile.TemporaryDirectory(dir=out, prefix=_REFERENCE) as folder:
         reference = Path(folder) / "torch float64"
+        say("3 of 4: PyTorch does the same in float64, the reference")
         Trainer.resume(checkpoint, run=reference, backend="torch", device="cpu", dtype="float64", quiet=quiet).fit()
         curves = {"reference": _losses(reference)}
+    say("4 of 4: MLX continues")
     # last, because it may delete the halfway checkpoint (training.keep_checkpoints)
     Trainer.resume(out / "mlx", backend="mlx", quiet=quiet).fit()
     curves |= {name: _losses(out / name) for name in ("mlx", "torch")}
