@@ -12,7 +12,8 @@
     icenet.save(model, "my-model")
     icenet.from_torch(torch_module, mlx_module)              # the weights of any two modules, and to_torch back
 
-Importing this package loads neither MLX nor PyTorch. Each function loads the framework that it needs.
+Importing this package loads neither MLX nor PyTorch. Each function loads the framework that it needs. What they raise
+for a bad input is an `IceNetError`, with one line that names it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import icenet._deprecated  # noqa: F401  (old module names)
+from icenet.core.errors import IceNetError
 from icenet.core.garbage_collection import without_garbage_collection
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from icenet.parity.ports.port import Port
 
 __all__ = [
+    "IceNetError",
     "__version__",
     "build",
     "chat",
