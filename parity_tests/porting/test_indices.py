@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import icenet.blas  # noqa: F401  (before mlx)
+import icenet.blas  # before mlx
 
 import mlx.core as mx
 import mlx.nn as mlx_nn
@@ -13,6 +13,8 @@ import pytest
 import torch
 from made_ports import close, ported
 from torch import nn
+
+import icenet
 
 
 def written(h: torch.Tensor, e: nn.Embedding) -> torch.Tensor:
@@ -107,3 +109,22 @@ class Positions(nn.Module):
 def test_indices_without_a_gradient_are_given_as_they_are() -> None:
     _, source = ported(Positions(), torch.randn(4, 6))
     assert "stop_gradient" not in source.partition("class Positions")[2]
+
+
+class PartsChangedInPlace(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        y[:, 1:4] += x[:, :3]
+        y[:, -2] *= 2
+        y[0] += y[1]
+        y[0] += y[1]
+        return y
+
+
+def test_a_part_that_is_changed_in_place_is_written_once() -> None:
+    """Python computes `y[0] += z` in place, and then assigns the result to the part."""
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    port = icenet.port(PartsChangedInPlace(), x)
+    assert np.allclose(np.array(port.module(mx.array(x.numpy()))), PartsChangedInPlace()(x), atol=1e-6)
+    call = port.source[port.source.index("def __call__") :]
+    assert call.count("put(") + call.count("] = ") == 4, call
