@@ -16,7 +16,8 @@ from torch import nn
 
 from icenet.core.config import user_code
 from icenet.core.errors import UsageError, WeightsError
-from icenet.core.weights import files
+from icenet.core.weights import files, sharing
+from icenet_torch.nn.arrays import to_numpy
 
 
 def modules_in(module: ModuleType) -> list[str]:
@@ -147,6 +148,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if isinstance(state, dict):
+        state = {**state, **_of_shared(module, state, path)}
         expected, found = (
             {name: tuple(value.shape) for name, value in table.items() if isinstance(value, torch.Tensor)}
             for table in (module.state_dict(), state)
@@ -156,3 +158,14 @@ def load_weights(module: nn.Module, path: Path) -> None:
         module.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise WeightsError(f"{path}: {' '.join(str(error).split())[:400]}") from None
+
+
+def _of_shared(module: nn.Module, state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights that a module has under several names, under all of them; the file may have one of them."""
+    shared = sharing.find_shared(module.state_dict(keep_vars=True).items())
+    names = {*shared, *shared.values()}
+    given = {name: to_numpy(value) for name, value in state.items() if name in names and torch.is_tensor(value)}
+    try:
+        return {name: _tensor(value) for name, value in sharing.complete(given, shared).items()}
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None

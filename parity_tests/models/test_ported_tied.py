@@ -22,6 +22,7 @@ from icenet.core.errors import WeightsError
 from icenet.core.models.twins import compare_with_twin
 from icenet.core.weights import files
 from icenet.parity.run import run as parity
+from icenet_torch.porting.sources import load_weights
 
 TEXT = """
 import torch
@@ -213,3 +214,20 @@ def test_weights_of_the_original_load_under_any_name() -> None:
         with pytest.raises(WeightsError) as caught:
             icenet.from_torch(source, ours)
         assert is_one_line(caught.value, "embedding.weight", "head.weight")
+
+
+def test_files_of_weights_to_port_may_lack_a_name(tmp_path: Path) -> None:
+    theirs, module = (user_code.run_file(Path("mine.py")).net() for _ in range(2))
+    with torch.no_grad():
+        theirs.embedding.weight.add_(1)
+    path, given = tmp_path / "net.pt", {name: value.clone() for name, value in theirs.state_dict().items()}
+    for missing in ("", "head.weight", "embedding.weight"):
+        torch.save({name: value for name, value in given.items() if name != missing}, path)
+        load_weights(module, path)
+        assert torch.equal(module.head.weight, theirs.head.weight)
+        with torch.no_grad():
+            module.head.weight.zero_()
+    torch.save({**given, "head.weight": given["head.weight"] + 1}, path)
+    with pytest.raises(WeightsError) as caught:
+        load_weights(module, path)
+    assert is_one_line(caught.value, "net.pt", "embedding.weight", "head.weight", "unequal")
