@@ -148,7 +148,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if isinstance(state, dict):
-        state = {**state, **_of_shared(module, state, path)}
+        state.update(_of_shared(module, state, path))  # in place: the metadata of a state dict stay
         expected, found = (
             {name: tuple(value.shape) for name, value in table.items() if isinstance(value, torch.Tensor)}
             for table in (module.state_dict(), state)
