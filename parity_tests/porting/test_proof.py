@@ -18,6 +18,7 @@ from torch import nn
 import icenet
 from icenet.core.errors import PortError
 from icenet.core.porting.table import TABLE
+from icenet.parity.ports.limits import Guard, find_limits
 
 R = torch.randn
 
@@ -279,6 +280,23 @@ def test_a_branch_on_a_size_limits_the_sizes_of_the_port() -> None:
     assert port.module(mx.zeros((2, 5, 4))).shape == (2, 4)
     with pytest.raises(ValueError, match="x has 4 in dimension 1; the port was made for at least 5"):
         port.module(mx.zeros((2, 4, 4)))
+
+
+def test_the_batches_of_two_inputs_are_equal_and_of_any_size() -> None:
+    """As of Llama: the original broadcasts a mask of one sentence, the port takes as many masks as sentences."""
+    example = ([np.zeros((2, 6)), np.zeros((2, 6))], {})
+
+    def batches(given: Any) -> list[int]:
+        return [len(array) for array in given[0]]
+
+    limits = find_limits(
+        example,
+        [Guard("m >= 2", {"m": ((1, 0),)}), Guard("n >= 2", {"n": ((0, 0),)})],
+        runs=lambda given: batches(given)[1] in (1, batches(given)[0]),
+        serves=lambda given: batches(given)[0] == batches(given)[1],
+    )
+    assert not limits.ranges
+    assert [guard.places for guard in limits.guards] == [{"size": ((1, 0),), "other": ((0, 0),)}]
 
 
 class Halves(nn.Module):

@@ -109,13 +109,39 @@ def find_limits(
                     continue
                 given = with_sizes(example, changed)
                 tried[key] = not runs(given) or serves(given)
-            if not tried[key]:
+            if not tried[key] and (equal := _equality(example, shapes, changed, runs, serves)):
+                limiting.append(equal)
+                found.guards.append(equal)
+            elif not tried[key]:
                 limiting.append(guard)
                 _limit(found, guard, own, changed)
                 break
         else:
             found.untried += not is_tried
     return found
+
+
+def _equality(
+    example: Arguments,
+    shapes: list[tuple[int, ...]],
+    changed: dict[Place, int],
+    runs: Callable[[Arguments], bool],
+    serves: Callable[[Arguments], bool],
+) -> Guard | None:
+    """Returns the guard that two sizes are equal, if the port serves a size that all equal ones have; None if not.
+
+    An example is a batch of one mask for a batch of two sentences, which the original broadcasts. The port needs two
+    equal batches, of any size.
+    """
+    for place, size in changed.items():
+        before = shapes[place[0]][place[1]]
+        others = [(i, d) for i, shape in enumerate(shapes) for d, n in enumerate(shape) if n == before]
+        others = [other for other in others if other not in changed]
+        for some in (others, *([other] for other in others if len(others) > 1)):
+            given = with_sizes(example, {**changed, **dict.fromkeys(some, size)})
+            if some and runs(given) and serves(given):
+                return Guard("size == other", {"size": (place,), "other": (some[0],)})
+    return None
 
 
 def _violations(guard: Guard, own: dict[str, int]) -> Iterator[dict[str, int]]:
