@@ -267,6 +267,9 @@ def test_chosen_stages() -> None:
     report = compare(*blocks(), draw(9, 6), stages=("structure", "forward"))
     statuses = {stage.name: stage.status for stage in report.stages}
     assert statuses["forward"] == "passed" and statuses["weights"] == statuses["training"] == "skipped"
+    for stage in ("optimizer", "training"):  # which need the gradients of a run
+        report = compare(*blocks(), draw(9, 6), stages=stage)
+        assert {item.name for item in report.stages if item.status == "passed"} == {stage}
 
 
 # ---- names, axes, frameworks, dtypes ------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
     if first:
         with c.stage("weights") as stage:
             weights.compare_weights(c, stage)
-    if not any(map(c.wants, ("forward", "loss", "gradients"))):
+    if not any(map(c.wants, ("forward", "loss", "gradients", "optimizer", "training"))):
         return
     with c.stage("forward") as stage:
         if first and forward.modes_differ(c, stage):
