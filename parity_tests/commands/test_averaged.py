@@ -81,6 +81,6 @@ def test_convert(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert same_bits(dict(weight_files.read(out)), dict(averaged))
     assert not same_bits(dict(averaged), icenet.load(runs / "run", "torch", "cpu").weights())
     capfd.readouterr()
-    for source in ("plain", "averaged.safetensors"):
-        assert main(["convert", str(runs / source), str(runs / "x.pt"), "--to", "torch", "--averaged"]) == 1
+    for source, code in (("plain", 1), ("averaged.safetensors", 2)):  # a run without an average, and no run
+        assert main(["convert", str(runs / source), str(runs / "x.pt"), "--to", "torch", "--averaged"]) == code
         assert source in error_line(capfd.readouterr().err)

@@ -28,6 +28,7 @@ def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "IS_FASTER", cpu_products.HAS_FUNCTIONS)
     monkeypatch.setattr(mlx_products, "_is_faster", lambda: True)
     monkeypatch.setattr(blas, "num_threads", lambda: 2)
+    torch.manual_seed(0)
 
 
 def generating(inputs: int, outputs: int, bias: bool) -> Any:
@@ -65,7 +66,7 @@ def test_views_are_read_in_their_own_order(rows: int) -> None:
         assert cpu_products.can_compute(x, weight) == cpu_products.HAS_FUNCTIONS
         found = linear(x, weight, bias, generates=True)
     exact = F.linear(x.double(), weight.double(), bias.double())
-    assert (found - exact).abs().max() <= 1e-6 * exact.abs().max()
+    assert (found - exact).abs().max() <= 8 * (F.linear(x, weight, bias) - exact).abs().max()
 
 
 def test_other_products_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -697,7 +697,7 @@ PREPARE = """
     from icenet.core.data.text import prepare, reading
     from icenet.core.data.text.cache import load_tokens
     from icenet.core.data.text.sources import find_source
-    from icenet.core.errors import FileError
+    from icenet.core.errors import DataError, FileError
     from icenet.core.tokenizers import get_tokenizer
     source, cache, tokenizer, workers = sys.argv[1:]
     source, tokenizer = find_source(source), get_tokenizer(tokenizer)
@@ -705,6 +705,8 @@ PREPARE = """
     {before}
     try:
         print(load_tokens(source, tokenizer, Path(cache), errors="skip", workers=int(workers)).fingerprint)
+    except DataError as error:
+        print("DataError:", error)
     except FileError as error:
         print("FileError:", error)
 """
