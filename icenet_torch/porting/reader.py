@@ -454,8 +454,7 @@ def _signature(module: nn.Module, input_tree: Any) -> list[Argument]:
             if item.kind != item.KEYWORD_ONLY:
                 return []  # a value without a source: a device, for example
             continue
-        default = item.default if has_default else None
-        found.append(Argument(name, value, item.kind == item.KEYWORD_ONLY, has_default, default))
+        found.append(Argument(name, value, item.kind == item.KEYWORD_ONLY, has_default))
     return found
 
 

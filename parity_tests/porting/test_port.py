@@ -279,3 +279,24 @@ def test_weights_of_another_model_are_named(tmp_path: Path, capsys: pytest.Captu
     torch.save({f"{number}": value for number, value in enumerate(state.values())}, path)
     assert command(f"{FILE}:Net", "--shape", "1x3x10x10", "--weights", str(path)) == 1
     assert is_one_line(capsys.readouterr().err.strip(), "w.pt", f"{len(state)} missing ({first}", "of this module")
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, use_cache: bool | None = None, scale: float = 1.0) -> Any:
+        y = self.fc(x) * scale
+        return y if use_cache is False else (y, x)
+
+
+def test_a_constant_of_the_example_is_the_default_of_the_port() -> None:
+    """A model of transformers is ported with use_cache=False, and called as `model(ids)`."""
+    module, x = Optional(), torch.randn(2, 4)
+    port = icenet.port(module, x, example_kwargs={"use_cache": False, "scale": 2.0})
+    expected = module(x, use_cache=False, scale=2.0).detach()
+    for options in ({}, {"use_cache": False}, {"scale": 2.0}):
+        np.testing.assert_allclose(port.module(mx.array(x.numpy()), **options), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="the port was made for use_cache=False"):
+        port.module(mx.array(x.numpy()), use_cache=None)

@@ -139,7 +139,7 @@ class Argument:
     """A Ref, a structure of them, or a constant."""
     is_keyword_only: bool = False
     has_default: bool = False
-    default: Any = None
+    """Whether the original has a default for it."""
 
 
 @dataclass

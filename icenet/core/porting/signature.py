@@ -49,7 +49,8 @@ def parameters(signature: list[Argument], variable: Callable[[str, str], str]) -
                     f"{variable(hint, leaf)} = {text}" for leaf, text, hint in leaves(item.value, name, item.name)
                 ]
             continue
-        found.append(f"{name}={item.default!r}" if item.has_default else f"{name}=None" if has_default else name)
+        # a constant of the example takes the place of the original's default, which the port may not serve
+        found.append(f"{name}={item.value!r}" if item.has_default else f"{name}=None" if has_default else name)
         has_default = has_default or item.has_default
         if item.value is None:
             absent.append((name, item.name))
@@ -79,7 +80,7 @@ def leaves(value: Any, text: str, hint: str) -> Iterator[tuple[str, str, str]]:
 
 
 def call_text(signature: list[Argument], inputs: list[Ref], texts: list[str], names: list[str]) -> str:
-    """Returns the source of the arguments of a call; constants with their default values are left out.
+    """Returns the source of the arguments of a call; constants that are the defaults of the port are left out.
 
     Args:
         signature: The parameters of the original.
@@ -93,7 +94,7 @@ def call_text(signature: list[Argument], inputs: list[Ref], texts: list[str], na
     parts = []
     by_name = False
     for item, name in zip(signature, names, strict=True):
-        is_default = item.has_default and not any(refs(item.value)) and item.value == item.default
+        is_default = item.has_default and not any(refs(item.value))
         by_name = by_name or item.is_keyword_only or is_default
         if not is_default:
             text = _source(item.value, values)
