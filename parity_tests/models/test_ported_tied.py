@@ -231,3 +231,20 @@ def test_files_of_weights_to_port_may_lack_a_name(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as caught:
         load_weights(module, path)
     assert is_one_line(caught.value, "net.pt", "embedding.weight", "head.weight", "unequal")
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_the_mlx_form_has_what_the_port_has(backend: str, tmp_path: Path) -> None:
+    config = Config.from_dict({**yaml.safe_load(Path("net.yaml").read_text()), "backend": backend})
+    model = icenet.build(config, backend, "cpu")
+    model.set_weights({name: array + 0.5 for name, array in model.weights().items()})
+    icenet.save(model, tmp_path / "saved")
+    converted, again = tmp_path / "mlx.safetensors", tmp_path / "again.safetensors"
+    icenet.convert(tmp_path / "saved", converted, to="mlx", config=config)
+    port = icenet.build(config, "mlx", "cpu")
+    port.load_weights(str(converted))  # strict
+    assert same_bits(port.weights(), model.weights())
+    icenet.convert(converted, again, to="canonical", config=config)
+    assert same_bits(files.read(again), model.weights())
+    icenet.convert(tmp_path / "saved" / "model.safetensors", again, to="mlx", model=port, overwrite=True)
+    assert files.read(again).keys() == files.read(converted).keys()

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from icenet.core import backends
-from icenet.core.config import Config, ImageModelConfig
+from icenet.core.config import Config, ImageModelConfig, custom
 from icenet.core.conversion import export
 from icenet.core.errors import UsageError
 from icenet.core.families import folder, sentence_transformers, torchvision
+from icenet.core.models import ports
+from icenet.core.models.ported import NET
 from icenet.core.runs import checkpoint, saved_model
 from icenet.core.runs.open_model import image_facts, open_averaged
 from icenet.core.tokenizers import tokenizer_files
@@ -20,7 +22,7 @@ from icenet.core.weights.convert import FORMS, Conversion, convert, destination_
 from icenet.core.weights.files import DEFAULT_NAME
 from icenet.core.weights.packed import describe, packed_of
 
-_OF_A_MODEL = ("model", "kinds", "shapes", "names", "shared", "arrays", "companions")
+_OF_A_MODEL = ("model", "kinds", "shapes", "names", "shared", "aliases", "arrays", "companions")
 """Arguments of `convert` that determine a model in Python."""
 
 
@@ -107,6 +109,9 @@ def _convert_by_config(
         model = backends.meta_model(settings)
         common |= {"kinds": model.layer_kinds(), "shapes": model.weight_shapes(), "names": model.mlx_names()}
         common["shared"] = model.shared_arrays()
+        if custom.has_port(settings.model):
+            of_port = ports.mlx_facts(settings.model, NET, common["kinds"])
+            common |= {"kinds": of_port.kinds, "names": of_port.names, "aliases": of_port.aliases}
     translations = torchvision.translations(settings, source, destination, to)
     notes = [f"the names are IceNet's, not those of {imported.family.model_type}"] if imported else []
     if imported is not None and (packed := packed_of(imported.weights)) is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icenet.core import backends
 from icenet.core.errors import FileError, WeightsError
 from icenet.core.porting.places import Place, Places
-from icenet.core.weights import sharing
+from icenet.core.weights import layout, sharing
 
 _PLACES = "icenet_places"
 
@@ -66,6 +68,58 @@ def places_of(mlx_module: Any, torch_module: Any) -> Places | None:
     own = _of_original(places)
     found = {place.name for path, place in own.items() if path in tensors}  # of a shared array one name is enough
     return places if all(place.name in found for place in own.values()) else None
+
+
+@dataclass(frozen=True)
+class MLXFacts:
+    """How the MLX form of a trained port has the weights of its original.
+
+    Attributes:
+        kinds: Module path -> layer kind.
+        names: MLX's name -> canonical name, where the two differ.
+        aliases: Further names of shared arrays, which the port does not have.
+    """
+
+    kinds: dict[str, str]
+    names: dict[str, str]
+    aliases: set[str]
+
+
+def mlx_facts(config: Any, prefix: str, kinds: Mapping[str, str]) -> MLXFacts:
+    """Returns how the MLX form has the weights of a port. MLX is not needed.
+
+    Args:
+        config: The model section of a configuration, whose `port` is the folder of the port.
+        prefix: The path of the port in the model.
+        kinds: Module path -> layer kind of the model, whose module is the port or its original. A port computes some
+            layers by functions, whose arrays keep the original's axes.
+
+    Raises:
+        FileError: The folder is not that of a port.
+        WeightsError: The port has an array with other axes than those of MLX's layer.
+    """
+    folder = Path(config.port)
+    places: Places = read_config(folder)["weights"]
+    found, names = dict(kinds), {}
+    aliases = {layout.join(prefix, path) for path in _shared(places)}
+    unchanged: set[str] = set()
+    permuted: set[str] = set()
+    for path, place in _of_original(places).items():
+        own = layout.join(prefix, path)
+        if not place.is_saved or layout.is_left_out(kinds, own):
+            continue
+        if place.name != path and own not in aliases:
+            names[layout.join(prefix, place.name)] = own
+        module, name = layout.split(own)
+        axes = layout.rule(kinds.get(module, "plain"), name).to_mlx
+        if axes is not None:
+            (permuted if place.axes else unchanged).add(module)
+        if place.axes and place.axes != axes:
+            raise WeightsError(f"{folder}: holds {path} with the axes {list(place.axes)}, which no layer of MLX has")
+    if mixed := sorted(unchanged & permuted):
+        raise WeightsError(f"{folder}: holds some arrays of {mixed[0]} with the axes of PyTorch and some with MLX's")
+    found |= dict.fromkeys(unchanged, "plain")
+    return MLXFacts(found, names, aliases)
 
 
 def to_torch(places: Places, mlx_module: Any, torch_module: Any) -> None:

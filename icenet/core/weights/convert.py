@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ def convert(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     names: Mapping[str, str] | None = None,
     shared: Mapping[str, str] | None = None,
+    aliases: Collection[str] = (),
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     max_shard_bytes: int | None = weights.MAX_SHARD_BYTES,
@@ -152,11 +153,12 @@ def convert(
         strip_prefix: Prefixes to remove from the names, such as `module.` (see `prefixes.strip_prefix`).
         arrays: Weights of the form of the source, to convert instead of its own: those of a moving average.
         model: The model that the weights are of: any `mlx.nn.Module` or `torch.nn.Module`. It determines `kinds`,
-            `shapes`, `names` and `shared`. It or `kinds` is required between "mlx" and the other forms.
+            `shapes`, `names`, `shared` and `aliases`. It or `kinds` is required between "mlx" and the other forms.
         kinds: Module path -> layer kind.
         shapes: Name -> canonical shape of the model's parameters, which must be equal; None: no check.
         names: MLX's name -> canonical name, where the two differ.
         shared: Further name -> first name of each array that the model shares. The source may have one of them.
+        aliases: Further names of shared arrays that the MLX model does not have, as a port; the mlx form has none.
         metadata: Text to store in addition to the metadata of the source.
         overwrite: Whether to replace an existing destination.
         max_shard_bytes: Size above which the weights are split; the mlx form is always one file, because
@@ -181,7 +183,7 @@ def convert(
     # one of its shards may be the destination, which may be behind a symbolic link
     destination = files.output_file(destination, overwrite=True, inputs=given.files)
     if model is not None:
-        kinds, shapes, names, shared = _facts(model)
+        kinds, shapes, names, shared, aliases = _facts(model)
     names = names or {}
     found = layout.RenamedWeights(given.arrays, names) if given.form == "mlx" else given.arrays
     found = sharing.complete(found, shared or {})
@@ -198,7 +200,8 @@ def convert(
     written: Mapping[str, Array] = result
     if to == "mlx":
         _check_dtypes_of_mlx(result, source)
-        written = layout.RenamedWeights(result, {canonical: name for name, canonical in names.items()})
+        own = {name: result[name] for name in result if name not in aliases} if aliases else result
+        written = layout.RenamedWeights(own, {canonical: name for name, canonical in names.items()})
     elif write_as is not None and (renamed := write_as(result)) is not None:
         written = renamed
     described: dict[str, str] = {}
@@ -320,13 +323,15 @@ def _note(names: Iterable[str]) -> str:
     return f"names begin with or contain {' and '.join(found)}; {prefixes.advice(found)}" if found else ""
 
 
-def _facts(model: Any) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
-    """Returns layer kinds, canonical shapes, MLX's names and shared arrays of a module of either backend."""
+def _facts(
+    model: Any,
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, str], dict[str, str], set[str]]:
+    """Returns kinds, canonical shapes, MLX's names, shared arrays and aliases of a module of either backend."""
     tree = backends.module(backends.backend_of(model), "nn.tree")
     kinds = tree.layer_kinds(model)
     shapes = {path: shape for path, shape in tree.weight_shapes(model).items() if not layout.is_left_out(kinds, path)}
     shared = sharing.find_shared((path, array) for path, array, _ in tree.named_arrays(model))
-    return kinds, shapes, tree.mlx_names(model), shared
+    return kinds, shapes, tree.mlx_names(model), shared, sharing.aliases_in_twin(tree.named_modules(model))
 
 
 def _check_form(form: str) -> None:

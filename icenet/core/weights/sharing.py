@@ -33,6 +33,16 @@ def find_shared(arrays: Iterable[tuple[str, Any]]) -> dict[str, str]:
     return {path: owner for path, owner in pairs if path != owner}
 
 
+def aliases_in_twin(modules: Iterable[tuple[str, Any]]) -> set[str]:
+    """Returns the paths of `OTHER_NAMES`, which only the twins of some modules have.
+
+    Args:
+        modules: Path and module.
+    """
+    named = ((path, name) for path, module in modules for name in getattr(type(module), OTHER_NAMES, ()))
+    return {f"{path}.{name}" if path else name for path, name in named}
+
+
 def trainable_paths(arrays: Iterable[tuple[str, Any, bool]], shared: Mapping[str, str]) -> set[str]:
     """Returns the paths of the trainable arrays, without aliases.
 
