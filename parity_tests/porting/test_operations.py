@@ -68,6 +68,7 @@ LENGTHS = torch.tensor([6, 5]), torch.tensor([3, 2])
 CASES: dict[str, tuple[Callable[..., object], tuple[torch.Tensor, ...]]] = {
     "sum of nothing": (lambda x: x.t().sum(1), (random(0, 5),)),
     "mean of nothing": (lambda x: x.t().mean(1), (random(0, 5),)),
+    "axes of one number": (lambda x: x.transpose(0, 0) + x.swapaxes(0, -1), (torch.tensor(2.0),)),
     "variance of nothing": (lambda x: x.var(), (random(0),)),
     "any of nothing": (lambda x: ((x > 0).t().any(1), (x > 0).t().all(1)), (random(0, 5),)),
     "softmax of nothing": (lambda x: x.log_softmax(-1), (random(5, 0),)),

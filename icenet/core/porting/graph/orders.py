@@ -33,6 +33,8 @@ def axes_of(node: Node) -> list[int] | None:
     if not isinstance(node.out, Tensor) or node.base not in ("permute", "transpose", "swapaxes"):
         return None
     ndim = node.out.ndim
+    if not ndim:  # of one number, which has an axis 0 in PyTorch
+        return []
     if node.base == "permute":
         return [dim % ndim for dim in node.args["dims"]]
     axes = list(range(ndim))
