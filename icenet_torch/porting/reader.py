@@ -347,6 +347,8 @@ class Reader:
             file = match["file"]
             if file.startswith(HERE) or "/icenet_torch/" in file or (file.startswith(TORCH) and file != own):
                 continue
+            if match["function"].startswith("<"):
+                continue  # a lambda or comprehension: its values are those of the statement that calls it
             if match["function"] == "forward":
                 found = [(file, int(match["line"]))]
             elif found and Path(file).parent == Path(found[0][0]).parent:

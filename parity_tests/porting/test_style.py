@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import icenet.blas  # noqa: F401  (before mlx)
@@ -68,6 +69,31 @@ class Lists(nn.Module):
 def test_values_of_other_statements_of_a_line_do_not_have_its_variable() -> None:
     source = checked(Lists(), torch.randn(2, 3))
     assert "y = x + 1" in source and source.count("y = ") == 1, source
+
+
+class Unsure(nn.Module):
+    """Lines whose statements do not tell which variable has which value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # fmt: off
+        parts = [f(x) for f in (self.a, self.b)]; s = sum(parts)  # noqa: E702
+        y = self.a(s) * s; size = y.shape[0]  # noqa: E702
+        act = lambda v: v.sin() * v.cos()  # noqa: E731
+        z = act(y) + size * y
+        for t in x.unbind(1): z = torch.tanh(z + t[:, None] * z)  # noqa: E701
+        # fmt: on
+        return z * y + z * s
+
+
+def test_no_variable_has_the_name_of_another_one() -> None:
+    source = checked(Unsure(), torch.randn(2, 3))
+    assert "add = self.a(x) + self.b(x)" in source and "y = self.a(add) * add" in source, source
+    assert "z = mx.sin(y) * mx.cos(y) + y * x.shape[0]" in source and "part, part_2, part_3 = " in source
+    assert not re.search(r"\b(parts|act|size|s|t)\b.* = ", source.partition("__call__")[2])
 
 
 class Norm(nn.Module):

@@ -56,6 +56,10 @@ class Place:
     """The variables to which the statement assigns; those of all statements of a line with several."""
     is_several: bool = False
     """Whether there are several statements on the line, as in `a = f(x); b = g(x)`."""
+    operations: tuple[str, ...] = ()
+    """The outermost operation in the value of each target; empty where it is not known."""
+    has_all: bool = True
+    """Whether every value of the line that a later one reads is in a target; a list of values has one for several."""
     outer: tuple[tuple[str, int], ...] = ()
     """File and first line of the statements that led to it, from the `forward` of its module on."""
 

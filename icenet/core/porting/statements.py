@@ -9,6 +9,16 @@ import linecache
 from icenet.core.porting.record import Place
 
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr, ast.Raise, ast.Assert, ast.Delete)
+_COMPOUND = (ast.For, ast.While, ast.If, ast.With)
+_CONTAINERS = (ast.List, ast.Tuple, ast.Dict, ast.Set, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_OPERATORS: dict[type[ast.operator], str] = {
+    ast.Add: "add",
+    ast.Sub: "sub",
+    ast.Mult: "mul",
+    ast.Div: "div",
+    ast.MatMult: "matmul",
+    ast.Pow: "pow",
+}
 
 
 def place_at(file: str, line: int) -> Place:
@@ -24,16 +34,44 @@ def _places(file: str) -> dict[int, Place]:
     except SyntaxError:
         return {}
     found: dict[int, Place] = {}
+    headers = {node.lineno for node in ast.walk(tree) if isinstance(node, _COMPOUND)}
     for statement in ast.walk(tree):
         if isinstance(statement, _SIMPLE):
             first, targets = statement.lineno, _assigned(statement)
             before = found.get(first)
+            operations = (_operation(statement),) if len(targets) == 1 else ("",) * len(targets)
+            has_all = first not in headers and _has_all(statement)
+            is_several = before is not None or first in headers
             if before is not None:
-                targets = tuple(dict.fromkeys((*before.targets, *targets)))
-            place = Place(file, first, linecache.getline(file, first).strip(), targets, before is not None)
+                named = dict(zip(before.targets, before.operations, strict=True))
+                # of a variable that is set twice the value is not sure
+                repeated = {name for name in targets if name in named}
+                named |= dict(zip(targets, operations, strict=True)) | dict.fromkeys(repeated, "")
+                targets, operations = tuple(named), tuple(named.values())
+                has_all = has_all and before.has_all and not repeated
+            code = linecache.getline(file, first).strip()
+            place = Place(file, first, code, targets, is_several, operations, has_all)
             for line in range(first, (statement.end_lineno or first) + 1):
                 found[line] = place
     return found
+
+
+def _has_all(statement: ast.stmt) -> bool:
+    """Returns whether a statement assigns what it computes to variables, and not a list of several values to one."""
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return False
+    return not any(isinstance(node, _CONTAINERS) for node in ast.walk(statement.value))
+
+
+def _operation(statement: ast.stmt) -> str:
+    """Returns the name of the outermost operation in the value that a statement assigns, empty if it has none."""
+    value = statement.value if isinstance(statement, ast.Assign) else None
+    if isinstance(value, ast.BinOp):
+        return _OPERATORS.get(type(value.op), "")
+    if isinstance(value, ast.Call):
+        function = value.func
+        return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return ""
 
 
 def _assigned(statement: ast.stmt) -> tuple[str, ...]:

@@ -135,7 +135,7 @@ class Statements:
 
     def target_of(self, item: Item, name: str) -> str:
         """Returns the variable of a value of `a, b = f(x), g(x)`, an empty string if it is not known."""
-        targets = item.place.targets if item.place else ()
+        targets = item.place.targets if item.place and not item.place.is_several else ()
         values = [
             (other, value)
             for other in self.items

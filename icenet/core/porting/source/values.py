@@ -295,19 +295,17 @@ class Values:
     def hint(self, name: str) -> str:
         """Returns a name for a parameter: that of the variable or array in the original."""
         node = self.by_name.get(name)
+        place = node.place if node is not None else None
+        targets = place.targets if place is not None and not place.is_several else ()
         if self.size(name) is not None:
-            place = node.place if node is not None else None
-            is_named = place is not None and len(place.targets) == 1 and place not in self.of_tensors
-            return place.targets[0] if place is not None and is_named else "size"
+            return targets[0] if len(targets) == 1 and place not in self.of_tensors else "size"
         array = self.graph.arrays.get(name)
         if array is not None:
             return array.path.rpartition(".")[2]
-        if node is not None and node.place is not None and len(node.place.targets) == 1:
-            return node.place.targets[0]
-        if node is not None and node.op == "item" and node.place is not None:
-            index = node.args["index"]
-            if index < len(node.place.targets):
-                return node.place.targets[index]
+        if len(targets) == 1:
+            return targets[0]
+        if node is not None and node.op == "item" and node.args["index"] < len(targets):
+            return targets[node.args["index"]]
         return node.base if node is not None else name
 
     def parameters(self, call: Call) -> list[tuple[str, str]]:

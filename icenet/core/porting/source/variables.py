@@ -156,8 +156,8 @@ class Variables(Statements):
     def target_on_line(self, item: Item, name: str) -> str:
         """Returns the variable of a value of a line with several statements, empty for others or if it is not known.
 
-        What a later line reads is in variables: one for each target, unless some are not read. Then only the last
-        value is known.
+        What a later line reads is in variables. They are known if there is a value for each target; otherwise that of
+        a value is known whose operation only one statement has as its outermost one.
         """
         if item.place is None or not item.place.is_several or not item.place.targets:
             return ""
@@ -169,9 +169,24 @@ class Variables(Statements):
             for value in ([other.name] if isinstance(other, Node) else self.graph.returns(other))
             if self.last_use.get(value, -1) > max(places)
         ]
-        if name in made and len(made) == len(targets):
+        if name not in made:
+            return ""
+        if item.place.has_all and len(made) == len(targets):
             return targets[made.index(name)].strip("_")
-        return targets[-1].strip("_") if made and name == made[-1] else ""
+        operations = item.place.operations
+        same = [other for other in made if self.made_by(other) == self.made_by(name)]
+        if not self.made_by(name) or len(same) > 1 or operations.count(self.made_by(name)) != 1:
+            return ""
+        return targets[operations.index(self.made_by(name))].strip("_")
+
+    def made_by(self, value: str) -> str:
+        """Returns the name of the operation or the attribute of the module that computes a value."""
+        for item in self.items:
+            if isinstance(item, Node) and item.name == value:
+                return str(item.args["path"]).rpartition(".")[2] if item.op == "layer" else item.base
+            if not isinstance(item, Node) and value in self.graph.returns(item):
+                return item.path.rpartition(".")[2]
+        return ""
 
     def hint(self, item: Item, name: str) -> str:
         place = item.place
@@ -189,10 +204,8 @@ class Variables(Statements):
         on_line = self.target_on_line(item, name)
         if on_line:
             return on_line
-        if place is not None and place.targets and self.is_final(item, name):
-            if (len(place.targets) == 1 and not place.is_several) or (
-                isinstance(item, Node) and item.op == "attention"
-            ):
+        if place is not None and place.targets and not place.is_several and self.is_final(item, name):
+            if len(place.targets) == 1 or (isinstance(item, Node) and item.op == "attention"):
                 return place.targets[0]  # y, _ = self.attention(x, x, x)
             found = self.target_of(item, name)
             if found:
