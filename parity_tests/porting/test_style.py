@@ -128,6 +128,15 @@ def test_a_layer_norm_by_hand_is_that_of_mlx() -> None:
     assert "class Norm(" not in source and source.count("transpose") == 1
 
 
+def test_a_prelu_keeps_images_with_channels_last() -> None:
+    convs = nn.Conv2d(3, 4, 1), nn.PReLU(4), nn.Conv2d(4, 4, 1), nn.PReLU(), nn.Conv2d(4, 2, 1), nn.PReLU(2)
+    module = nn.Sequential(*convs)
+    with torch.no_grad():
+        module[1].weight.copy_(torch.arange(4) / 4)
+    source = checked(module, torch.randn(2, 3, 4, 5))
+    assert source.count("leaky_relu(input, self.weight)") == 1 and source.count("transpose") == 2, source
+
+
 class Positions(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -119,6 +119,9 @@ class _Pass(Orders):
             for dim in reversed(range(min(sides), self.ndim(name))):
                 pads += sides.get(dim, [0, 0])
             self.emit(node, {**node.args, "self": Ref(name), "pad": pads}, order)
+        elif base == "prelu":
+            weight = self.plain_all(node.args["weight"])
+            self.emit(node, {"self": Ref(name), "weight": weight, "channels": order.index(1)}, order)
         else:
             self.emit(node, self.plain_all(node.args))
 

@@ -355,8 +355,9 @@ def prelu(n: Operation) -> str:
     text = n.atom("weight")
     if not x.ndim and weight.ndim:
         text = f"{text}.reshape(())"
-    if weight.ndim == 1 and weight.shape[0] != 1 and x.ndim > 2:
-        text = f"{text}.reshape({', '.join(['-1'] + ['1'] * (x.ndim - 2))})"
+    following = x.ndim - 1 - n.get("channels", 1)
+    if weight.ndim == 1 and weight.shape[0] != 1 and following > 0:
+        text = f"{text}.reshape({', '.join(['-1'] + ['1'] * following)})"
     return n.call("leaky_relu", n["self"], text)
 
 
