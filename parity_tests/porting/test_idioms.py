@@ -257,20 +257,21 @@ def test_a_port_has_the_signature_of_the_original(tmp_path: Path) -> None:
     batch, x, shift = {"x": torch.randn(2, 4), "y": torch.randn(2, 5)}, torch.randn(2, 3), torch.randn(2, 3)
     mask = torch.ones(2, 3)
     port = icenet.port(module, (batch, x), example_kwargs={"mask": mask, "shift": shift, "scale": 0.5})
-    names = "(self, batch, x, context=None, power=1, shift=None, *, scale=1.0, mask):"
+    names = "(self, batch, x, context=None, power=1, shift=None, *, scale=0.5, mask):"  # the example's scale
     assert f"def __call__{names}" in port.source
     to_mlx = {name: mx.array(value.numpy()) for name, value in batch.items()}
     given, named = (to_mlx, mx.array(x.numpy())), {"shift": mx.array(shift.numpy()), "mask": mx.array(mask.numpy())}
     ours = port.module(*given, None, scale=0.5, **named)
     close(ours, module(batch, x, shift=shift, scale=0.5, mask=mask))
-    for changed, name in (({}, "scale=0.5"), ({"scale": 0.5, "power": 2}, "power=1"), ({"shift": None}, "shift")):
+    close(port.module(*given, **named), module(batch, x, shift=shift, scale=0.5, mask=mask))
+    for changed, name in (({"scale": 1.0}, "scale=0.5"), ({"power": 2}, "power=1"), ({"shift": None}, "shift")):
         with pytest.raises(ValueError, match=name) as error:
             port.module(*given, **{**named, **changed})
         assert is_one_line(error.value)
     with pytest.raises(ValueError, match="without context"):
         port.module(*given, named["mask"], scale=0.5, **named)
     last = (port.save(tmp_path / "port") / "model.py").read_text().splitlines()[-1]
-    assert "shift=mx.zeros((2, 3), mx.float32), scale=0.5, mask=mx.zeros((2, 3), mx.float32))" in last
+    assert "shift=mx.zeros((2, 3), mx.float32), mask=mx.zeros((2, 3), mx.float32))" in last
 
 
 class Words(nn.Module):
