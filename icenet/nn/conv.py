@@ -96,16 +96,15 @@ def _conv2d_on_cuda(x: Array, weight: Array, stride: int, padding: int) -> Array
     def gradient(inputs: tuple[Array, Array], cotangent: Array, _: Array) -> tuple[Array, Array]:
         x, weight = inputs
         kernel = weight.shape[1]
-        # MLX 0.32.4 keeps plans of cuDNN by the shapes, without the stride of a gradient. If it leaves no pixel
-        # over, MLX may take the plan of a convolution with stride 1; one more pixel tells the two apart.
-        rests = [(length + 2 * padding - kernel) % stride for length in x.shape[1:3]]
-        more = [(0, 0), *((0, int(stride > 1 and rest == 0)) for rest in rests), (0, 0)]
-        [dx] = mx.vjp(lambda x: mx.conv2d(mx.pad(x, more), weight, stride, padding), [x], [cotangent])[1]
         # zeros at the end of each axis; fewer than none where the stride leaves pixels over
         after = [
             stride * (out - 1) - length + kernel - padding
             for length, out in zip(x.shape[1:3], cotangent.shape[1:3], strict=True)
         ]
+        # MLX 0.32.4 keeps plans of cuDNN by the shapes, without the stride of a gradient. If it leaves no pixel
+        # over, MLX may take the plan of a convolution with stride 1; one more pixel tells the two apart.
+        pixel = [(0, 0), *((0, int(stride > 1 and more == padding)) for more in after), (0, 0)]
+        [dx] = mx.vjp(lambda x: mx.conv2d(mx.pad(x, pixel), weight, stride, padding), [x], [cotangent])[1]
         height, width = (length + min(more, 0) for length, more in zip(x.shape[1:3], after, strict=True))
         d_weight = mx.conv_general(
             x[:, :height, :width].swapaxes(0, -1),
