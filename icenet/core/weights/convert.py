@@ -200,8 +200,7 @@ def convert(
     written: Mapping[str, Array] = result
     if to == "mlx":
         _check_dtypes_of_mlx(result, source)
-        own = {name: result[name] for name in result if name not in aliases} if aliases else result
-        written = layout.RenamedWeights(own, {canonical: name for name, canonical in names.items()})
+        written = layout.RenamedWeights(result, {canonical: name for name, canonical in names.items()}, aliases)
     elif write_as is not None and (renamed := write_as(result)) is not None:
         written = renamed
     described: dict[str, str] = {}

@@ -15,7 +15,7 @@ mlx.nn.Conv1d/2d/3d (out, *space, in/groups) and ConvTranspose (out, *space, in)
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,11 +230,14 @@ class RenamedWeights(Mapping[str, Array]):
     Args:
         weights: The weights.
         names: New name by name, where the two differ.
+        left_out: Names that the view does not have.
     """
 
-    def __init__(self, weights: Mapping[str, Array], names: Mapping[str, str]) -> None:
+    def __init__(
+        self, weights: Mapping[str, Array], names: Mapping[str, str], left_out: Collection[str] = ()
+    ) -> None:
         self._weights = weights
-        self._names = {names.get(name, name): name for name in weights}
+        self._names = {names.get(name, name): name for name in weights if name not in left_out}
 
     def __getitem__(self, path: str) -> Array:
         return self._weights[self._names[path]]
