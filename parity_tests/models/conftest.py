@@ -12,6 +12,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import pytest
 
+from icenet.core.config import custom
 from icenet.core.models import init
 
 
@@ -20,6 +21,13 @@ def shared_initial_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws each initial value once for both backends: the guide's models have up to 70 M parameters."""
     drawn = functools.cache(init.initial_value)
     monkeypatch.setattr(init, "initial_value", lambda *arguments, out: drawn(*arguments))
+
+
+@pytest.fixture
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None) -> None:
+    """Runs a test in the `folder` of its module, whose files are not trusted before."""
+    monkeypatch.setattr(custom, "_trusted", set())
+    monkeypatch.chdir(folder)
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from icenet.core.models.twins import compare_with_twin
 from icenet.core.runs import checkpoint
 from icenet.core.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("in_folder")
+
 TEXT = """
 import torch
 from torch import nn
@@ -76,13 +78,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     icenet.port(module, torch.randn(2, 1, 8, 8)).save(found / "ported")
     torch.save(module.state_dict(), found / "net.pt")
     return found
-
-
-@pytest.fixture(autouse=True)
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None) -> Path:
-    monkeypatch.setattr(custom, "_trusted", set())
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def test_both_backends_begin_with_the_weights_of_the_folder() -> None:

@@ -16,13 +16,15 @@ import yaml
 from helpers import is_one_line, losses, resume, same_bits, state, train
 
 import icenet
-from icenet.core.config import Config, custom, user_code
+from icenet.core.config import Config, user_code
 from icenet.core.data.datasets import dataset_for
 from icenet.core.errors import WeightsError
 from icenet.core.models.twins import compare_with_twin
 from icenet.core.weights import files
 from icenet.parity.run import run as parity
 from icenet_torch.porting.sources import load_weights
+
+pytestmark = pytest.mark.usefixtures("in_folder")
 
 TEXT = """
 import torch
@@ -98,13 +100,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (found / "text.txt").write_text(" ".join(f"{n}*{n}={n * n}" for n in range(200)))
     icenet.port(user_code.run_file(found / "mine.py").net(), torch.zeros(2, 8, dtype=torch.int64)).save(found / "net")
     return found
-
-
-@pytest.fixture(autouse=True)
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None) -> Path:
-    monkeypatch.setattr(custom, "_trusted", set())
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def of_pytorch(config: Config, module: torch.nn.Module) -> list[float]:
