@@ -144,6 +144,13 @@ def mlx_chosen(scores: Any) -> Any:
     return mx.stop_gradient(mx.argsort(-scores, axis=-1)[..., :2])
 
 
+def torch_route_by_bias(m: Any, scores: Any) -> Any:
+    """The bias is for the choice of the experts only."""
+    p = scores.sigmoid()
+    chosen = torch.topk(p + m.bias, 2, -1)[1]
+    return p.gather(-1, chosen), chosen
+
+
 def a_router_has_softmax_in_place_of_sigmoid() -> tuple[Pair, Any, str, str]:
     """ml-explore/mlx-lm#1883: LFM2's mixture of experts."""
 
@@ -152,12 +159,7 @@ def a_router_has_softmax_in_place_of_sigmoid() -> tuple[Pair, Any, str, str]:
         chosen = mlx_chosen(p + m.bias)
         return mx.take_along_axis(p, chosen, axis=-1), chosen
 
-    def torch_route(m: Any, scores: Any) -> Any:
-        p = scores.sigmoid()
-        chosen = torch.topk(p + m.bias, 2, -1)[1]
-        return p.gather(-1, chosen), chosen
-
-    return experts(mlx_route, torch_route), draw(2, 5, 8), "moe", "softmax in a, sigmoid in b"
+    return experts(mlx_route, torch_route_by_bias), draw(2, 5, 8), "moe", "softmax in a, sigmoid in b"
 
 
 def a_router_has_its_bias_in_the_weights() -> tuple[Pair, Any, str, str]:
@@ -167,12 +169,12 @@ def a_router_has_its_bias_in_the_weights() -> tuple[Pair, Any, str, str]:
         p = mx.sigmoid(scores) + m.bias
         return mx.take_along_axis(p, mlx_chosen(p), axis=-1), mlx_chosen(p)
 
-    def torch_route(m: Any, scores: Any) -> Any:
-        p = scores.sigmoid()
-        chosen = torch.topk(p + m.bias, 2, -1)[1]
-        return p.gather(-1, chosen), chosen
-
-    return experts(mlx_route, torch_route), draw(2, 5, 8), "moe", "the values by which topk chooses are taken in a"
+    return (
+        experts(mlx_route, torch_route_by_bias),
+        draw(2, 5, 8),
+        "moe",
+        "the values by which topk chooses are taken in a",
+    )
 
 
 def a_router_has_a_softmax_of_the_chosen_scores() -> tuple[Pair, Any, str, str]:
