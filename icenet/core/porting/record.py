@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 Dim: TypeAlias = "int | str"
@@ -192,6 +192,18 @@ def map_refs(value: Any, function: Callable[[Ref], Any]) -> Any:
     if isinstance(value, slice):
         return slice(*(map_refs(item, function) for item in (value.start, value.stop, value.step)))
     return value
+
+
+def with_nodes(graph: Graph, nodes: list[Node], current: Callable[[Ref], Any]) -> Graph:
+    """Returns a graph with other nodes, which give it what it returns and updates.
+
+    Args:
+        graph: The graph.
+        nodes: The nodes.
+        current: Returns the reference in the place of one of the graph.
+    """
+    outputs, updates = map_refs(graph.output_tree, current), map_refs(graph.updates, current)
+    return replace(graph, nodes=nodes, output_tree=outputs, updates=updates)
 
 
 def refs(value: Any) -> Iterator[str]:

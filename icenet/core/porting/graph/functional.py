@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, with_nodes
 
 SAME = frozenset(
     [
@@ -254,12 +254,7 @@ def without_copies(graph: Graph) -> Graph:
             same[node.name] = source
         else:
             nodes.append(node)
-    return replace(
-        graph,
-        nodes=nodes,
-        output_tree=map_refs(graph.output_tree, given),
-        updates=map_refs(graph.updates, given),
-    )
+    return with_nodes(graph, nodes, given)
 
 
 def _is_identity(node: Node) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, refs
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, refs, with_nodes
 
 _INDICES = {
     **dict.fromkeys(("index", "index_put", "_index_put_impl", "embedding", "take_along_dim"), ("indices",)),
@@ -36,8 +36,12 @@ def detached_indices(graph: Graph) -> Graph:
     follows = {name for name in follows if _has_gradient(tensors[name])}
     nodes: list[Node] = []
     same: dict[str, Ref] = {}
+
+    def current(ref: Ref) -> Ref:
+        return same.get(ref.name, ref)
+
     for node in graph.nodes:
-        node = replace(node, args=map_refs(node.args, lambda ref: same.get(ref.name, ref)))
+        node = replace(node, args=map_refs(node.args, current))
         nodes.append(node)
         if node.op in ("enter", "exit") or node.base == "detach" or follows.isdisjoint(refs(node.args)):
             continue
@@ -47,12 +51,7 @@ def detached_indices(graph: Graph) -> Graph:
             name = f"{node.name}_detached"
             nodes.append(Node(name, "detach", {"self": Ref(node.name)}, node.out, node.place))
             same[node.name] = Ref(name)
-    return replace(
-        graph,
-        nodes=nodes,
-        output_tree=map_refs(graph.output_tree, lambda ref: same.get(ref.name, ref)),
-        updates=map_refs(graph.updates, lambda ref: same.get(ref.name, ref)),
-    )
+    return with_nodes(graph, nodes, current)
 
 
 def _places(graph: Graph, tensors: dict[str, Any]) -> set[str]:

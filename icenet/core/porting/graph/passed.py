@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from icenet.core.porting.graph.calls import tree
-from icenet.core.porting.record import Graph, Node, Ref, map_refs, refs
+from icenet.core.porting.record import Graph, Node, Ref, map_refs, refs, with_nodes
 
 
 def with_passed_values(graphs: list[Graph]) -> list[Graph]:
@@ -49,12 +49,7 @@ def _renamed(graph: Graph, computing: set[str]) -> Graph:
                 names[source[0]] = new
                 node = replace(node, args={**node.args, "values": _named(node.args["values"], new)})
         nodes.append(node)
-    return replace(
-        graph,
-        nodes=nodes,
-        output_tree=map_refs(graph.output_tree, current),
-        updates=map_refs(graph.updates, current),
-    )
+    return with_nodes(graph, nodes, current)
 
 
 def _named(values: Any, name: str) -> Any:

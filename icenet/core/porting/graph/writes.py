@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, refs
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, refs, with_nodes
 
 
 def joined_writes(graph: Graph) -> Graph:
@@ -41,11 +41,11 @@ def joined_writes(graph: Graph) -> Graph:
         else:
             nodes.append(made)
 
-    def given(value: Any) -> Any:
-        return map_refs(value, lambda ref: same.get(ref.name, ref))
+    def current(ref: Ref) -> Ref:
+        return same.get(ref.name, ref)
 
-    nodes = [replace(node, args=given(node.args)) for node in nodes]
-    return replace(graph, nodes=nodes, output_tree=given(graph.output_tree), updates=given(graph.updates))
+    nodes = [replace(node, args=map_refs(node.args, current)) for node in nodes]
+    return with_nodes(graph, nodes, current)
 
 
 def _source(name: str, by_name: dict[str, Node]) -> str:
