@@ -1970,7 +1970,7 @@ FAULTS: list[Fault] = [
     Fault(
         "the MLX form of a container has PyTorch's names",
         "icenet/core/weights/convert.py",
-        "        written = layout.RenamedWeights(own, {canonical: name for name, canonical in names.items()})\n",
+        "        written = layout.RenamedWeights(result, {canonical: name for name, canonical in names.items()}, aliases)\n",
         "        pass\n",
         ["core/weights/test_convert.py::test_files_of_any_module_are_converted"],
     ),
