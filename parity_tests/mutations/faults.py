@@ -1970,8 +1970,8 @@ FAULTS: list[Fault] = [
     Fault(
         "the MLX form of a container has PyTorch's names",
         "icenet/core/weights/convert.py",
-        "        written = layout.RenamedWeights(result, {canonical: name for name, canonical in names.items()}, aliases)\n",
-        "        pass\n",
+        "RenamedWeights(result, {canonical: name for name, canonical in names.items()}, aliases)",
+        "RenamedWeights(result, {}, aliases)",
         ["core/weights/test_convert.py::test_files_of_any_module_are_converted"],
     ),
     # ---- alignment of axes -----------------------------------------------------------------------------------
