@@ -1,0 +1,133 @@
+"""Faults in icenet/parity/calls."""
+
+from __future__ import annotations
+
+from faults.fault import Fault
+
+FAULTS: dict[str, list[Fault]] = {
+    "icenet/parity/calls/culprit.py": [
+        Fault(
+            "the last difference of a replay is named",
+            "return min(found, key=lambda origin: origin.order, default=None)",
+            "return max(found, key=lambda origin: origin.order, default=None)",
+            ["parity/test_compare.py::test_the_first_of_several_places_is_named"],
+        ),
+    ],
+    "icenet/parity/calls/events.py": [
+        Fault(
+            "the arrays of a run stay in memory until it ends",
+            "taken = self.store.keep(taken) if isinstance(taken, Value) else taken",
+            "taken = taken",
+            ["parity/test_recording.py::test_values_are_written_as_they_come"],
+        ),
+        Fault(
+            "the arrays of a dataclass are not compared",
+            "    if is_dataclass(item) and not",
+            "    if False and not",
+            ["parity/test_outputs.py::test_unequal_outputs_of_any_kind_are_found[dataclass]"],
+        ),
+    ],
+    "icenet/parity/calls/larger.py": [
+        Fault(
+            "errors of rounding at larger inputs are a bound",
+            "if over and _is_steady(c, pair, list(over)):",
+            "if over:",
+            ["parity/test_larger_inputs.py::test_code_that_is_another_for_large_values_only_within_rounding_passes"],
+        ),
+        Fault(
+            "probabilities are replaced by larger inputs",
+            "(*squares, *sums)",
+            "squares",
+            ["parity/test_larger_inputs.py::test_code_that_relies_on_what_its_inputs_are_passes"],
+        ),
+        Fault(
+            "functions of positive numbers are not replayed on larger inputs",
+            "for has_signs in (False, True):",
+            "for has_signs in (False,):",
+            ["parity/test_larger_inputs.py::test_a_bound_of_a_function_of_positive_numbers_is_compared"],
+        ),
+        Fault(
+            "larger inputs of small arrays are independent draws",
+            "(places + generator.random(item.array.shape, np.float32)) / max(item.array.size, 1)",
+            "generator.random(item.array.shape, np.float32)",
+            ["parity/test_larger_inputs.py::test_a_small_array_reaches_a_narrow_range"],
+        ),
+    ],
+    "icenet/parity/calls/module_copy.py": [
+        Fault(
+            "the axes of a plain dropout are forgotten before it has its keys",
+            "for path, is_moved in self._channels.items():",
+            "for path, is_moved in {}.items():",
+            ["parity/test_recording.py::test_the_trace_says_what_the_module_itself_says"],
+        ),
+    ],
+    "icenet/parity/calls/module_replays.py": [
+        Fault(
+            "a replay computes the calls within it",
+            "            return results[index]\n",
+            "            return original(*args, **kwargs)\n",
+            ["parity/test_compare_idioms.py::test_a_fault_in_a_layer_that_is_called_three_times"],
+        ),
+    ],
+    "icenet/parity/calls/pairing.py": [
+        Fault(
+            "masked values by other numbers are a difference",
+            "    return ours.is_float and align.masks_otherwise(",
+            "    return False and align.masks_otherwise(",
+            ["parity/test_compare_idioms.py::test_masks_by_other_numbers_are_equal"],
+        ),
+        Fault(
+            "a mask of another shape is an obstacle",
+            "                pair.own.add(j)\n",
+            "                pair.obstacle = 'a mask'\n",
+            ["parity/test_compare_idioms.py::test_each_side_keeps_its_own_mask"],
+        ),
+    ],
+    "icenet/parity/calls/propagation.py": [
+        Fault(
+            "the error of what is computed between layers is not passed on",
+            'if child is None else ("argument", child.path)',
+            'if child is None else ("unused", child.path)',
+            ["parity/test_compare_idioms.py::test_the_error_of_what_a_model_computes_between_layers_is_known"],
+        ),
+    ],
+    "icenet/parity/calls/repeated.py": [
+        Fault(
+            "calls are in another order only with equal axes",
+            "[align.SAME, align.MOVED, align.rows(x.array, y.array)]",
+            "[align.SAME]",
+            ["parity/test_repeated_calls.py::test_a_shared_encoder_may_be_called_in_another_way"],
+        ),
+        Fault(
+            "only calls within unpaired calls are repetitions",
+            "            yield child\n            yield from",
+            "            yield from",
+            ["parity/test_repeated_calls.py::test_a_result_may_be_computed_again"],
+        ),
+        Fault(
+            "a call that has no counterpart keeps the one of its number",
+            "        for number in range(len(x)):\n            del found[own, number]\n",
+            "",
+            ["parity/test_repeated_calls.py::test_calls_correspond_by_their_arguments"],
+        ),
+        Fault(
+            "calls with other arguments have no counterpart",
+            "        left = iter([k for k in range(len(x)) if k not in order.values()])",
+            "        left = iter(list[int]())",
+            ["parity/test_repeated_calls.py::test_calls_correspond_by_their_arguments"],
+        ),
+        Fault(
+            "calls with equal arguments in another order are those of the same number",
+            (
+                "        order: dict[int, int] = {}\n"
+                "        for number, event in enumerate(y):  # calls with equal arguments keep their order\n"
+            ),
+            (
+                "        order = {number: number for number in same}\n"
+                "        for number, event in enumerate(y):\n"
+                "            if number in order:\n                continue\n"
+            ),
+            ["parity/test_repeated_calls.py::test_calls_correspond_by_their_arguments"],
+        ),
+    ],
+}

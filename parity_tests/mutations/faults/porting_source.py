@@ -1,0 +1,154 @@
+"""Faults in icenet/core/porting/source and icenet/core/porting/table."""
+
+from __future__ import annotations
+
+from faults.fault import Fault
+
+FAULTS: dict[str, list[Fault]] = {
+    "icenet/core/porting/source/body.py": [
+        Fault(
+            "a port reads a buffer after its update instead of before",
+            "        self.keep_before(updates, outputs)\n",
+            "",
+            ["porting/test_source.py::test_what_is_read_before_an_update_is_the_value_before"],
+        ),
+    ],
+    "icenet/core/porting/source/inlining.py": [
+        Fault(
+            "an expression of a port computes a value twice",
+            "return TABLE[user.base](trial).count(mark) > 1",
+            "return False",
+            ["porting/test_idioms.py::test_sizes_of_inputs_stay_open_and_an_expression_is_computed_once"],
+        ),
+    ],
+    "icenet/core/porting/source/originals.py": [
+        Fault(
+            "a second name in a loop is not found",
+            "start = after if after < until else 0",
+            "start = after",
+            ["porting/test_readable.py::test_second_names_parts_and_numbers_have_the_names_of_the_original"],
+        ),
+        Fault(
+            "the second name of a variable is the first of several",
+            "return names[-1] if names",
+            "return names[0] if names",
+            ["porting/test_readable.py::test_a_second_name_is_that_of_the_value_and_of_its_function"],
+        ),
+        Fault(
+            "second names are those of the outermost function",
+            "return max(inside",
+            "return min(inside",
+            ["porting/test_readable.py::test_a_second_name_is_that_of_the_value_and_of_its_function"],
+        ),
+        Fault(
+            "the name of an earlier value is the second name of a later one",
+            "and start < item.line < until and",
+            "and item.line < until and",
+            ["porting/test_readable.py::test_a_second_name_is_that_of_the_value_and_of_its_function"],
+        ),
+        Fault(
+            "the second names of an inner function count for the outer",
+            " and _function_at(file, item.line) is function",
+            "",
+            ["porting/test_readable.py::test_a_second_name_is_that_of_the_value_and_of_its_function"],
+        ),
+    ],
+    "icenet/core/porting/source/simplify.py": [
+        Fault(
+            "a number of a port is the logarithm of one near it",
+            "if 2 <= number < 10**6 and math.log(number) == value:",
+            "if 2 <= number < 10**6:",
+            ["porting/test_source.py::test_an_expression_is_simple"],
+        ),
+        Fault(
+            "a number of a port is rounded to 1 minus a short one",
+            "if 1 - rest == value:",
+            "if True:",
+            ["porting/test_source.py::test_an_expression_is_simple"],
+        ),
+    ],
+    "icenet/core/porting/source/size_variables.py": [
+        Fault(
+            "the size of an argument that is read once has no variable though the argument is replaced",
+            "< 2 and not is_replaced",
+            "< 2",
+            ["porting/test_readable.py::test_sizes_are_read_where_the_original_reads_them"],
+        ),
+        Fault(
+            "a size that the last statement with its array reads has a variable",
+            "late = any(index > last",
+            "late = any(index >= last",
+            ["porting/test_readable.py::test_sizes_are_read_where_the_original_reads_them"],
+        ),
+        Fault(
+            "a size has a variable of each array that has it",
+            " and size not in self.sizes\n            }",
+            "\n            }",
+            ["porting/test_readable.py::test_sizes_are_read_where_the_original_reads_them"],
+        ),
+        Fault(
+            "the array whose size is read later is not kept",
+            "                    self.last_use[source] = max(self.last_use.get(source, -1), index)\n",
+            "",
+            ["porting/test_readable.py::test_sizes_are_read_where_the_original_reads_them"],
+        ),
+    ],
+    "icenet/core/porting/source/specialize.py": [
+        Fault(
+            "a value may be None although every call of a function gives it",
+            "return NOT_NONE if is_given else _UNKNOWN",
+            "return NOT_NONE",
+            ["porting/test_source.py::test_a_parameter_that_may_be_none_keeps_its_branch"],
+        ),
+    ],
+    "icenet/core/porting/source/turns.py": [
+        Fault(
+            "a loop ends a turn early",
+            "{start}, {start + found.count}",
+            "{start}, {start + found.count - 1}",
+            ["porting/test_source.py::test_statements_that_repeat_are_a_loop"],
+        ),
+    ],
+    "icenet/core/porting/source/variants.py": [
+        Fault(
+            "variants whose methods take other arguments are one class",
+            "if one.parameters != other.parameters:",
+            "if False:",
+            ["porting/test_source_classes.py::test_the_methods_of_two_variants_are_one_where_they_compute_the_same"],
+        ),
+        Fault(
+            "a variable that has a value in the smaller variant is taken for that of the further layer",
+            " or match[1] in ours or masked(",
+            " or masked(",
+            ["porting/test_source_classes.py::test_the_methods_of_two_variants_are_one_where_they_compute_the_same"],
+        ),
+        Fault(
+            "a constructor with a further statement that makes no layer is one class with that without",
+            "if not names or len(names) < len(matches):",
+            "if not names:",
+            ["porting/test_source_classes.py::test_the_methods_of_two_variants_are_one_where_they_compute_the_same"],
+        ),
+        Fault(
+            "another variable than that of the further layer has the value of the smaller variant",
+            'return a if b == match[1] and a.isidentifier() else ""',
+            'return a if a.isidentifier() else ""',
+            ["porting/test_source_classes.py::test_the_methods_of_two_variants_are_one_where_they_compute_the_same"],
+        ),
+    ],
+    "icenet/core/porting/table/convolution.py": [
+        Fault(
+            "a transposed convolution with a large output padding is MLX's layer",
+            "    if groups != 1 or is_odd:\n",
+            "    if groups != 1:\n",
+            ["porting/test_operations.py::test_an_operation"],
+        ),
+    ],
+    "icenet/core/porting/table/elementwise.py": [
+        Fault(
+            "a port casts a complex number to a real one before its phase",
+            "is_integer = tensor is not None and not tensor.is_floating and not tensor.is_complex",
+            "is_integer = tensor is not None and not tensor.is_floating",
+            ["porting/test_idioms.py::test_products_in_a_list_are_no_joins_and_a_phase_is_that_of_a_complex_number"],
+        ),
+    ],
+}
