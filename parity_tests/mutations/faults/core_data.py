@@ -142,7 +142,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a damaged token file counts as prepared",
             "return compute_fingerprint(pieces, self.tokenizer) == self.fingerprint",
             "return True",
-            ["core/data/test_text.py::test_prepare_makes_what_train_reads"],
+            ["core/data/test_token_cache.py::test_prepare_makes_what_train_reads"],
         ),
         Fault(
             "the last validation window has no label at its end",
@@ -178,7 +178,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a text of equal size and time is not read again",
             "status.st_mtime_ns, status.st_ctime_ns)",
             "status.st_mtime_ns)",
-            ["core/data/test_text.py::test_made_once_and_again_when_the_source_changes"],
+            ["core/data/test_token_cache.py::test_made_once_and_again_when_the_source_changes"],
         ),
     ],
     "icenet/core/data/user.py": [

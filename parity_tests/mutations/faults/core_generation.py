@@ -123,7 +123,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a position of the cache is left lazy after a prefill",
             "self.evaluate([hidden, *(self.cache.state if isinstance(self.cache, Cache) else [])])",
             "self.evaluate([hidden])",
-            ["core/generation/test_generation.py::test_each_token_of_a_full_window_in_another_thread"],
+            ["core/generation/test_requests.py::test_each_token_of_a_full_window_in_another_thread"],
         ),
         Fault(
             "a token is decoded outside of the model's arithmetic",
@@ -214,7 +214,7 @@ FAULTS: dict[str, list[Fault]] = {
             "an additive mask is read as its opposite",
             "wrong = mask[(mask != 0) & (mask != 1)]",
             "wrong = mask[:0]",
-            ["core/generation/test_generation.py::test_bad_requests_are_one_line_that_names_the_fault"],
+            ["core/generation/test_requests.py::test_bad_requests_are_one_line_that_names_the_fault"],
         ),
         Fault(
             "prompts of folders lack the beginning-of-text token",
@@ -326,7 +326,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a stop token stays in the text",
             '        if token in self._stop_ids:\n            reason = "stop"\n',
             '        if token in self._stop_ids:\n            tokens.append(token)\n            reason = "stop"\n',
-            ["core/generation/test_generation.py::test_stop_tokens"],
+            ["core/generation/test_requests.py::test_stop_tokens"],
         ),
         Fault(
             "generation continues after the end of a text",
