@@ -178,3 +178,25 @@ def test_batch_norm_of_volumes_is_no_layer_of_mlx() -> None:
     for training in (True, False):  # in evaluation mode with the statistics of the call in training mode
         model.train(training)
         close(model(mx.array(x.numpy())), module.train(training)(x))
+
+
+class Tied(nn.Module):
+    """Tokens with a padding, whose table is also the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4, padding_idx=-2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.embedding(ids)) @ self.embedding.weight.T
+
+
+def test_a_padding_gets_its_gradient_by_the_head_only() -> None:
+    theirs, ids = Tied(), torch.tensor([[0, 5, 5], [3, 5, 1]])
+    ours, source = ported(theirs, ids)
+    assert "PaddedEmbedding(7, 4, 5)" in source and "def embedding(" not in source, source
+    theirs(ids).square().sum().backward()
+    _, grads = mlx.nn.value_and_grad(ours, lambda ids: ours(ids).square().sum())(mx.array(ids.numpy()))
+    close(grads["embedding"]["weight"], theirs.embedding.weight.grad)
+    fresh = type(ours)()["embedding"]
+    assert not fresh.weight[5].any() and not fresh(mx.array([5])).any() and fresh.weight[4].any()

@@ -13,7 +13,8 @@ from icenet.core.porting.graph.masks import hiding_masks
 from icenet.core.porting.graph.norms import norm_of
 from icenet.core.porting.layers import attention
 from icenet.core.porting.layers.attention import Attention, attention_of
-from icenet.core.porting.layers.mlx_layers import Layer, WrittenLayer, layer_of
+from icenet.core.porting.layers.embeddings import embedding_of
+from icenet.core.porting.layers.mlx_layers import Layer, layer_of
 from icenet.core.porting.layers.recurrent import Recurrent, call_of, joined, recurrent_of
 from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
 
@@ -35,7 +36,7 @@ def collapse_layers(graph: Graph, allowed: dict[str, Layer] | None = None) -> tu
     foreign = {path.rpartition(".")[0] for path in graph.shared}
     foreign |= {path.removesuffix(".out_proj") for path in foreign}
     for path, module in graph.modules.items():
-        layer = layer_of(module) or recurrent_of(module) or attention_of(module, paths)
+        layer = layer_of(module) or embedding_of(module) or recurrent_of(module) or attention_of(module, paths)
         if layer is not None and path and path not in foreign:
             if allowed is not None and path not in allowed:
                 continue
@@ -52,7 +53,7 @@ def collapse_layers(graph: Graph, allowed: dict[str, Layer] | None = None) -> tu
         call.path
         for call in root.calls()
         if call.path in candidates
-        and not isinstance(candidates[call.path], WrittenLayer)
+        and not isinstance(candidates[call.path], (Attention, Recurrent))
         and not _is_whole(graph, call, candidates[call.path], uses, entered[call.path])
     }
     refused |= _unread_norms(graph, root, candidates)
@@ -68,7 +69,7 @@ def collapse_layers(graph: Graph, allowed: dict[str, Layer] | None = None) -> tu
         if layer is not None:
             if isinstance(layer, Attention):
                 nodes.extend(attention.nodes_of(whole[call.entered], call, layer, graph))
-            elif isinstance(layer, WrittenLayer):
+            elif isinstance(layer, Recurrent):
                 nodes.extend(whole[call.entered])
             else:
                 nodes.extend(_layer_nodes(graph, call))

@@ -60,6 +60,7 @@ class WrittenLayer(Layer):
 NAMES = {
     "nn.Linear": ["input_dims", "output_dims"],
     "nn.Embedding": ["num_embeddings", "dims"],
+    "PaddedEmbedding": ["num_embeddings", "dims", "padding_idx"],
     "nn.LayerNorm": ["dims"],
     "nn.RMSNorm": ["dims"],
     "nn.BatchNorm": ["num_features"],

@@ -193,7 +193,11 @@ class Frame(Inlining):
         weight = node.args.get("weight") if node.base == "linear" and node.args.get("bias") is None else None
         array = self.graph.graph.arrays.get(weight.name) if isinstance(weight, Ref) else None
         layer = self.structure.layers.get(array.path.rpartition(".")[0]) if array is not None else None
-        if not isinstance(weight, Ref) or layer is None or layer.constructor != "nn.Embedding":
+        if (
+            not isinstance(weight, Ref)
+            or layer is None
+            or layer.constructor not in ("nn.Embedding", "PaddedEmbedding")
+        ):
             return ""
         text = self.expression(weight)
         return text.removesuffix(".weight") if text.endswith(".weight") else ""
