@@ -27,6 +27,7 @@ from icenet.core.errors import UsageError, WeightsError
 from icenet.core.generation.prompts import batch_of, encode_prompts
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import safetensors
+from icenet.core.weights.safetensors_writer import write_file
 
 if TYPE_CHECKING:
     from icenet.core.generation.request import Request
@@ -215,7 +216,7 @@ class PromptCache:
         }
         specs = {name: safetensors.spec_of(arrays, name) for name in arrays}
         with files.staged(path) as stage, stage.open(path) as file:
-            safetensors.write_file(file, arrays, specs, metadata, lambda size: None)
+            write_file(file, arrays, specs, metadata, lambda size: None)
 
 
 def load(path: str | Path, model: Any) -> PromptCache:

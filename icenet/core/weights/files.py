@@ -34,8 +34,8 @@ from icenet.core.weights.safetensors import (
     spec_of,
     view,
     without_duplicates,
-    write_file,
 )
+from icenet.core.weights.safetensors_writer import write_file
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]

@@ -27,6 +27,7 @@ from icenet.core import weights as package
 from icenet.core.errors import FileError, WeightsError
 from icenet.core.weights import files as weights
 from icenet.core.weights import safetensors as tensor_file
+from icenet.core.weights import safetensors_writer
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__"
@@ -527,8 +528,8 @@ def test_large_arrays_of_files_are_copied_at_the_same_place_of_a_page(
     shift: int, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The header may end in more spaces. Other arrays are copied through memory. Two threads copy large parts."""
-    monkeypatch.setattr(tensor_file, "_MOST_PENDING", at_once)
-    monkeypatch.setattr(tensor_file, "PART", 2000)
+    monkeypatch.setattr(safetensors_writer, "_MOST_PENDING", at_once)
+    monkeypatch.setattr(safetensors_writer, "PART", 2000)
     drawn = np.random.default_rng(1)
     arrays = {name: drawn.integers(0, 99, 5000).astype(np.int8) for name in "abc"}
     weights.write(tmp_path / "x.safetensors", arrays)
@@ -563,7 +564,7 @@ def test_a_source_that_becomes_shorter_is_an_error(
     weights.write(source, {name: np.ones(5000) for name in "ab"})
     found = weights.read(source)
     arrays = {name: found[name] for name in "ab"}
-    monkeypatch.setattr(tensor_file, "PART", part)
+    monkeypatch.setattr(safetensors_writer, "PART", part)
     os.truncate(source, 50_000)
     for read in (lambda: found["a"], lambda: weights.write(target, arrays)):
         with pytest.raises(WeightsError) as raised:
@@ -601,7 +602,7 @@ def test_arrays_are_read_at_once_and_released(tmp_path: Path) -> None:
 def test_arrays_of_another_order_are_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And they stay, also if a map of the user has changes that are not in its file."""
     for name, value in {"_PERMUTED": 64, "_LEAST_ROWS": 2, "_WRITTEN": 24}.items():
-        monkeypatch.setattr(tensor_file, name, value)
+        monkeypatch.setattr(safetensors_writer, name, value)
     (tmp_path / "raw").write_bytes(bytes(4096 * 4))
     changed = np.memmap(tmp_path / "raw", np.float32, "c", shape=(64, 64))
     changed[:] = values = np.random.default_rng(1).normal(size=(64, 64)).astype(np.float32)

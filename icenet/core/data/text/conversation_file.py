@@ -26,6 +26,7 @@ from icenet.core.data.text.token_file import token_dtype
 from icenet.core.errors import WeightsError
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import safetensors
+from icenet.core.weights.safetensors_writer import write_file
 
 VERSION = "icenet-conversations 1"
 """Version of the format and of everything that determines the tokens."""
@@ -158,4 +159,4 @@ class PartialConversations:
         }
         specs = {name: safetensors.spec_of(arrays, name) for name in arrays}
         with files.staged(path) as stage, stage.open(path) as target:
-            safetensors.write_file(target, arrays, specs, metadata, lambda size: None)
+            write_file(target, arrays, specs, metadata, lambda size: None)
