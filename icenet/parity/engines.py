@@ -19,7 +19,7 @@ from icenet.core.config import Config, custom, user_code
 from icenet.core.engine import Batch, Engine, check_ids
 from icenet.core.models import modules
 from icenet.parity import align
-from icenet.parity.measures import round_to
+from icenet.parity.measures import is_binary, round_to
 from icenet.parity.nearby import nearby, perturb_by_ulp
 from icenet.parity.trace import Call, Trace, Value, class_name, is_foreign, short_dtype
 
@@ -218,7 +218,7 @@ class Perturbation:
 
     def __call__(self, value: Value, *name: str | int) -> Value:
         """Returns the value of the nearby problem. `name` is the key of the move by an ulp."""
-        if not value.is_float:
+        if not value.is_float or is_binary(value.array):
             return value
         moved = round_to(nearby(value.array, value.dtype, self.sample), value.dtype).astype(value.array.dtype)
         nearest = Value(moved, value.dtype)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from icenet.core import rng
 from icenet.parity.align import AlignedReplay, ReplayError
 from icenet.parity.fp16 import Replay, scaled_for_fp16
-from icenet.parity.measures import half_ulp, rms, round_to
+from icenet.parity.measures import half_ulp, is_binary, rms, round_to
 from icenet.parity.resampling import Samples, Values, judge_values
 from icenet.parity.ties import Ties, may_be_kinks, moved_apart
 from icenet.parity.trace import Call, Trace, Value
@@ -155,7 +155,7 @@ def _apart(path: str, call: Call) -> Call:
 
     def apart(value: Value) -> Value:
         key = rng.key(0, "ties", path, next(numbers))
-        if not value.is_float:
+        if not value.is_float or is_binary(value.array):
             return value
         return Value(round_to(moved_apart(value.array, value.dtype, key), value.dtype), value.dtype)
 
@@ -304,7 +304,8 @@ class _Replays:
         results = replays[0].comparable(path, self._named(replays[2], call))
         floats = [value.array for value in call.values if value.is_float]
         # a mask that is a number on one side only has no gradient to compare
-        self._inputs = [index for index in range(len(floats)) if f"input {index}" in results]
+        known = [index for index in range(len(floats)) if f"input {index}" in results]
+        self._inputs = [index for index in known if not is_binary(floats[index])]
         self.has_inputs = bool(self._inputs)
         self.ties = Ties([floats[index] for index in self._inputs], self._exact_gradients)
 

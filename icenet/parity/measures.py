@@ -82,3 +82,11 @@ def round_to(values: npt.ArrayLike, dtype: str) -> npt.NDArray[Any]:
 def peak(values: Floats) -> float:
     """Returns the largest absolute value; 0 for an empty array."""
     return max(float(values.max()), -float(values.min())) if values.size else 0.0
+
+
+def is_binary(array: npt.NDArray[Any]) -> bool:
+    """Returns whether all values are 0 or 1, and one is 1: a mask, of which code makes booleans, lengths or ids."""
+    if not array.size or array.flat[0] not in (0, 1):
+        return False
+    ones = array == 1
+    return bool(ones.any() and (ones | (array == 0)).all())

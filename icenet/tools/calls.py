@@ -210,6 +210,7 @@ def evaluate(
     parameters: Sequence[str] = (),
     cotangent: Cotangent | None = None,
     exact: bool = False,
+    constants: bool = False,
 ) -> tuple[list[Value], list[Value | None], dict[str, Value]]:
     """Computes a function, and the gradient of sum(outputs * cotangents).
 
@@ -220,6 +221,8 @@ def evaluate(
         parameters: Paths of the trainable parameters of the module by which the gradient is computed.
         cotangent: Returns the cotangents; None to compute no gradient.
         exact: Has no effect.
+        constants: Whether an input that determines ids counts as a constant, because MLX has no gradient by it, and
+            the gradient of the whole model does not need it. Whole numbers always do, as a mask whose sums are ids.
 
     Returns:
         The outputs, the gradients by the floating inputs (None for others), and by the parameters in PyTorch's axes.
@@ -246,16 +249,30 @@ def evaluate(
                 scores.append((output * from_numpy(seed).astype(output.dtype)).sum().astype(mx.float32))
         return mx.stack(scores).sum(), outputs
 
-    primals = [*(arrays[index] for index in floats), *weights.values()]
+    def differentiated() -> tuple[list[mx.array], list[mx.array]]:
+        primals = [*(arrays[index] for index in floats), *weights.values()]
+        if not primals:
+            return total([])[1], []
+        (_, outputs), computed = mx.value_and_grad(total)(primals)
+        return outputs, computed
+
     try:
-        if primals:
-            (_, outputs), computed = mx.value_and_grad(total)(primals)
-        else:
-            (_, outputs), computed = total([]), []
+        whole = [n for n in floats if np.array_equal(inputs[n].array, np.rint(inputs[n].array))]
+        sets = [[], *([whole] if whole else []), *([*([n] for n in floats), floats] if constants else [])]
+        for index, left_out in enumerate(sets):
+            floats = [n for n, item in enumerate(inputs) if item.is_float and n not in left_out]
+            try:
+                outputs, computed = differentiated()
+                break
+            except ValueError as error:
+                if "with respect to indices" not in str(error) or index + 1 == len(sets):
+                    raise
     finally:
         own.set(weights)
     mx.eval(outputs, computed)
-    gradients: list[Value | None] = [None] * len(inputs)
+    gradients: list[Value | None] = [
+        Value(np.zeros_like(item.array), item.dtype) if item.is_float else None for item in inputs
+    ]
     for index, gradient in zip(floats, computed, strict=False):
         gradients[index] = value(gradient)
     by_name = {name: value(g) for name, g in zip(weights, computed[len(floats) :], strict=True)}

@@ -204,6 +204,7 @@ def evaluate(
     parameters: Sequence[str] = (),
     cotangent: Cotangent | None = None,
     exact: bool = False,
+    constants: bool = False,
 ) -> tuple[list[Value], list[Value | None], dict[str, Value]]:
     """Computes a function, and the gradient of sum(outputs * cotangents).
 
@@ -214,6 +215,7 @@ def evaluate(
         parameters: Paths of the trainable parameters of the module by which the gradient is computed.
         cotangent: Returns the cotangents; None to compute no gradient.
         exact: Whether to compute in float64, also where the code of the module names fp32.
+        constants: Has no effect.
 
     Returns:
         The outputs, the gradients by the floating inputs (None for others), and by the parameters that are used.

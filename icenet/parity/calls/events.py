@@ -235,7 +235,8 @@ def map_leaves(item: Any, function: Callable[[Any], Any]) -> Any:
             new[key] = map_leaves(value, function)
         return new
     if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*(map_leaves(value, function) for value in item))
+        # not by its constructor, which may check the arrays, as that of a PackedSequence does
+        return tuple.__new__(type(item), [map_leaves(value, function) for value in item])
     if type(item) in (tuple, list):
         return type(item)(map_leaves(value, function) for value in item)
     if is_dataclass(item) and not isinstance(item, (type, Slot, Value)):

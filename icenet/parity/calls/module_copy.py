@@ -34,9 +34,11 @@ class ModuleCopy(Side):
 
     Attributes:
         is_test: Whether it is the module under test, whose axes may differ from those of the reference.
+        ran_backward: Whether a run computed its gradients.
     """
 
     is_test = False
+    ran_backward = False
 
     def __init__(self, module: Any, dtype: str, exact: bool = False, perturbed: bool = False) -> None:
         backend = backends.backend_of(module)

@@ -38,7 +38,9 @@ def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
     with side.opened(own), _overridden(side, own.path, prefix, overrides), side.tools.without_checkpoints():
         before = side.tools.buffers(module) if side.train else {}
         try:
-            outputs, gradients, by_name = side.tools.evaluate(call, inputs, module, relative, cotangent, side.exact)
+            outputs, gradients, by_name = side.tools.evaluate(
+                call, inputs, module, relative, cotangent, side.exact, side.ran_backward
+            )
         except align.ReplayError:
             raise
         except Exception as error:  # whatever a user's layer raises is a result of the comparison

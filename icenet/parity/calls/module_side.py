@@ -91,6 +91,7 @@ class ModuleSide(ModuleCopy):
             events = recorder.finish()
             self.drew = randomness.generator_states(self.nn) != states
         run = Run(events, outputs[0] if cotangent else None, gradients)
+        self.ran_backward = self.ran_backward or bool(cotangent)
         self._run = run if inner else before
         store.runs.append(run)
         return run

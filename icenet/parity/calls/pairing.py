@@ -257,10 +257,17 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool) -> Non
     """Sets which arrays of a pair correspond, and their axes."""
     ours, theirs = pair.a, pair.b
 
+    name = theirs.path.rpartition(".")[2].lower()
+    is_norm = pair.kind in ("layer_norm", "rms_norm") or (not theirs.children and "norm" in name)
+
     def how(a: Value, b: Value) -> str | None:
         found = align.alignment(pair.kind, a.array, b.array, shapes) if not same else None
         if same and a.array.shape == b.array.shape:
-            return align.SAME
+            found = align.SAME
+        if is_norm and found != align.MOVED and (exchanged := align.exchanged(a.array, b.array)):
+            return exchanged
+        if same and found is not None:
+            return found
         if found is None and theirs.parent is not None and align.KINDS.get(pair.kind or "") != align.MOVED:
             return align.rows(a.array, b.array)  # the interface of the model itself must be the same
         return found
