@@ -436,7 +436,8 @@ def _module(path: str, module: nn.Module) -> Module:
         ]
     except (TypeError, ValueError):
         arguments = []
-    return Module(path, kind, settings, children, arguments)
+    own_class = type(module).__name__ if kind.rpartition(".")[2] != type(module).__name__ else ""
+    return Module(path, kind, settings, children, arguments, own_class)
 
 
 def _signature(module: nn.Module, input_tree: Any) -> list[Argument]:

@@ -111,6 +111,8 @@ class Module:
     """The names of its children in their order."""
     arguments: list[str] = field(default_factory=list)
     """The names of the arguments of `forward`."""
+    own_class: str = ""
+    """The name of its class if `kind` is the base of it that computes the same."""
 
     @property
     def class_name(self) -> str:

@@ -163,7 +163,7 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
     if not varying:
         return Class(name, first.init, _common_comments(members)), [[] for _ in members]
     in_init = len(NUMBER.findall("\n".join(first.init)))
-    hints = _hints(first.text, names)
+    suggested = hints(first.text, names)
     parameters: dict[tuple[str, ...], str] = {}
     replacement: dict[int, str] = {}
     taken = {*re.findall(r"self\.(\w+)", first.text), *METHODS}
@@ -174,7 +174,7 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
     for index in varying:
         column = columns[index]
         if OPEN in column:
-            like = _compatible(column, hints[index], parameters)
+            like = _compatible(column, suggested[index], parameters)
             if like is None and len({*column} - {OPEN}) == 1:
                 replacement[index] = next(value for value in column if value != OPEN)
                 continue
@@ -185,14 +185,14 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
             if formula is not None:
                 attribute, column, forms[index] = formula
         if column not in parameters:
-            hint = attribute if attribute and attribute not in taken else hints[index].removesuffix("?")
+            hint = attribute if attribute and attribute not in taken else suggested[index].removesuffix("?")
             unique, number = hint, 1
-            while unique in taken and not hints[index].endswith("?"):
+            while unique in taken and not suggested[index].endswith("?"):
                 number += 1
                 unique = f"{hint}_{number}"
             taken.add(unique)
             parameters[column] = unique
-            if hints[index].endswith("?"):
+            if suggested[index].endswith("?"):
                 flags.add(unique)
         replacement[index] = parameters[column]
         if index >= in_init:
@@ -277,9 +277,9 @@ def _common_comments(members: list[Instance]) -> list[Body]:
     return bodies
 
 
-def _hints(text: str, known: dict[str, list[str]]) -> list[str]:
+def hints(text: str, known: dict[str, list[str]]) -> list[str]:
     """Returns a name for each number of a text: its keyword, or the argument of the constructor."""
-    hints = []
+    names: list[str] = []
     for match in NUMBER.finditer(text):
         before = text[: match.start()].rpartition("\n")[2]
         found = re.search(r"(\w+)=\(?(?:\d+, )*$", before)
@@ -293,9 +293,9 @@ def _hints(text: str, known: dict[str, list[str]]) -> list[str]:
         else:
             opened = re.search(r"([\w.]+)\(([^()]*)$", before)
             if opened and opened[1] in known:
-                names = known[opened[1]]
+                arguments = known[opened[1]]
                 place = opened[2].count(",")
-                hint = names[place] if place < len(names) else ""
+                hint = arguments[place] if place < len(arguments) else ""
             elif opened and opened[1] in ("range",):
                 hint = "num_layers"
             elif attribute:
@@ -303,8 +303,8 @@ def _hints(text: str, known: dict[str, list[str]]) -> list[str]:
         if not hint and "reshape(" in before:
             hint = "size"
         hint = hint or "value"
-        hints.append({"num_features": "channels", "axis": "axis"}.get(hint, hint))
-    return hints
+        names.append({"num_features": "channels", "axis": "axis"}.get(hint, hint))
+    return names
 
 
 def class_source(item: Class) -> str:

@@ -93,7 +93,7 @@ def lists(line: str) -> str:
     if found is not None:
         pairs = [part.partition(": ") for part in split(found[2])]
         return f"{found[1] or ''}{{{', '.join(f'{key}: {lists(value)}' for key, _, value in pairs)}}}"
-    match = re.fullmatch(r"([^\[\]]* = )?(Sequential\()?\[(.*)\](?(2)\))", line)
+    match = re.fullmatch(r"([^\[\]]* = )?([A-Z]\w*\()?\[(.*)\](?(2)\))", line)
     if match is None:
         return line
     target, sequence = match[1] or "", match[2] or ""

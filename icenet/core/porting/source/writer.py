@@ -12,6 +12,7 @@ from icenet.core.porting.graph.calls import Call
 from icenet.core.porting.layers.mlx_layers import DEFAULTS, Layer, WrittenLayer
 from icenet.core.porting.names import flat
 from icenet.core.porting.record import Graph, Module
+from icenet.core.porting.source import sequences
 from icenet.core.porting.source.body import Frame
 from icenet.core.porting.source.classes import MARK, Class, Instance, class_source, resolve
 from icenet.core.porting.source.lines import Body
@@ -66,7 +67,8 @@ class _Writer:
         self.layers, self.title = layers, title
         self.structure = Structure(graph, layers, train, trace)
         self.instances: list[Instance] = []
-        self.has_sequences = False
+        self.sequence_kinds: set[str] = set()
+        """The names that constructors have for sequences: `Sequential`, and classes derived from it."""
         self.written_layers: list[WrittenLayer] = []
         self.written: dict[str, str] = {}
         """The name of each class of such layers by its source without a name."""
@@ -109,8 +111,10 @@ class _Writer:
     def source(self) -> str:
         bodies = self.bodies()
         self.build("", bodies)
-        classes = resolve(self.instances, {*self.written.values(), *(["Sequential"] if self.has_sequences else [])})
-        functions = [*self.finished(classes), *([_SEQUENTIAL] if self.has_sequences else [])]
+        taken = {*self.written.values(), *self.sequence_kinds}
+        classes = resolve(self.instances, taken)
+        repeated = sequences.functions(classes, self.sequence_kinds, taken)
+        functions = [*self.finished(classes), *([_SEQUENTIAL] if self.sequence_kinds else []), *repeated]
         lines = ['"""' + self.title, "", "Written by icenet.port. It depends on mlx only.", '"""', ""]
         code = "\n\n\n".join([*functions, *self.written_sources(), *(class_source(item) for item in classes)])
         imports = []
@@ -284,8 +288,10 @@ class _Writer:
         listed = f"[{', '.join(elements)}]"
         if path not in self.structure.sequences:
             return listed
-        self.has_sequences = True
-        return f"Sequential({listed})"
+        kind = module.own_class.lstrip("_")
+        kind = kind if re.fullmatch(r"[A-Z]\w*", kind) else "Sequential"
+        self.sequence_kinds |= {kind, "Sequential"}
+        return f"{kind}({listed})"
 
     def shared_layer(self, path: str, bodies: dict[str, list[Body]]) -> str:
         """Returns an element of a list that another module holds, too: a new one if it has no arrays."""
