@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -12,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from icenet.core.config.transformer_plan import AttentionPlan
-from icenet.core.generation.cache import KVCacheBase, Pick
+from icenet.core.generation.cache import KVCacheBase, LayerCacheBase, Pick
 from icenet.nn.arrays import on_cpu
 from icenet.nn.attention import Mask, make_attention_mask, rotate, scaled_dot_product_attention
 from icenet.nn.cached_attention import cached_attention, has_cached_attention, joined_attention
@@ -20,6 +19,8 @@ from icenet.nn.cached_attention import cached_attention, has_cached_attention, j
 
 class KVCache(KVCacheBase):
     """See `icenet.core.generation.cache.KVCacheBase`."""
+
+    arrange = KVCacheBase.arrange  # a class with more arrays has its own (see `batching.rows_that_join`)
 
     def __init__(self, num_layers: int, prepare: Callable[[int], None] | None = None) -> None:
         super().__init__(num_layers, mx.zeros((1,), mx.int32), prepare)
@@ -71,7 +72,6 @@ class KVCache(KVCacheBase):
         return positions, {window: make_attention_mask(is_token, columns, True, window) for window in windows}
 
     def reads_in_place(self, length: int) -> bool:
-        """Returns whether a captured step attends to the buffers themselves, without a mask."""
         buffer = self.layers[0].keys
         return self.length is None and buffer is not None and has_cached_attention(buffer, length)
 
@@ -80,38 +80,13 @@ class KVCache(KVCacheBase):
         self.position = mx.array(np.full(self.position.shape, length, np.int32))  # not lazy
         self.length = length
 
-    def arrange(self, rows: Sequence[int], pick: Pick, other: KVCache | None = None) -> None:
-        assert self.padding is None and self.length is not None
-        if other is None:
-            for layer in self.layers:
-                layer.arrange(rows, pick)
-            return
-        assert other.padding is None and other.length is not None
-        self.length = max(self.length, other.length)
-        self.reserve(0)
-        replaced = [row for row, source in enumerate(rows) if source != row]
-        for layer, new in zip(self.layers, other.layers, strict=True):
-            layer.replace(replaced, new, other.length)
 
+class LayerCache(LayerCacheBase):
+    """See `icenet.core.generation.cache.LayerCacheBase`."""
 
-class LayerCache:
-    """Keys and values of one attention layer.
-
-    Attributes:
-        keys: Buffer `[B, H, capacity, D/H]`; None before the first column.
-        values: Buffer `[B, H, capacity, D/H]`; None before the first column.
-    """
-
-    def __init__(self, cache: KVCache, keys: mx.array | None = None, values: mx.array | None = None) -> None:
-        # a reference would make a cycle, and the buffers of each step would wait for the garbage collector
-        self._cache: KVCache = weakref.proxy(cache)
-        self.keys = keys
-        self.values = values
-
-    @property
-    def is_captured(self) -> bool:
-        """Whether it is that of a captured step."""
-        return self._cache.length is None
+    _cache: KVCache
+    keys: mx.array | None
+    values: mx.array | None
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Stores keys and values of T columns, `[B, H, T, D/H]` each. Returns those that the mask describes."""
@@ -152,10 +127,6 @@ class LayerCache:
         keys, values = self.append(k, v)
         return scaled_dot_product_attention(q, keys, values, mask, plan.scale, plan.softcap)
 
-    def reads_in_place(self, length: int) -> bool:
-        """See `KVCache.reads_in_place`."""
-        return self._cache.reads_in_place(length)
-
     def attend_joined(self, qkv: mx.array, angles: mx.array | None, plan: AttentionPlan) -> mx.array:
         """Does what `attend` does, where the cache is read in place.
 
@@ -171,21 +142,26 @@ class LayerCache:
         return joined_attention(qkv, self.keys, self.values, cache.position, cache.padding, angles, plan)
 
     def grow(self, capacity: int) -> None:
-        """Moves the columns to buffers with room for `capacity` columns."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = (_buffer(array, capacity) for array in (self.keys, self.values))
             mx.eval(self.keys, self.values)  # frees the smaller buffers
 
     def arrange(self, rows: Sequence[int], pick: Pick) -> None:
-        """Keeps rows, in their new order."""
         self.keys, self.values = pick([self.keys], rows), pick([self.values], rows)
         mx.eval(self.keys, self.values)  # frees the buffers before
 
-    def replace(self, rows: Sequence[int], new: LayerCache, columns: int) -> None:
-        """Replaces the first columns of rows by those of the rows of another cache."""
-        assert self.keys is not None and self.values is not None and new.keys is not None and new.values is not None
-        self.keys = _replace(self.keys, new.keys[:, :, :columns], rows)
-        self.values = _replace(self.values, new.values[:, :, :columns], rows)
+    @staticmethod
+    def replaced(buffer: mx.array, new: mx.array, rows: Sequence[int]) -> mx.array:
+        """Returns the buffer with other rows, whose first columns are `new`.
+
+        Neighbouring rows are written together. A scatter of all rows takes five times as long on a CPU.
+        """
+        first = 0
+        for last in range(len(rows)):
+            if last + 1 == len(rows) or rows[last + 1] != rows[last] + 1:
+                buffer = mx.slice_update(buffer, new[first : last + 1], mx.array([rows[first]]), axes=(0,))
+                first = last + 1
+        return buffer
 
 
 def _rotate(q: mx.array, k: mx.array, angles: mx.array, pairs: str) -> list[mx.array]:
@@ -219,16 +195,3 @@ def _write(buffer: mx.array, new: mx.array, position: mx.array, first: int | Non
     if new.shape[2] > 1:
         return mx.slice_update(buffer, new, position, axes=(2,))
     return mx.put_along_axis(buffer, mx.broadcast_to(position.reshape(-1, 1, 1, 1), new.shape), new, axis=2)
-
-
-def _replace(buffer: mx.array, new: mx.array, rows: Sequence[int]) -> mx.array:
-    """Returns the buffer with other rows, whose first columns are `new`.
-
-    Neighbouring rows are written together. A scatter of all rows takes five times as long on a CPU.
-    """
-    first = 0
-    for last in range(len(rows)):
-        if last + 1 == len(rows) or rows[last + 1] != rows[last] + 1:
-            buffer = mx.slice_update(buffer, new[first : last + 1], mx.array([rows[first]]), axes=(0,))
-            first = last + 1
-    return buffer

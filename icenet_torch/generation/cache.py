@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from icenet.core.config.transformer_plan import AttentionPlan
-from icenet.core.generation.cache import KVCacheBase, Pick
+from icenet.core.generation.cache import KVCacheBase, LayerCacheBase, Pick
 from icenet_torch.nn.attention import Mask, make_attention_mask, rotate, scaled_dot_product_attention
 from icenet_torch.nn.cached_attention import cached_attention, has_cached_attention, joined_attention
 
@@ -19,6 +18,8 @@ class KVCache(KVCacheBase):
     Attributes:
         columns: Places of the tokens that are read, int64 `[1, T]` or `[B, T]`.
     """
+
+    arrange = KVCacheBase.arrange  # a class with more arrays has its own (see `batching.rows_that_join`)
 
     def __init__(self, num_layers: int, prepare: Callable[[int], None] | None = None) -> None:
         super().__init__(num_layers, torch.zeros(1, dtype=torch.int32, device="cpu"), prepare)
@@ -66,7 +67,6 @@ class KVCache(KVCacheBase):
         return positions, {window: make_attention_mask(is_token, columns, True, window) for window in windows}
 
     def reads_in_place(self, length: int) -> bool:
-        """Returns whether a captured step attends to the buffers themselves, without a mask."""
         buffer = self.layers[0].keys
         return self.length is None and buffer is not None and has_cached_attention(buffer, length)
 
@@ -75,38 +75,13 @@ class KVCache(KVCacheBase):
         self.position = torch.full_like(self.position, length)
         self.length = length
 
-    def arrange(self, rows: Sequence[int], pick: Pick, other: KVCache | None = None) -> None:
-        assert self.padding is None and self.length is not None
-        if other is None:
-            for layer in self.layers:
-                layer.arrange(rows, pick)
-            return
-        assert other.padding is None and other.length is not None
-        self.length = max(self.length, other.length)
-        self.reserve(0)
-        replaced = [row for row, source in enumerate(rows) if source != row]
-        for layer, new in zip(self.layers, other.layers, strict=True):
-            layer.replace(replaced, new, other.length)
 
+class LayerCache(LayerCacheBase):
+    """See `icenet.core.generation.cache.LayerCacheBase`."""
 
-class LayerCache:
-    """Keys and values of one attention layer.
-
-    Attributes:
-        keys: Buffer `[B, H, capacity, D/H]`; None before the first column.
-        values: Buffer `[B, H, capacity, D/H]`; None before the first column.
-    """
-
-    def __init__(self, cache: KVCache, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
-        # a reference would make a cycle, and the buffers of each step would wait for the garbage collector
-        self._cache: KVCache = weakref.proxy(cache)
-        self.keys = keys
-        self.values = values
-
-    @property
-    def is_captured(self) -> bool:
-        """Whether it is that of a captured step."""
-        return self._cache.length is None
+    _cache: KVCache
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores keys and values of T columns, `[B, H, T, D/H]` each. Returns those that the mask describes."""
@@ -153,10 +128,6 @@ class LayerCache:
         keys, values = self.append(k, v)
         return scaled_dot_product_attention(q, keys, values, mask, plan.scale, plan.softcap)
 
-    def reads_in_place(self, length: int) -> bool:
-        """See `KVCache.reads_in_place`."""
-        return self._cache.reads_in_place(length)
-
     def attend_joined(self, qkv: torch.Tensor, angles: torch.Tensor | None, plan: AttentionPlan) -> torch.Tensor:
         """Does what `attend` does, where the cache is read in place.
 
@@ -172,19 +143,17 @@ class LayerCache:
         return joined_attention(qkv, self.keys, self.values, cache.position, cache.padding, angles, plan)
 
     def grow(self, capacity: int) -> None:
-        """Moves the columns to buffers with room for `capacity` columns."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = (_buffer(array, capacity) for array in (self.keys, self.values))
 
     def arrange(self, rows: Sequence[int], pick: Pick) -> None:
-        """Keeps rows, in their new order."""
         self.keys, self.values = pick([self.keys], rows), pick([self.values], rows)
 
-    def replace(self, rows: Sequence[int], new: LayerCache, columns: int) -> None:
-        """Replaces the first columns of rows by those of the rows of another cache."""
-        assert self.keys is not None and self.values is not None and new.keys is not None and new.values is not None
-        self.keys = _replace(self.keys, new.keys[:, :, :columns], rows)
-        self.values = _replace(self.values, new.values[:, :, :columns], rows)
+    @staticmethod
+    def replaced(buffer: torch.Tensor, new: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Writes `new` to the first columns of rows of the buffer, and returns it."""
+        buffer[:, :, : new.shape[2]].index_copy_(0, torch.tensor(rows, device=buffer.device), new)
+        return buffer
 
 
 def _rotate(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor, pairs: str) -> tuple[torch.Tensor, ...]:
@@ -218,9 +187,3 @@ def _write(buffer: torch.Tensor, new: torch.Tensor, columns: torch.Tensor, first
     if len(columns) == 1:
         return buffer.index_copy_(2, columns[0], new)
     return buffer.scatter_(2, columns[:, None, :, None].expand_as(new), new)
-
-
-def _replace(buffer: torch.Tensor, new: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """Writes `new` to the first columns of rows of the buffer, and returns it."""
-    buffer[:, :, : new.shape[2]].index_copy_(0, torch.tensor(rows, device=buffer.device), new)
-    return buffer

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from icenet.core.config.transformer_plan import LayerType, RotaryPlan
+from icenet.core.config.transformer_plan import LayerType
 from icenet.core.nn.position_tables import TableBase
-from icenet.core.nn.rotary import RotaryRows
+from icenet.core.nn.rotary import RotaryPositionsBase
 from icenet_torch.nn.arrays import Array
 
 
@@ -46,37 +46,12 @@ class PositionTable(TableBase):
 _grow_untraced = torch._disable_dynamo(TableBase._grow)  # imports the compiler at its first call
 
 
-class RotaryPositions:
-    """The angles of the rotary positions of a model.
+class RotaryPositions(RotaryPositionsBase):
+    """See `RotaryPositionsBase`."""
 
-    Args:
-        plans: Size, base and scaling for each type of layers that has rotary positions.
-        max_length: Maximum number of tokens in a sequence.
-    """
-
-    def __init__(self, plans: Mapping[LayerType, RotaryPlan], max_length: int) -> None:
-        self.rows = {kind: RotaryRows(plan) for kind, plan in plans.items()}
-        self.tables = {kind: PositionTable(rows.make, rows.count(max_length)) for kind, rows in self.rows.items()}
-
-    @property
-    def switch(self) -> int | None:
-        """Number of tokens in a row above which the angles of earlier tokens are others; None if there is none."""
-        return min((rows.switch for rows in self.rows.values() if rows.switch is not None), default=None)
-
-    def reserve(self, length: int) -> None:
-        """Makes the rows that sequences of at most `length` tokens need."""
-        for kind, rows in self.rows.items():
-            self.tables[kind].reserve(rows.count(length))
+    table = PositionTable
 
     def angles(self, positions: Array, lengths: Array) -> dict[LayerType | None, Array | None]:
-        """Returns the cosines, negative sines and sines for `rotate`, for each type of layers.
-
-        It is None for layers without rotation.
-
-        Args:
-            positions: Position of each token, int `[T]` or `[B, T]`.
-            lengths: Number of tokens of each row, int `[1]` or `[B, 1]`.
-        """
         found: dict[LayerType | None, Array | None] = {None: None}
         for kind, rows in self.rows.items():
             angles = self.tables[kind][rows.index(positions, lengths)]

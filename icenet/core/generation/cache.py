@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -130,11 +131,15 @@ class KVCacheBase(RowCache):
         self.capacity = 0
         self.position = position
         self.padding: Any = None
-        self.layers = [self.make_layer() for _ in range(num_layers)]
+        self.layers: list[Any] = [self.make_layer() for _ in range(num_layers)]
 
     @abstractmethod
-    def make_layer(self, keys: Any = None, values: Any = None) -> Any:
+    def make_layer(self, keys: Any = None, values: Any = None) -> LayerCacheBase:
         """Returns the cache of one layer with these buffers."""
+
+    @abstractmethod
+    def reads_in_place(self, length: int) -> bool:
+        """Returns whether a captured step of `length` tokens attends to the buffers themselves, without a mask."""
 
     @property
     def state(self) -> list[Any]:
@@ -165,11 +170,66 @@ class KVCacheBase(RowCache):
     def place(self, positions: Any, longest: int) -> None:
         self.position, self.length = positions, longest
 
+    def arrange(self, rows: Sequence[int], pick: Pick, other: KVCacheBase | None = None) -> None:
+        assert self.padding is None and self.length is not None
+        if other is None:
+            for layer in self.layers:
+                layer.arrange(rows, pick)
+            return
+        assert other.padding is None and other.length is not None
+        self.length = max(self.length, other.length)
+        self.reserve(0)
+        replaced = [row for row, source in enumerate(rows) if source != row]
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            layer.replace(replaced, new, other.length)
+
     def end(self, length: int) -> None:
         """Counts the columns that all layers have stored."""
         self.position = self.position + length
         if self.length is not None:
             self.length += length
+
+
+class LayerCacheBase(ABC):
+    """Keys and values of one attention layer.
+
+    Attributes:
+        keys: Buffer `[B, H, capacity, D/H]`; None before the first column.
+        values: Buffer `[B, H, capacity, D/H]`; None before the first column.
+    """
+
+    def __init__(self, cache: Any, keys: Any = None, values: Any = None) -> None:
+        # a reference would make a cycle, and the buffers of each step would wait for the garbage collector
+        self._cache: Any = weakref.proxy(cache)
+        self.keys = keys
+        self.values = values
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether it is that of a captured step."""
+        return self._cache.length is None
+
+    def reads_in_place(self, length: int) -> bool:
+        """See `KVCacheBase.reads_in_place`."""
+        return bool(self._cache.reads_in_place(length))
+
+    @abstractmethod
+    def grow(self, capacity: int) -> None:
+        """Moves the columns to buffers with room for `capacity` columns."""
+
+    @abstractmethod
+    def arrange(self, rows: Sequence[int], pick: Pick) -> None:
+        """Keeps rows, in their new order."""
+
+    def replace(self, rows: Sequence[int], new: LayerCacheBase, columns: int) -> None:
+        """Replaces the first columns of rows by those of the rows of another cache."""
+        self.keys = self.replaced(self.keys, new.keys[:, :, :columns], rows)
+        self.values = self.replaced(self.values, new.values[:, :, :columns], rows)
+
+    @staticmethod
+    @abstractmethod
+    def replaced(buffer: Any, new: Any, rows: Sequence[int]) -> Any:
+        """Returns a buffer whose rows begin with the columns `new`, `[N, H, T, D/H]`. It may be the same array."""
 
 
 class RecurrentCache(RowCache):

@@ -12,13 +12,16 @@ longer than the original context (see `RotaryRows.switch`).
 from __future__ import annotations
 
 import math
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.config import RotaryScaling
-from icenet.core.config.transformer_plan import RotaryPlan
+from icenet.core.config.transformer_plan import LayerType, RotaryPlan
+from icenet.core.nn.position_tables import TableBase
 
 Floats = NDArray[np.float32]
 
@@ -98,6 +101,43 @@ class RotaryRows:
         exact = (np.arange(start, stop, dtype=np.float32)[:, None] * chosen).astype(np.float64)
         cos, sin = np.cos(exact), np.sin(exact)
         return np.stack([cos, -sin, sin], axis=1).astype(np.float32) * self.factor
+
+
+class RotaryPositionsBase(ABC):
+    """The angles of the rotary positions of a model.
+
+    Args:
+        plans: Size, base and scaling for each type of layers that has rotary positions.
+        max_length: Maximum number of tokens in a sequence.
+    """
+
+    table: ClassVar[type[TableBase]]
+    """The table of the backend."""
+
+    def __init__(self, plans: Mapping[LayerType, RotaryPlan], max_length: int) -> None:
+        self.rows = {kind: RotaryRows(plan) for kind, plan in plans.items()}
+        self.tables = {kind: self.table(rows.make, rows.count(max_length)) for kind, rows in self.rows.items()}
+
+    @property
+    def switch(self) -> int | None:
+        """Number of tokens in a row above which the angles of earlier tokens are others; None if there is none."""
+        return min((rows.switch for rows in self.rows.values() if rows.switch is not None), default=None)
+
+    def reserve(self, length: int) -> None:
+        """Makes the rows that sequences of at most `length` tokens need."""
+        for kind, rows in self.rows.items():
+            self.tables[kind].reserve(rows.count(length))
+
+    @abstractmethod
+    def angles(self, positions: Any, lengths: Any) -> dict[LayerType | None, Any]:
+        """Returns the cosines, negative sines and sines for `rotate`, for each type of layers.
+
+        It is None for layers without rotation.
+
+        Args:
+            positions: Position of each token, int `[T]` or `[B, T]`.
+            lengths: Number of tokens of each row, int `[1]` or `[B, 1]`.
+        """
 
 
 def frequencies(size: int, theta: float, scaling: RotaryScaling | None = None, length: int = 1) -> Floats:
