@@ -134,7 +134,7 @@ def step(size: ModelSize, lengths: Sequence[float], value_bytes: float, cache_by
 def prompt(size: ModelSize, lengths: Sequence[int], value_bytes: float) -> Work:
     """Returns the work of reading prompts: every token, and logits of the last ones only."""
     tokens = sum(lengths)
-    pairs = sum(_pairs(length, window) for window in size.windows for length in lengths)
+    pairs = sum(attended_pairs(length, window) for window in size.windows for length in lengths)
     matrices = size.dense + size.experts * size.expert_share
     return Work(
         (size.vectors + size.dense + size.output + size.experts) * value_bytes,
@@ -142,7 +142,7 @@ def prompt(size: ModelSize, lengths: Sequence[int], value_bytes: float) -> Work:
     )
 
 
-def _pairs(length: int, window: int) -> int:
+def attended_pairs(length: int, window: int) -> int:
     """Returns the number of pairs of a token and one that it attends to, in a causal layer."""
     inside = min(length, window)
     return inside * (inside + 1) // 2 + (length - inside) * window

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from icenet.commands.bench.sides import fastest
+from icenet.commands.bench.session import SessionBase, fastest
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.data.datasets import Dataset
@@ -22,7 +22,6 @@ from icenet.core.data.images.files import ArrayImages, ImageSource
 from icenet.core.data.text.packed import TextDataset
 from icenet.core.engine import Batch
 from icenet.core.errors import UsageError
-from icenet.core.runs.run_folder import versions
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.training.prefetch import Prefetch
 
@@ -103,8 +102,8 @@ class OwnLoop:
         return waited / (time.perf_counter() - begin)
 
 
-class Session:
-    """One side. Arguments and results are JSON types.
+class Session(SessionBase):
+    """One side.
 
     Args:
         name: One of `KINDS`.
@@ -116,26 +115,13 @@ class Session:
         backends.resolve(kind.backend)
         if not kind.is_peer:
             backends.module(kind.backend, "engine.engine").Engine.prepare_process()
-        self._tools = backends.module(kind.backend, "tools.bench")
-        self._device_name = device
-        self._device = backends.module(kind.backend, "engine.build").choose_device(device)
+        super().__init__(kind.backend, device)
         if kind.compiled and self.device == "cpu":
             raise UsageError("compiled sides are measured on a GPU")
-        self._memory = self._tools.PeakMemory(self._device)
         self._loop: Any = None
         self._config: Config
         self._batches: list[Batch] = []
         self._next = 0
-
-    @property
-    def device(self) -> str:
-        """The kind of the device: cpu, or gpu for any other."""
-        return "cpu" if "cpu" in str(self._device).lower() else "gpu"
-
-    def facts(self) -> dict[str, Any]:
-        """Returns the kind of the device, the version of the framework and the source of the memory's peak."""
-        framework = f"{self._kind.backend} {versions().get(self._kind.backend)}"
-        return {"device": self.device, "framework": framework, "memory_source": self._memory.source}
 
     def rate(self, precision: str) -> float:
         """Returns the operations per second of products of matrices, the best of several sizes."""

@@ -9,7 +9,6 @@ import gc
 import importlib.util
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import icenet
+from icenet.commands.bench.session import SessionBase, fastest
 from icenet.commands.bench.target import RandomWeights
 from icenet.core import backends
 from icenet.core.config import Config, ModelConfig, TransformerConfig
@@ -33,7 +33,6 @@ from icenet.core.generation.speculative import make_decoder
 from icenet.core.generation.streaming import stream_tokens
 from icenet.core.models.inference import build_for_inference
 from icenet.core.report import resident_memory
-from icenet.core.runs.run_folder import versions
 
 
 @dataclass(frozen=True)
@@ -194,8 +193,8 @@ def draft_config(model: ModelConfig) -> Config:
     return Config.from_dict({"model": {**model.model_dump(mode="python"), **changes}})
 
 
-class Session:
-    """One side. Arguments and results are JSON types.
+class Session(SessionBase):
+    """One side.
 
     Args:
         name: One of `KINDS`.
@@ -204,30 +203,13 @@ class Session:
 
     def __init__(self, name: str, device: str) -> None:
         self._kind = kind = KINDS[name]
-        backends.resolve(kind.backend)
-        self._tools = backends.module(kind.backend, "tools.bench")
-        self._device_name = device
-        self._device = backends.module(kind.backend, "engine.build").choose_device(device)
+        super().__init__(kind.backend, device)
         if kind.cuda_only and "cuda" not in str(self._device):
             raise UsageError("transformers compiles on CUDA only")
-        self._memory = self._tools.PeakMemory(self._device)
         self._sides: dict[str, Any] = {}
         self._arguments: tuple[Any, ...] = ()
         self._loads = 0
         self._peak: int | None = None
-
-    @property
-    def device(self) -> str:
-        """The kind of the device: cpu, or gpu for any other."""
-        return "cpu" if "cpu" in str(self._device).lower() else "gpu"
-
-    def facts(self) -> dict[str, Any]:
-        """Returns the kind of the device, the version of the framework and the source of the memory's peak."""
-        return {
-            "device": self.device,
-            "framework": f"{self._kind.backend} {versions().get(self._kind.backend)}",
-            "memory_source": self._memory.source,
-        }
 
     def rates(self, dtype: str) -> dict[str, float]:
         """Returns the rates of this framework: bytes per second of a copy, operations per second of products.
@@ -376,28 +358,6 @@ def make_prompts(case: Mapping[str, Any]) -> Any:
 
 def _doubled(first: int, last: int) -> list[int]:
     return [first << shift for shift in range((last // first).bit_length())]
-
-
-def fastest(cases: Any, enough: float = 0.02) -> float:
-    """Returns the highest rate: work per second, in the unit of the cases.
-
-    Args:
-        cases: Pairs of the work of one repetition and a function that does a number of repetitions. They grow, and
-            the last one is the first that takes `enough` seconds for one repetition.
-        enough: Seconds.
-    """
-    best = 0.0
-    for work, run in cases:
-        run(1)
-        times = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            run(4)
-            times.append((time.perf_counter() - begin) / 4)
-        best = max(best, work / min(times))
-        if statistics.median(times) > enough:
-            break
-    return best
 
 
 def _weight_files(folder: str) -> list[Path]:

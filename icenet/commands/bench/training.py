@@ -181,7 +181,7 @@ def operations(config: Config) -> float:
         return 3 * batch * image_operations(config.model, model.weight_shapes(), length_of(config))
     length = length_of(config)
     size = limits.size_of(config, model)
-    pairs = sum(_pairs(length, window or length) for window in size.windows)
+    pairs = sum(limits.attended_pairs(length, window or length) for window in size.windows)
     return 3.0 * batch * (2 * (size.dense + size.output) * length + 4 * size.query_width * pairs)
 
 
@@ -189,12 +189,6 @@ def length_of(config: Config) -> int:
     """Returns the number of tokens of a row, or the height and width of the images."""
     length = getattr(config.data, "image_size" if config.model.input_kind == "images" else "seq_length")
     return int(length)
-
-
-def _pairs(length: int, window: int) -> int:
-    """Returns the number of pairs of a query and a key that it attends to."""
-    inside = min(length, window)
-    return inside * (inside + 1) // 2 + (length - inside) * window
 
 
 def image_operations(options: Any, shapes: Mapping[str, tuple[int, ...]], size: int) -> float:
