@@ -186,31 +186,11 @@ def save(model: Any, path: str | Path, *, overwrite: bool = False) -> Path:
         FileError: A file cannot be written, for example because the disk is full.
     """
     from icenet.core import files
-    from icenet.core.config import user_code, written, yaml_file
-    from icenet.core.families import sentence_transformers
-    from icenet.core.models.build import check_config
     from icenet.core.runs import saved_model
-    from icenet.core.tokenizers.base import TOKENIZER_FILE
 
     _check_model(model, "save")
     folder = files.user_path(path, "save")
-    check_config(model)
-    config: dict[str, Any] = {"model": model.config.model_dump(mode="python")}
-    companions = dict(getattr(model.tokenizer, "files", {}))
-    for name in companions.keys() & {TOKENIZER_FILE}:  # the other files are read with it
-        config["data"] = {"tokenizer": name}
-    if model.embedding_options is not None and (embedding := written.tree(model.embedding_options)):
-        names = sentence_transformers.dense_names(model.embedding_options)
-        companions |= sentence_transformers.dense_files(model.embedding_options)
-        config["embedding"] = {**embedding, **({"dense": names} if names else {})}
-    if model.generation is not None:  # without the seed, which is that of this model
-        settings = {key: value for key, value in written.tree(model.generation).items() if key != "seed"}
-        config |= {"generation": settings} if settings else {}
-    companions |= saved_model.image_file(model.image_facts, model.config)
-    companions["config.yaml"] = yaml_file.dump(config).encode()
-    code = user_code.hashes(model.code)
-    quantized = model.quantized_layers()
-    saved_model.save(folder, model.weights(), companions, overwrite, code, model.origin, quantized)
+    saved_model.save_model(model, folder, overwrite)
     return folder
 
 

@@ -172,7 +172,7 @@ def test_one_module_is_imported_by_a_fixed_name() -> None:
     fixed = re.compile(r"(?:import_module|__import__)\(\s*[\"'](icenet[\w.]*)[\"']")
     found = {name: fixed.findall(path.read_text(encoding="utf-8")) for name, path in ALL.items()}
     assert {name: targets for name, targets in found.items() if targets} == {
-        "icenet.core.config.imported": ["icenet.core.runs.model_path"]
+        "icenet.core.config.imported": ["icenet.core.runs.open_model"]
     }
 
 

@@ -128,5 +128,5 @@ def _read(path: Path) -> ModelAtPath:
 
     The function that opens it reads the configuration of that model, so it is in a folder above this one.
     """
-    found: ModelAtPath = importlib.import_module("icenet.core.runs.model_path").read(path)
+    found: ModelAtPath = importlib.import_module("icenet.core.runs.open_model").model_at_path(path)
     return found

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core.config import Config, CustomDataConfig, DataConfig, ImageModelConfig
+from icenet.core.config import Config, CustomDataConfig, DataConfig, ImageModelConfig, written
+from icenet.core.config.custom import is_custom
+from icenet.core.config.imported import ModelAtPath
 from icenet.core.data.images import facts as images
 from icenet.core.data.images.facts import ImageFacts
 from icenet.core.errors import CheckpointError, ConfigError, IceNetError
 from icenet.core.families import FAMILIES, folder, json_files
 from icenet.core.models import twins
+from icenet.core.models.inference import lacks_tokenizer
 from icenet.core.runs import saved_model
 from icenet.core.runs.checkpoint import FOLDER, Checkpoint, find
 from icenet.core.runs.run_folder import has_no_checkpoint
@@ -125,6 +128,44 @@ def open_trained(path: Path, key: str, warn: bool = True) -> tuple[Config, Mappi
     if weights is None:
         raise ConfigError(f"{key}: {path} has no weights; {remedy}")
     return with_tokenizer(config, weights), weights
+
+
+def model_at_path(path: Path) -> ModelAtPath:
+    """Returns what a configuration takes from the model that its `model.path` names.
+
+    `icenet.core.config.imported` calls this function by its name.
+
+    Args:
+        path: See `open_target`; not a configuration.
+
+    Raises:
+        ConfigError: There is no model, or it is one of Python code.
+        CheckpointError, WeightsError: It cannot be read.
+    """
+    path = hub.local_path(path)
+    config, weights = open_trained(path, "model.path", warn=False)  # training.init_from opens it again
+    if is_custom(config.model.type):  # naming its weights is not trusting its code
+        raise ConfigError(
+            f"model.path: {path} is a model of Python code, {config.model.type}; name that in model.type, and the "
+            "path in training.init_from"
+        )
+    tokenizer = getattr(config.data, "tokenizer", ByteTokenizer.name)
+    if lacks_tokenizer(config, weights):
+        tokenizer = str(path.absolute() / TOKENIZER_FILE)  # which reading the data then reports as missing
+
+    def image_keys() -> dict[str, Any]:
+        facts = image_facts(path)
+        return {} if facts is None else facts.data_keys()
+
+    return ModelAtPath(
+        path=path,
+        input_kind=config.model.input_kind,
+        model=config.model.model_dump(mode="python"),
+        tokenizer=tokenizer,
+        generation=written.tree(config.generation),
+        embedding=written.tree(config.embedding),
+        image_keys=image_keys,
+    )
 
 
 def check_chat_template(path: Path, messages: object, template_options: Mapping[str, Any] | None) -> None:

@@ -20,10 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from icenet.core.config import ModelConfig
+from icenet.core.config import ModelConfig, user_code, written, yaml_file
 from icenet.core.data.images.facts import FILE, ImageFacts
 from icenet.core.errors import UsageError, WeightsError
+from icenet.core.families import sentence_transformers
+from icenet.core.models.build import check_config
 from icenet.core.runs import run_folder
+from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.convert import PICKLED
 from icenet.core.weights.origin import Origin
@@ -34,6 +37,35 @@ RECORD = "icenet_files"
 CODE = "icenet_code"
 """Key of the metadata for the code of a custom model, as `user_code.hashes` returns it."""
 _FILE_SUFFIXES = (weight_files.SUFFIX, *PICKLED, ".ckpt", ".npz", ".onnx", ".gguf", ".yaml", ".yml", ".json")
+
+
+def save_model(model: Any, folder: Path, overwrite: bool = False) -> None:
+    """Writes the weights, the config and the tokenizer of a model: see `icenet.save`.
+
+    Args:
+        model: A `BaseModel` of either backend.
+        folder, overwrite: See `save`.
+
+    Raises:
+        UsageError: As `save`, and if the model has other arrays than its config says.
+        FileError: A file cannot be written.
+    """
+    check_config(model)
+    config: dict[str, Any] = {"model": model.config.model_dump(mode="python")}
+    companions = dict(getattr(model.tokenizer, "files", {}))
+    if TOKENIZER_FILE in companions:  # the other files are read with it
+        config["data"] = {"tokenizer": TOKENIZER_FILE}
+    if model.embedding_options is not None and (embedding := written.tree(model.embedding_options)):
+        names = sentence_transformers.dense_names(model.embedding_options)
+        companions |= sentence_transformers.dense_files(model.embedding_options)
+        config["embedding"] = {**embedding, **({"dense": names} if names else {})}
+    if model.generation is not None:  # without the seed, which is that of this model
+        settings = {key: value for key, value in written.tree(model.generation).items() if key != "seed"}
+        config |= {"generation": settings} if settings else {}
+    companions |= image_file(model.image_facts, model.config)
+    companions["config.yaml"] = yaml_file.dump(config).encode()
+    code = user_code.hashes(model.code)
+    save(folder, model.weights(), companions, overwrite, code, model.origin, model.quantized_layers())
 
 
 def save(

@@ -1,24 +1,10 @@
-"""Faults in icenet, icenet/cli, icenet/commands and icenet/commands/bench."""
+"""Faults in icenet/cli, icenet/commands and icenet/commands/bench."""
 
 from __future__ import annotations
 
 from faults.fault import Fault
 
 FAULTS: dict[str, list[Fault]] = {
-    "icenet/__init__.py": [
-        Fault(
-            "a model that its config does not describe is saved",
-            "    check_config(model)\n",
-            "",
-            ["test_api.py::test_parametrized_layers_are_not_saved"],
-        ),
-        Fault(
-            "a saved model loses the names of its classes",
-            "    companions |= saved_model.image_file(model.image_facts, model.config)",
-            "",
-            ["core/training/test_image_models.py::test_saved_and_converted_models_predict_as_the_folder"],
-        ),
-    ],
     "icenet/cli/main.py": [
         Fault(
             "a program that calls main gets MLX's own BLAS",
