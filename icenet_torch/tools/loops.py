@@ -74,7 +74,7 @@ class Loop:
     Args:
         config: Sizes of the model, and the precision: fp32 or bf16, by `torch.autocast`.
         device: The device.
-        compiled: Whether `torch.compile` compiles the model.
+        compiled: Whether `torch.compile` compiles the model with its loss, whose logits are then never written in fp32.
     """
 
     def __init__(self, config: Config, device: torch.device, compiled: bool) -> None:
@@ -88,7 +88,7 @@ class Loop:
         self.model = self.model.to(device)
         if self._is_images and device.type == "cuda":  # PyTorch's CPU computes it wrongly in this format
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._call = torch.compile(self.model) if compiled else self.model
+        self._loss: Any = torch.compile(self._loss_of) if compiled else self._loss_of
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self._dtype = DTYPES[config.training.mixed_precision]
 
@@ -98,14 +98,17 @@ class Loop:
             inputs, labels = (torch.from_numpy(batch[name]).to(self._device) for name in ("inputs", "labels"))
             inputs = inputs.permute(0, 3, 1, 2) if self._is_images else inputs
             with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-                logits = self._call(inputs)
-            loss = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten().long())
+                loss = self._loss(inputs, labels)
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if not self._is_images:
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self._optimizer.step()
         return loss.item()
+
+    def _loss_of(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        logits = self.model(inputs)
+        return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten().long())
 
 
 def _resnet(options: Any) -> nn.Module:
