@@ -59,6 +59,7 @@ def export(
             with contextlib.suppress(PortError):  # what the first export has is enough
                 program, shapes, found = _program(module, args, kwargs, shapes, Repeated(repeated.varied()))
     attentions.simplify_attentions(program)
+    sizes.drop_indices(program)
     graph = Reader(module, program, args, kwargs, training).read()
     graph.functions, graph.constants = found
     return graph, program, shapes

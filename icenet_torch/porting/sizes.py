@@ -1,15 +1,17 @@
 """Functions whose sizes stay open in an export.
 
 `torch.export` fixes the number of steps of `torch.linspace`, the size of `F.affine_grid` and the window of a pool,
-because they are no symbolic numbers in its schemas, and `len(x)`, because Python's is a number. Here they are
-operations that take them, a pool over a whole image is an adaptive pool, and `len(x)` is `x.shape[0]`. The quotient
-of two sizes by `torch.div` is a tensor whose value an export knows, if the sizes are fixed.
+because they are no symbolic numbers in its schemas, the length of `F.max_pool1d` without indices, and `len(x)`,
+because Python's is a number. Here they are operations that take them, a max pool with indices, and `x.shape[0]`. A
+pool over a whole image is an adaptive pool. The quotient of two sizes by `torch.div` is a tensor whose value an
+export knows, if the sizes are fixed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -98,13 +100,35 @@ def open_sizes() -> Iterator[None]:
     torch.linspace, torch.div = with_open_steps, of_numbers  # type: ignore[assignment]
     F.affine_grid = with_open_size
     for name, pool in pools.items():
-        setattr(F, name, _pool(pool, _ADAPTIVE[name], int(name[-2])))
+        values = _values_of_max_pool1d if name == "max_pool1d" else pool
+        setattr(F, name, _pool(values, _ADAPTIVE[name], int(name[-2])))
     try:
         yield
     finally:
         torch.linspace, torch.div, F.affine_grid = linspace, divide, affine_grid
         for name, pool in pools.items():
             setattr(F, name, pool)
+
+
+def _values_of_max_pool1d(input: torch.Tensor, *args: Any, **options: Any) -> Any:
+    """Computes `F.max_pool1d`, which fixes the length without indices."""
+    bound = inspect.signature(F.max_pool1d_with_indices).bind(input, *args, **options)
+    with_indices = bound.arguments.pop("return_indices", False)
+    found = F.max_pool1d_with_indices(*bound.args, **bound.kwargs)
+    return found if with_indices else found[0]
+
+
+def drop_indices(program: Any) -> None:
+    """Turns the max pools of an exported program whose indices are not used into pools without them."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.max_pool1d_with_indices.default:
+            used = [item for item in node.users if item.users]
+            if len(used) == 1 and used[0].target is operator.getitem and used[0].args[1] == 0:
+                used[0].target, used[0].args, used[0].kwargs = (
+                    torch.ops.aten.max_pool1d.default,
+                    node.args,
+                    node.kwargs,
+                )
 
 
 def _pool(pool: Callable[..., Any], adaptive: Callable[..., Any], rank: int) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Distribution
 from torch.fx.proxy import TracerBase
 from torch.nn.modules import adaptive, batchnorm, rnn, transformer
 
@@ -27,7 +28,7 @@ def traceable() -> Iterator[list[str]]:
     functions: list[str] = []
     norm, apply = batchnorm._BatchNorm.forward, torch.autograd.Function.__dict__["apply"]
     log_softmax, gaussian = nn.AdaptiveLogSoftmaxWithLoss.forward, F.gaussian_nll_loss
-    to = nn.Module.to
+    to, validates = nn.Module.to, Distribution._validate_args
     causal, pack = transformer._detect_is_causal_mask, rnn._VF.__dict__.get("_pack_padded_sequence")
 
     def recorded(kind: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,6 +49,7 @@ def traceable() -> Iterator[list[str]]:
     torch.autograd.Function.apply = classmethod(recorded)  # type: ignore[assignment, method-assign]
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
     rnn._VF._pack_padded_sequence = _refuse_packed
+    Distribution.set_default_validate_args(False)  # a check reads values; the proof runs the original with it
     try:
         yield functions
     finally:
@@ -56,6 +58,7 @@ def traceable() -> Iterator[list[str]]:
         batchnorm._BatchNorm.forward = norm  # type: ignore[method-assign]
         nn.AdaptiveLogSoftmaxWithLoss.forward = log_softmax  # type: ignore[method-assign]
         nn.Module.to = to  # type: ignore[method-assign]
+        Distribution.set_default_validate_args(validates)
         F.gaussian_nll_loss = gaussian
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         transformer._detect_is_causal_mask = causal

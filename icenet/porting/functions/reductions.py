@@ -225,9 +225,14 @@ def cummin(x, axis):
 def bincount(x, weights=None, minlength=0):
     """Returns how often each number occurs. The shape depends on the values."""
     size = max(int(x.max()) + 1 if x.size else 0, minlength)
+    return occurrences(x, weights, size)
+
+
+def occurrences(x, weights, size):
+    """Returns how often each number below a size occurs. Larger ones are left out."""
     if weights is None:
-        return mx.zeros((size,), mx.int64).at[x].add(mx.ones(x.shape, mx.int64))
-    return mx.zeros((size,), weights.dtype).at[x].add(weights)
+        weights = mx.ones(x.shape, mx.int64)
+    return mx.zeros((size + 1,), weights.dtype).at[mx.minimum(x, size)].add(weights)[:size]
 
 
 def histc(x, bins, low, high):

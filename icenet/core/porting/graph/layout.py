@@ -373,6 +373,10 @@ class _Pass(Orders):
             )
             self.emit(node, {"self": Ref(name), "dim": dim}, new)
             return
+        kept = [axis for axis in order if self.shape(name)[axis] != 1]
+        if dim is None and node.base == "squeeze" and kept == sorted(kept):  # (B, 1, 1, C), as (B, C, 1, 1)
+            self.emit(node, {"self": Ref(name)}, tuple(range(len(kept))))
+            return
         if not isinstance(dim, (int, list)) or (node.base == "select" and isinstance(dim, list)):
             self.emit(node, self.plain_all(node.args))
             return

@@ -185,6 +185,10 @@ class Operation:
         found = self._tensors(value.name) if isinstance(value, Ref) else None
         return found if isinstance(found, Tensor) else None
 
+    def size(self, ref: Ref) -> Any:
+        """Returns a size as an expression, such as `s0 // 2`."""
+        return self._tensors(ref.name)
+
     def cast(self, name: str, dtype: str) -> str:
         """Returns the source of an argument in a dtype."""
         tensor = self.tensor(name)

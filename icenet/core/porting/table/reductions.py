@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from icenet.core.porting.record import Ref
 from icenet.core.porting.table.base import Operation, atom, entry, flag, mlx_dtype
 from icenet.core.porting.table.elementwise import cast_result
 
@@ -228,6 +229,9 @@ def median(n: Operation) -> str:
 
 @entry("bincount")
 def bincount(n: Operation) -> str:
+    least = n.args["minlength"]
+    if n.out.shape[0] == (n.size(least) if isinstance(least, Ref) else least):  # what uses the counts has this size
+        return n.call("occurrences", n["self"], n["weights"], n["minlength"])
     return n.call("bincount", n["self"], n["weights"], n["minlength"])
 
 

@@ -96,6 +96,8 @@ def squeeze(n: Operation) -> str:
     tensor = n.tensor("self")
     assert tensor is not None
     dims = n.args.get("dim")
+    if dims is None and any(isinstance(size, str) for size in tensor.shape):
+        return f"{n.atom('self')}.squeeze()"  # at a size of 1 as well
     if dims is None:
         listed = [axis for axis, size in enumerate(tensor.shape) if size == 1]
     else:

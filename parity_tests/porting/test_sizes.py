@@ -1,0 +1,90 @@
+"""Sizes that an export fixes, or takes for larger than 1, and that a port serves as its original does."""
+
+from __future__ import annotations
+
+import icenet.blas
+
+import mlx.core as mx
+import pytest
+import torch
+import torch.nn.functional as F
+from made_ports import close, ported
+from torch import nn
+
+import icenet
+
+
+class Squeezed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(F.adaptive_avg_pool2d(self.conv(x), 1).squeeze()).squeeze()
+
+
+def test_squeeze_leaves_out_a_batch_of_one() -> None:
+    theirs = Squeezed().eval()
+    port = icenet.port(theirs, torch.randn(3, 3, 6, 6))
+    for batch in (1, 2):
+        x = torch.randn(batch, 3, 6, 6)
+        ours = port.module(mx.array(x.numpy()))
+        assert ours.shape == tuple(theirs(x).shape)
+        close(ours, theirs(x))
+    assert "keepdims=True).squeeze()).squeeze()" in port.source
+    assert not port.report.notes
+
+
+def test_a_size_of_one_at_which_the_original_is_another_is_a_limit() -> None:
+    class Turned(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.squeeze(0).sum(-1)
+
+    port = icenet.port(Turned(), torch.randn(3, 4))
+    assert any("x has at least 2 in dimension 0" in note for note in port.report.notes)
+    with pytest.raises(ValueError, match="x has 1 in dimension 0; the port was made for at least 2"):
+        port.module(mx.zeros((1, 4)))
+
+
+def test_the_length_of_a_max_pool_is_open() -> None:
+    class Bank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 2, padding=1)
+            self.pool = nn.MaxPool1d(2, stride=1, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.pool(self.conv(x)[:, :, : x.shape[2]])[:, :, : x.shape[2]]
+            return F.max_pool1d(x, 3, 2, ceil_mode=True)
+
+    theirs = Bank()
+    model, source = ported(theirs, torch.randn(2, 4, 7))
+    assert "indices" not in source
+    for length in (5, 12):
+        x = torch.randn(3, 4, length)
+        close(model(mx.array(x.numpy())), theirs(x))
+
+
+def test_counts_of_a_known_size_need_no_values() -> None:
+    class Degrees(nn.Module):
+        def forward(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return x / torch.bincount(rows, minlength=x.shape[0]).clamp(min=1).unsqueeze(1)
+
+    model, _ = ported(Degrees(), torch.randn(5, 3), torch.randint(0, 5, (8,)))
+    x, rows = torch.randn(7, 3), torch.randint(0, 7, (9,))
+    close(mx.compile(model)(mx.array(x.numpy()), mx.array(rows.numpy())), Degrees()(x, rows))
+
+
+def test_a_distribution_does_not_check_values() -> None:
+    class Mixture(nn.Module):
+        def forward(self, logits: torch.Tensor, mean: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            weights = torch.distributions.Categorical(logits=logits)
+            parts = torch.distributions.Normal(mean, torch.ones_like(mean)).log_prob(y.unsqueeze(1))
+            return torch.logsumexp(parts + weights.probs.log(), 1) + weights.entropy()
+
+    given = torch.randn(3, 2), torch.randn(3, 2), torch.randn(3)
+    model, _ = ported(Mixture(), *given)
+    close(model(*(mx.array(x.numpy()) for x in given)), Mixture()(*given))
+    with pytest.raises(ValueError, match="constraint"):  # the checks are on again
+        torch.distributions.Normal(torch.zeros(1), -torch.ones(1))
