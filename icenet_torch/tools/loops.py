@@ -74,7 +74,7 @@ class Loop:
     Args:
         config: Sizes of the model, and the precision: fp32 or bf16, by `torch.autocast`.
         device: The device.
-        compiled: Whether `torch.compile` compiles the model with its loss, whose logits are then never written in fp32.
+        compiled: Whether `torch.compile` compiles the model with its loss, so that no logits are written in fp32.
     """
 
     def __init__(self, config: Config, device: torch.device, compiled: bool) -> None:
