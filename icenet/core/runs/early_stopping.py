@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from icenet.core.config import Config
+from icenet.core.runs.checkpoint import Checkpoint, path_of
 
 
 @dataclass
@@ -41,6 +45,16 @@ class EarlyStopping:
         )
         plural = "" if self.num_bad_evals == 1 else "s"
         return f"{self.num_bad_evals} evaluation{plural} without a lower validation loss; {best}"
+
+    @classmethod
+    def of_checkpoint(cls, found: Checkpoint, config: Config, run: Path) -> EarlyStopping:
+        """Returns the best evaluation of a run that continues from a checkpoint.
+
+        It is the initial state if `training.keep_best` needs the checkpoint of that evaluation, which is gone.
+        """
+        best = cls.read(found.state.get("best"))
+        is_kept = best.step is None or path_of(run, best.step).is_dir()
+        return best if is_kept or not config.training.keep_best else cls()
 
     @classmethod
     def read(cls, stored: Any) -> EarlyStopping:

@@ -14,6 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from icenet.core.config import Config
+from icenet.core.errors import CheckpointError
+from icenet.core.runs.checkpoint import Checkpoint
+
 GROWTH_INTERVAL = 2000
 """Number of steps without overflow after which the scale is doubled."""
 MAX_SCALE = 2.0**24
@@ -48,6 +52,21 @@ class LossScale:
             return cls(float(stored["scale"]), int(stored["good_steps"]))
         except (KeyError, TypeError) as error:
             raise ValueError("not a loss scale") from error
+
+    @classmethod
+    def of_checkpoint(cls, found: Checkpoint, config: Config) -> LossScale:
+        """Returns the loss scale with which a run continues: the initial one if the precision is another.
+
+        Raises:
+            CheckpointError: The checkpoint has no valid one.
+        """
+        precision = config.training.mixed_precision
+        if precision != found.config.training.mixed_precision:
+            return cls.for_precision(precision)
+        try:
+            return cls.read(found.state.get("loss_scale"))
+        except ValueError:
+            raise CheckpointError(f"{found.path / 'state.json'}: damaged: it has no valid loss_scale") from None
 
     def update(self, finite: bool) -> None:
         """Adjusts the scale after a step.

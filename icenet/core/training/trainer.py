@@ -33,7 +33,7 @@ from icenet.core.runs import run_folder
 from icenet.core.runs.continuation import find_continuation
 from icenet.core.runs.early_stopping import EarlyStopping
 from icenet.core.tokenizers import tokenizer_files
-from icenet.core.training import continued, initial_weights
+from icenet.core.training import initial_weights
 from icenet.core.training.checkpoint_writer import CheckpointWriter, last_good
 from icenet.core.training.evaluation import evaluate
 from icenet.core.training.given import Given
@@ -253,7 +253,7 @@ class Trainer:
         engine.set_weights(dict(found.weights))
         engine.model.origin = Origin.of(found.weights)
         engine.set_optimizer_state(dict(found.optimizer))
-        scale = continued.loss_scale(found, config)
+        scale = LossScale.of_checkpoint(found, config)
         trainer = cls(config, plan.run, engine, found.step, scale, quiet, given)
         trainer.notes += plan.notes
         if isinstance(trainer.dataset, UserDataset) and not trainer.dataset.facts:
@@ -265,7 +265,7 @@ class Trainer:
         if plan.branched_from is not None:
             trainer._writer.saved_step = None  # the new folder has no checkpoint
         else:
-            trainer.early_stopping = continued.best_evaluation(found, config, plan.run)
+            trainer.early_stopping = EarlyStopping.of_checkpoint(found, config, plan.run)
         trainer.notes += continuation.notes(found, config, engine, trainer.dataset)
         return trainer
 

@@ -111,13 +111,6 @@ def detect(path: str | os.PathLike[str], metadata: Mapping[str, str] | None = No
     raise UsageError(f"{path}: unknown form of weights ({reason}); name it with --from canonical, mlx or torch")
 
 
-def inspect(path: str | os.PathLike[str], form: str | None = None) -> Summary:
-    """Returns the summary of a file or folder of weights. The data of safetensors files are not read."""
-    path = Path(path)
-    found, metadata = _read(path)
-    return summary(path, form or detect(path, metadata), found, metadata)
-
-
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],

@@ -454,7 +454,9 @@ def test_a_form_is_never_guessed(tmp_path: Path, metadata: Any, match: str) -> N
     done = convert.convert(path, tmp_path / "b", "canonical", source_form="mlx", kinds={"conv": "conv2d"})
     assert weights.read(tmp_path / "b")["conv.weight"].shape == (2, 5, 3, 4)
     assert weights.read(tmp_path / "b").metadata["format"] == "pt"
-    assert done.destination == convert.inspect(tmp_path / "b" / "model.safetensors") and not done.note
+    file = tmp_path / "b" / "model.safetensors"
+    written = weights.read(file)
+    assert done.destination == convert.summary(file, "canonical", written, written.metadata) and not done.note
     done = convert.convert(tmp_path / "b", tmp_path / "c", "canonical", source_form="mlx", kinds={"conv": "conv2d"})
     assert done.note == f"{tmp_path / 'b'}: was read as mlx, because --from says so, but its metadata say canonical"
 
