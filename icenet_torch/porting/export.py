@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError
 from icenet.core.porting.record import Graph
-from icenet_torch.porting import attentions, constants, losses, recurrent, sizes, traceable, whole
+from icenet_torch.porting import attentions, constants, losses, recurrent, sizes, traceable, vectorized, whole
 from icenet_torch.porting.failures import broken
 from icenet_torch.porting.reader import NUMBERS, Reader
 from icenet_torch.porting.repeated import Repeated
@@ -137,6 +137,7 @@ def _program(
                 whole.whole_functions(),
                 sizes.open_sizes(),
                 sizes.open_lengths(module),
+                vectorized.vectorized(),
             ):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -204,6 +205,8 @@ def _marked(
         signature = inspect.signature(inner.forward)
 
         def before(called: nn.Module, args: Any, kwargs: Any, path: str = path, signature: Any = signature) -> Any:
+            if vectorized.is_vectorizing():
+                return None  # its arguments are parts of a batch
             if deadline is not None and time.process_time() > deadline:
                 raise _TooSlow
             try:
@@ -220,6 +223,8 @@ def _marked(
             return apart
 
         def after(called: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> Any:
+            if vectorized.is_vectorizing():
+                return result
             tensors: list[torch.Tensor] = []
             info = json.dumps({"path": path, "values": _describe(result, tensors)})
             torch.ops.icenet_port.exit(tensors, info)
