@@ -74,19 +74,19 @@ FAULTS: dict[str, list[Fault]] = {
             "tensors of a state dict are never tied",
             "places.setdefault(_memory(value) or name, name)",
             "places.setdefault(name, name)",
-            ["core/weights/test_from_torch.py::test_a_network_with_other_names[state dict-mapping]"],
+            ["core/weights/test_twin_names.py::test_a_network_with_other_names[state dict-mapping]"],
         ),
         Fault(
             "biases of an MLX module are lost without a word",
             "if pairing.removed:",
             "if False:",
-            ["core/weights/test_from_torch.py::test_transformer_layers_with_biases_are_trained_like_pytorchs"],
+            ["core/weights/test_twin_names.py::test_transformer_layers_with_biases_are_trained_like_pytorchs"],
         ),
         Fault(
             "an array of MLX is taken for a tensor",
             'if any(base.__module__ == "mlx.core" for',
             "if any(False for",
-            ["core/weights/test_from_torch.py::test_a_misuse_is_one_line[arrays of MLX]"],
+            ["core/weights/test_twin_names.py::test_a_misuse_is_one_line[arrays of MLX]"],
         ),
     ],
     "icenet/core/models/ported.py": [

@@ -417,7 +417,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a new bias of a frozen layer is trained",
             'if "weight" in layer._no_grad:',
             "if False:",
-            ["core/weights/test_from_torch.py::test_transformer_layers_with_biases_are_trained_like_pytorchs"],
+            ["core/weights/test_twin_names.py::test_transformer_layers_with_biases_are_trained_like_pytorchs"],
         ),
         Fault(
             "the parts of nn.Sequential have MLX's names",
