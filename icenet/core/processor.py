@@ -19,6 +19,11 @@ def is_amd_with_avx512() -> bool:
     return is_amd() and _AVX512.issubset(_description().split())
 
 
+def multiplies_bf16() -> bool:
+    """Returns whether it has instructions for products of bf16, AVX-512 BF16 or AMX. It is known on Linux only."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_description().split())
+
+
 def _description() -> str:
     """Returns the text in which the system describes the processor; empty if there is none."""
     if sys.platform != "linux":

@@ -77,7 +77,7 @@ class Attention(nn.Module):
             if angles is not None:
                 q, k = ops.rotate(q, angles, plan.rotary_pairs), ops.rotate(k, angles, plan.rotary_pairs)
             mixed = ops.scaled_dot_product_attention(q, k, v, mask, plan.scale, plan.softcap)
-        return mixed.swapaxes(1, 2).reshape(shape)
+        return (mixed if shape[1] == 1 else mixed.swapaxes(1, 2)).reshape(shape)
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Returns queries, keys and values, `[B, T, H * E]` and twice `[B, T, K * E]`."""
@@ -94,7 +94,10 @@ class Attention(nn.Module):
 
     def split_heads(self, x: mx.array) -> mx.array:
         """Returns `[B, T, H * E]` as `[B, H, T, E]`."""
-        return x.reshape(*x.shape[:2], -1, self.plan.head_size).swapaxes(1, 2)
+        batch, length, _ = x.shape
+        if length == 1:  # one operation: starting them is most of the time of a token of a small model
+            return x.reshape(batch, -1, 1, self.plan.head_size)
+        return x.reshape(batch, length, -1, self.plan.head_size).swapaxes(1, 2)
 
 
 class FeedForward(nn.Module):

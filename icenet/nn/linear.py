@@ -104,6 +104,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None, generates: bool =
 
 def _linear_on_cpu(x: Array, weight: Array, bias: Array | None) -> Array:
     """Computes the same as `linear`, without a backward pass, in as few operations as possible."""
+    if cpu_products.can_compute_half(x, weight):
+        return cpu_products.half_product(x, weight, bias).astype(x.dtype)
     y = x
     if x.dtype != weight.dtype or is_half(x):  # casts that change nothing take time, too
         y, weight = x.astype(product_dtype(x)), cast_weight(weight, x)

@@ -32,11 +32,14 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dims, eps)
 
     def __call__(self, x: Array) -> Array:
-        if _uses_kernel(x, self.weight):
-            return training_kernels.layer_norm(x, self.weight, self.bias, self.eps)
+        weight, bias = self["weight"], self["bias"]  # an attribute takes ten times as long
+        if x.dtype == weight.dtype == bias.dtype == mx.float32 and on_cpu():  # nothing is cast: generation on a CPU
+            return mx.fast.layer_norm(x, weight, bias, self.eps)
+        if _uses_kernel(x, weight):
+            return training_kernels.layer_norm(x, weight, bias, self.eps)
         # on a CPU, MLX rounds half precision after each operation
-        dtype = mx.float32 if is_half(self.weight) and on_cpu() else self.weight.dtype
-        y, weight, bias = (array.astype(dtype) for array in (x, self.weight, self.bias))
+        dtype = mx.float32 if is_half(weight) and on_cpu() else weight.dtype
+        y, weight, bias = (array.astype(dtype) for array in (x, weight, bias))
         norm = _layer_norm if _has_wrong_gradient(y) else mx.fast.layer_norm
         return norm(y, weight, bias, self.eps).astype(x.dtype)
 

@@ -88,6 +88,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None, generates: bool =
         if generates and cpu_products.can_compute(x, weight):
             return cpu_products.product(x, weight, bias)
         return F.linear(x, weight, bias)
+    if generates and cpu_products.can_compute_half(x, weight):
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     y, w = x.to(product_dtype(x)), cast_weight(weight, x)
     return F.linear(y, w, None if bias is None else cast_weight(bias, x)).to(x.dtype)
 

@@ -17,6 +17,7 @@ from icenet.core import blas
 from icenet.core.config import TransformerConfig
 from icenet.models import TransformerModel as MLXTransformerModel
 from icenet.nn import cpu_products as mlx_products
+from icenet.nn.linear import linear as mlx_linear
 from icenet_torch.models import TransformerModel
 from icenet_torch.nn import Linear, cpu_products
 from icenet_torch.nn.linear import linear
@@ -151,6 +152,68 @@ def test_mlx_generates_the_same_tokens(rows: int, monkeypatch: pytest.MonkeyPatc
     found = model.generate(prompts, max_new_tokens=8, temperature=0.0, ignore_eos=True)
     monkeypatch.setattr(mlx_products, "can_compute", lambda x, weight: False)
     assert np.array_equal(found, model.generate(prompts, max_new_tokens=8, temperature=0.0, ignore_eos=True))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11)])
+def test_products_of_half_precision_are_rounded_once(dtype: str, bits: int, bias: bool, rows: int) -> None:
+    """On both backends, with a weight that MLX casts a part at a time; its last part is smaller."""
+    outputs, inputs = 2049, 1040
+    generator = torch.Generator().manual_seed(rows)
+    weight, vector, x = (
+        torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+        for shape in ((outputs, inputs), (outputs,), (rows, 1, inputs))
+    )
+    exact = F.linear(x.double(), weight.double(), vector.double() if bias else None).numpy()
+    with torch.no_grad():
+        found = linear(x, weight, vector if bias else None, generates=True)
+    with mx.stream(mx.cpu):
+        array, matrix, added = (mx.array(a.float().numpy()).astype(getattr(mx, dtype)) for a in (x, weight, vector))
+        assert mlx_products.can_compute_half(array, matrix)
+        other = mlx_linear(array, matrix, added if bias else None, generates=True)
+        assert other.dtype == array.dtype
+        values = np.array(other.astype(mx.float32))
+    assert found.dtype == x.dtype
+    for y in (found.float().numpy(), values):
+        assert y.shape == (rows, 1, outputs)
+        assert np.all(np.abs(y - exact) <= 2.0**-bits * np.abs(exact) + 1e-5 * np.abs(exact).max())
+
+
+def test_other_products_of_half_precision_are_cast() -> None:
+    """Products with a backward pass, other dtypes, many rows and small weights."""
+    x, weight = torch.zeros(1, 1024, dtype=torch.float16), torch.zeros(2048, 1024, dtype=torch.float16)
+    assert not cpu_products.can_compute_half(x, weight)  # gradients
+    with torch.no_grad():
+        assert cpu_products.can_compute_half(x, weight)
+        assert not cpu_products.can_compute_half(x, weight.bfloat16())
+        assert not cpu_products.can_compute_half(x.expand(5, 1024), weight)
+        assert not cpu_products.can_compute_half(x.float(), weight.float())
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not cpu_products.can_compute_half(x.bfloat16(), weight.bfloat16())
+    half, matrix = mx.zeros((1, 1024), mx.float16), mx.zeros((2048, 1024), mx.float16)
+    assert mlx_products.can_compute_half(half, matrix)
+    assert not mlx_products.can_compute_half(half, matrix.astype(mx.bfloat16))
+    assert not mlx_products.can_compute_half(half, matrix[1:])
+    assert not mlx_products.can_compute_half(mx.zeros((17, 1024), mx.float16), matrix)
+    assert not mlx_products.can_compute_half(half.astype(mx.float32), matrix.astype(mx.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_half_precision_generates_the_tokens_of_fp32_products(
+    backend: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"vocab_size": 8200, "hidden_size": 256, "num_layers": 1, "num_heads": 4, "max_seq_length": 32}
+    model: Any = (MLXTransformerModel if backend == "mlx" else TransformerModel)(TransformerConfig(**options), seed=3)
+    model.set_weight_dtype(dtype)
+    model.init_weights(3)
+    prompts = np.arange(18).reshape(3, 6) * 7 % 1040
+    found = model.generate(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True)
+    monkeypatch.setattr(
+        mlx_products if backend == "mlx" else cpu_products, "can_compute_half", lambda x, weight: False
+    )
+    assert np.array_equal(found, model.generate(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True))
 
 
 @pytest.mark.parametrize(("rows", "inputs"), [(0, 512), (2, 0)])
