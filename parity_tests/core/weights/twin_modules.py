@@ -1,4 +1,4 @@
-"""A module of MLX with one layer and its twin in PyTorch, random values for both, and how results are compared."""
+"""Modules of MLX and their twins in PyTorch: of one layer, and of a network; and how their results are compared."""
 
 from __future__ import annotations
 
@@ -28,6 +28,49 @@ class TorchNet(tnn.Module):  # type: ignore[misc]
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = layer
+
+
+class Mine(mnn.Module):  # type: ignore[misc]
+    """A network as users write it: a list, a dict, a Sequential, arrays of its own, a tied output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = mnn.Embedding(11, 8)
+        self.blocks = [Block() for _ in range(2)]
+        self.heads = {"a": mnn.Linear(8, 3), "b": mnn.Linear(8, 4)}
+        self.stem = mnn.Sequential(mnn.Conv2d(1, 4, 3), mnn.ReLU(), mnn.Sequential(mnn.Conv2d(4, 5, (2, 3))))
+        self.position = mx.zeros((6, 8))
+        self.table = mx.zeros((3,), mx.int32)
+        self.freeze(keys=["table"], recurse=False)
+        self._cache = mx.zeros((2,))
+
+
+class Block(mnn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = mnn.MultiHeadAttention(8, 2, bias=True)
+        self.norm = mnn.LayerNorm(8)
+
+
+class Theirs(tnn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = tnn.Embedding(11, 8)
+        self.h = tnn.ModuleList([TheirBlock() for _ in range(2)])
+        self.heads = tnn.ModuleDict({"a": tnn.Linear(8, 3), "b": tnn.Linear(8, 4)})
+        self.stem = tnn.Sequential(tnn.Conv2d(1, 4, 3), tnn.ReLU(), tnn.Sequential(tnn.Conv2d(4, 5, (2, 3))))
+        self.position = tnn.Parameter(torch.zeros(6, 8))
+        self.register_buffer("table", torch.tensor([3, 1, 2]))
+        self.register_buffer("mask", torch.ones(4))
+        self.lm_head = tnn.Linear(8, 11, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+class TheirBlock(tnn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = tnn.MultiheadAttention(8, 2, batch_first=True)
+        self.ln = tnn.LayerNorm(8)
 
 
 def randomize(module: Any, seed: int = 0) -> Any:

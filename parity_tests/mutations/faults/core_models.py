@@ -86,7 +86,7 @@ FAULTS: dict[str, list[Fault]] = {
             "an array of MLX is taken for a tensor",
             'if any(base.__module__ == "mlx.core" for',
             "if any(False for",
-            ["core/weights/test_twin_names.py::test_a_misuse_is_one_line[arrays of MLX]"],
+            ["core/weights/test_copy_errors.py::test_a_misuse_is_one_line[arrays of MLX]"],
         ),
     ],
     "icenet/core/models/ported.py": [

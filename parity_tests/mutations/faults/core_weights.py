@@ -10,7 +10,7 @@ FAULTS: dict[str, list[Fault]] = {
             "integers overflow",
             "if {_rank(given), _rank(own)} == {1} and",
             "if False and",
-            ["core/weights/test_twin_names.py::test_integers_keep_their_values"],
+            ["core/weights/test_copy_errors.py::test_integers_keep_their_values"],
         ),
         Fault(
             "arrays keep their byte order",
@@ -154,13 +154,13 @@ FAULTS: dict[str, list[Fault]] = {
             "axes are guessed from shapes",
             'if other != "plain" and ',
             "if False and ",
-            ["core/weights/test_twin_names.py::test_equal_shapes_of_other_kinds_are_refused"],
+            ["core/weights/test_copy_errors.py::test_equal_shapes_of_other_kinds_are_refused"],
         ),
         Fault(
             "the second of two weights with one place is used",
             "elif place in self._hits and ",
             "elif False and ",
-            ["core/weights/test_twin_names.py::test_a_misuse_is_one_line[twice]"],
+            ["core/weights/test_copy_errors.py::test_a_misuse_is_one_line[twice]"],
         ),
         Fault(
             "a counter of batches has no place",
@@ -226,7 +226,7 @@ FAULTS: dict[str, list[Fault]] = {
             "an entry of rename without an effect is accepted",
             "if unused := [key for key in rename if key not in matched]:",
             "if unused := []:",
-            ["core/weights/test_twin_names.py::test_a_misuse_is_one_line[an unused name]"],
+            ["core/weights/test_copy_errors.py::test_a_misuse_is_one_line[an unused name]"],
         ),
     ],
     "icenet/core/weights/safetensors.py": [

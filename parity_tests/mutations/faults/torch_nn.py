@@ -218,7 +218,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a module is changed in part",
             "        _check_expanded(tensors, values)\n",
             "",
-            ["core/weights/test_twin_names.py::test_an_expanded_buffer_is_checked_before_anything_is_written"],
+            ["core/weights/test_copy_errors.py::test_an_expanded_buffer_is_checked_before_anything_is_written"],
         ),
         Fault(
             "an expanded buffer is written to",
