@@ -205,7 +205,7 @@ LOSSES: dict[str, tuple[Function, Function, str]] = {
     "ignored": (
         lambda ce, keep: ce.mean(),
         lambda s, y: F.cross_entropy(s, y),
-        "labels that are left out (ignore_index) are 0 in a",
+        "labels that are left out (ignore_index) count in a",
     ),
     "divided": (
         lambda ce, keep: (ce * keep).mean(),

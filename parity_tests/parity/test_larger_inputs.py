@@ -47,11 +47,11 @@ class TorchActivated(T.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def within(ours: Function, theirs: Function) -> Any:
+def within(ours: Function, theirs: Function, dtype: str = "fp32") -> Any:
     """Compares nets in whose code a function is called between two layers."""
     a = Net(lambda m, x: m.fc2(ours(m.fc1(x))), fc1=M.Linear(6, 8), fc2=M.Linear(8, 3))
     b = TorchNet(lambda m, x: m.fc2(theirs(m.fc1(x))), fc1=T.Linear(6, 8), fc2=T.Linear(8, 3))
-    return compare(a, b, draw(4, 6), copy_weights=True)
+    return compare(a, b, draw(4, 6), copy_weights=True, dtype=dtype)
 
 
 LAYERS: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any], str]] = {
@@ -99,7 +99,7 @@ FUNCTIONS: dict[str, tuple[Function, Function, Function, str]] = {
         lambda x: mx.exp(0.5 * mx.clip(x, -30, 10)),
         lambda x: mx.exp(0.5 * mx.clip(x, -30, 20)),
         lambda x: torch.exp(0.5 * x.clamp(-30, 20)),
-        "clipped at",
+        "a bound is 10 in a, 20 in b",
     ),
     "lower": (
         lambda x: mx.clip(x, -9, 20),
@@ -268,3 +268,37 @@ def test_a_small_array_reaches_a_narrow_range() -> None:
     a = Net(lambda m, x: m.act(x), act=Net(lambda m, x: mx.minimum(x, 40)))
     report = compare(a, TorchNet(lambda m, x: m.act(x), act=bound), draw(2, 3))
     assert report.verdict.startswith("differs in act"), report.verdict
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "ours, theirs, words",
+    [
+        (lambda x: M.leaky_relu(x, 0.02), lambda x: F.leaky_relu(x, 0.01), "the slope or alpha is 0.02 in a"),
+        (M.relu, lambda x: F.leaky_relu(x, 0.01), "ReLU in a"),
+        (lambda x: M.elu(x, 0.06), lambda x: F.elu(x, 0.05), "the slope or alpha is 0.06 in a, 0.05 in b"),
+    ],
+)
+def test_small_slopes_in_half_precision(ours: Function, theirs: Function, words: str, dtype: str) -> None:
+    report = within(ours, theirs, dtype=dtype)
+    assert not report.passed and words in report.verdict, report.verdict
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "ours, theirs", [(M.silu, F.silu), (M.gelu, F.gelu), (M.elu, F.elu), (M.softplus, F.softplus)]
+)
+def test_activations_that_are_near_zero_for_negative_inputs(ours: Function, theirs: Function, dtype: str) -> None:
+    report = within(ours, theirs, dtype=dtype)
+    assert report.passed, report.verdict
+
+
+def test_a_bound_of_an_exponent_next_to_sums() -> None:
+    def ours(x: Any) -> Any:
+        return mx.exp(0.5 * mx.clip(x, -30.0, 10.0)) + x.sum(-1, keepdims=True)
+
+    def theirs(x: Any) -> Any:
+        return torch.exp(0.5 * x.clamp(-30.0, 20.0)) + x.sum(-1, keepdim=True)
+
+    report = within(ours, theirs)
+    assert not report.passed and "a bound is 10 in a, 20 in b" in report.verdict, report.verdict

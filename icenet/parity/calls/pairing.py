@@ -368,6 +368,8 @@ def first_mismatch(pairs: list[Pair]) -> Mismatch | None:
                 return found
             last = relative(child.path, event.path) if id(child) in by_event else last
         if pair is not None and (note := _output_mismatch(pair)):
+            if mismatch := _other_ids(pair, by_event):
+                return mismatch
             order = max(inner.number for inner in event.walk()) + 0.5
             return Mismatch(event.path, f"after {last}" if last else "", note, order=order)
         return None
@@ -386,6 +388,32 @@ def _argument_mismatch(pair: Pair) -> str:
         ours = pair.a.arguments[j]
         if ours.is_float:
             return unequal(pair.kind, ours, theirs, "input of")
+    return ""
+
+
+def _other_ids(pair: Pair, by_event: Mapping[int, Pair]) -> Mismatch | None:
+    """Returns the mismatch of the outermost call that passes ids of another shape on to a call; None without one."""
+    found = None
+    while note := _ids_mismatch(pair):
+        outer = pair.b.parent
+        while outer is not None and id(outer) not in by_event:
+            outer = outer.parent
+        if outer is None:
+            break
+        name = relative(pair.path, outer.path)
+        before = [child for child in _nearest(outer, by_event) if child.number < pair.b.number]
+        where = f"between {relative(before[-1].path, outer.path)} and {name}" if before else f"before {name}"
+        found = Mismatch(outer.path, where, note, pair.path, pair.b.number - 0.5)
+        pair = by_event[id(outer)]
+    return found
+
+
+def _ids_mismatch(pair: Pair) -> str:
+    """Returns a phrase on integers of another shape among the arguments; empty if there are none."""
+    for ours, theirs in zip(pair.a.arguments, pair.b.arguments, strict=False):
+        are_ids = "i" == ours.array.dtype.kind == theirs.array.dtype.kind and ours.array.ndim == theirs.array.ndim
+        if are_ids and ours.array.size != theirs.array.size:
+            return unequal(None, ours, theirs, "input of")
     return ""
 
 

@@ -6,15 +6,21 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from icenet.parity import align
 from icenet.parity.calls.events import Event, Store
 from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.sides import Side
 from icenet.parity.causes.trial import ACCEPTED, Trial
+from icenet.parity.results.rows import index_of
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import judge
+
+_MOST_MISSING = 6
+"""Number of modules that are left out together."""
 
 
 def find_mode(c: Comparison, pair: Pair) -> str:
@@ -87,16 +93,19 @@ def find_calls(trial: Trial) -> str:
     ours = Counter(called(pair.a))
     theirs = Counter(called(pair.b))
     named = Counter({c.a.names.get(path, f"{path} (of a)"): count for path, count in ours.items()})
-    for path, count in theirs.items():
-        if count <= named[path] or not c.computes_reference:
-            continue
-        if any(trial.explains(_without(trial, c.reference, path, zero)) for zero in (False, True)):
+    missing = [path for path, count in theirs.items() if count > named[path] and c.computes_reference]
+    for path in missing:
+        count = theirs[path]
+        if any(trial.explains(_without(trial, c.reference, path, zero=zero)) for zero in (False, True)):
             return _extra(relative(path, pair.path), named[path], count)
         for own, number in ours.items():
             other = c.a.names.get(own, "")
             is_extra = number > theirs[other] and other in c.reference.modules
             if is_extra and trial.explains(_without(trial, c.reference, path, instead=other)):
                 return f"a calls {relative(other, pair.path)} where b calls {relative(path, pair.path)}"
+    if 1 < len(missing) <= _MOST_MISSING and trial.explains(_without(trial, c.reference, *missing)):
+        names = " and ".join(relative(path, pair.path) for path in missing)
+        return f"{names} are called in b, but not in a"
     for path, count in ours.items():
         name = c.a.names.get(path, f"{path} (of a)")
         if count <= theirs[name]:
@@ -111,10 +120,34 @@ def find_calls(trial: Trial) -> str:
     return ""
 
 
-def _without(trial: Trial, side: Side, path: str, zero: bool = False, instead: str | None = None) -> dict[str, Value]:
-    """Returns what a side computes if the calls of a module that only it makes return their input, or zeros.
+def find_call_order(trial: Trial) -> str:
+    """Returns which of two calls `a` makes first, if a call so gets the output of another one, or does not get it."""
+    pair = trial.pair
+    source = pair.places()[index_of(trial.name)][0] if trial.name.startswith("output") else None
+    if source is None:
+        return ""
+    exact = np.asarray(trial.exact[trial.name].array, np.float64)
+    for (other, _), value in zip(pair.input_places(), trial.given.values, strict=True):
+        if other is None or other is source or not value.is_float:
+            continue
+        is_first = other.a.number < source.a.number, other.b.number < source.b.number
+        array = np.asarray(value.array, np.float64)
+        names = [relative(child.path, pair.path) for child in (other, source)]
+        if is_first == (True, False) and trial.explains_array(array):
+            return f"{names[0]} is called before {names[1]} in a, after it in b"
+        if is_first == (False, True) and array.shape == exact.shape and np.allclose(array, exact):
+            known = (v for v in trial.given.values if v.is_float and v is not value)
+            if any(trial.explains_array(np.asarray(v.array, np.float64)) for v in known):
+                return f"{names[0]} is called after {names[1]} in a, before it in b"
+    return ""
 
-    With `instead`, the module of that path is called in its place.
+
+def _without(
+    trial: Trial, side: Side, *paths: str, zero: bool = False, instead: str | None = None
+) -> dict[str, Value]:
+    """Returns what a side computes if the calls of modules that only it makes return their input, or zeros.
+
+    With `instead`, the module of that path is called in their place.
     """
 
     def handle(path: str, original: Any, args: Any, kwargs: Any) -> Any:
@@ -125,7 +158,7 @@ def _without(trial: Trial, side: Side, path: str, zero: bool = False, instead: s
             return 0 * result if hasattr(result, "shape") else result
         return next(iter((*args, *kwargs.values())))
 
-    with side.tools.intercepting({path: side.modules[path]}, handle):
+    with side.tools.intercepting({path: side.modules[path] for path in paths}, handle):
         try:
             return trial.named(side.replay(trial.given))
         except (align.ReplayError, StopIteration):

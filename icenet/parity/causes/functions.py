@@ -46,7 +46,8 @@ def find_functions(trial: Trial) -> str:
     edges = edges if trial.pair.larger is not None else []
     own += edges
     written = code_numbers(trial.modules[0])
-    table = [*variants.TABLE, *variants.number_variants(calls, [*own, *written])]
+    whole = code_numbers(trial.modules[0], int)
+    table = [*variants.TABLE, *variants.number_variants(calls, [*own, *written], whole)]
     table += variants.clip_variants(calls, written)
     caps = variants.cap_variants(calls, own)
     table = [*caps, *table] if "tanh" in sites else [*table, *caps]
@@ -103,7 +104,8 @@ def _text(variant: Any, only: Any, calls: Sequence[Any]) -> str:
     replaced = (c for c in calls if c.name in variant.names and (only is None or c.site in only))
     used = list(dict.fromkeys(activation_name(c.name, c.kwargs, c.args) for c in replaced))
     others = [name for name in used if not variant.text.startswith(f"{name} in a")]
-    return str(variant.text).replace("{0}", " and ".join(others) or "another activation")
+    same = f"{used[0]} with other numbers" if used else "another activation"
+    return str(variant.text).replace("{0}", " and ".join(others) or same)
 
 
 def find_stopped(trial: Trial) -> str:

@@ -110,7 +110,7 @@ def attributes(module: Any) -> dict[str, tuple[str, Any]]:
     return found
 
 
-def code_numbers(module: Any) -> list[float]:
+def code_numbers(module: Any, kind: type = float) -> list[float]:
     """Returns the numbers in the code of a user's module: of its methods, functions that they call, and tuples."""
     kinds = (cls for cls in type(module).__mro__ if is_of_user(cls))
     held = list(vars(module).values())
@@ -121,7 +121,7 @@ def code_numbers(module: Any) -> list[float]:
         codes = [function.__code__]
         for code in codes:
             codes += [item for item in code.co_consts if isinstance(item, CodeType)]
-            found += [item for item in code.co_consts if isinstance(item, float)]
+            found += [float(item) for item in code.co_consts if isinstance(item, (int, float)) and type(item) is kind]
         called = [function.__globals__.get(name) for code in codes for name in code.co_names]
         called += [cell.cell_contents for cell in function.__closure__ or ()]
         for item in called:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.parity.calls.events import Event
+from icenet.parity.calls.pairing import relative
 from icenet.parity.causes.numbers import attributes
 from icenet.parity.causes.trial import Trial
 from icenet.parity.trace import Value
@@ -102,6 +103,8 @@ def find_partial(trial: Trial) -> str:
         return ""
     floats = [index for index in _float_inputs(trial) if trial.given.values[index].array.ndim in (3, 4)]
     held = _held(trial)
+    if text := _turned_on_one_side(trial, floats, held):
+        return text
     for indices in _queries_and_keys(trial, floats):
         arrays = [trial.given.values[index].array for index in indices]
         if arrays[0].ndim != arrays[1].ndim or arrays[0].shape[:-1] != arrays[1].shape[:-1]:
@@ -118,6 +121,31 @@ def find_partial(trial: Trial) -> str:
                 turns = _Turn(size, theta, is_half, 1.0), _Turn(size, theta, is_half, scale)
                 if trial.explains(trial.replay(values=_moved(trial, indices, size, *turns))):
                     return f"rotary positions are multiplied by {scale:g} in a, relative to those of b"
+    return ""
+
+
+def _turned_on_one_side(trial: Trial, floats: Sequence[int], held: _Held) -> str:
+    """Returns which queries or keys are turned on one side only, by the positions along their axis."""
+    exact = np.sort(np.asarray(trial.exact[trial.name].array), axis=None)
+    places = trial.pair.input_places()
+    names = {i: source.path.rpartition(".")[2].lower() for i in floats if (source := places[i][0]) is not None}
+    named = [index for index, name in names.items() if name.startswith(("q", "k"))]
+    for index in named[::-1] or floats[:2]:
+        array = np.asarray(trial.given.values[index].array)
+        # what holds the same numbers as its input is not turned in b
+        is_plain = array.size == exact.size and np.allclose(np.sort(array, axis=None), exact)
+        width = array.shape[-1]
+        sizes = [size for size in range(4, width + 1, 2) if width % size == 0] if array.ndim == 3 else [width]
+        turns = itertools.product(reversed(sizes), held.bases, held.halves, range(1, array.ndim - 1))
+        for size, theta, is_half, axis in turns:
+            none, turn = _Turn(size, theta, is_half, 0.0), _Turn(size, theta, is_half, 1.0)
+            back, forward = (none, turn) if is_plain else (turn, none)
+            if trial.explains(trial.replay(values=_moved(trial, [index], size, back, forward, axis))):
+                source = places[index][0]
+                what = "the input" if source is None else f"the output of {relative(source.path, trial.pair.path)}"
+                if is_plain:
+                    return f"rotary positions turn {what} here in a, not in b"
+                return f"rotary positions do not turn {what} in a"
     return ""
 
 
@@ -169,13 +197,21 @@ def _dimensions(size: int, own: int | None) -> list[tuple[int, int]]:
     return [(a, b) for a in ([own] if own is not None else usual) for b in usual if a != b and a <= size]
 
 
-def _moved(trial: Trial, indices: Sequence[int], size: int, back: _Turn, forward: _Turn) -> list[Value]:
-    """Returns the inputs of the call with queries and keys that are turned by one turn, and back by the other."""
+def _moved(
+    trial: Trial, indices: Sequence[int], size: int, back: _Turn, forward: _Turn, positions: int | None = None
+) -> list[Value]:
+    """Returns the inputs of the call with queries and keys that are turned by one turn, and back by the other.
+
+    Args:
+        trial, indices, size: The difference, the numbers of the inputs, and the width of a head.
+        back, forward: The turns.
+        positions: The axis of the positions; default: that of [B, L, D] or [B, H, L, E].
+    """
     values = list(trial.given.values)
     for index in indices:
         array = np.asarray(values[index].array, np.float64)
         heads = array.reshape(*array.shape[:2], -1, size) if array.ndim == 3 else array
-        axis = 1 if array.ndim == 3 else 2
+        axis = positions or (1 if array.ndim == 3 else 2)
         heads = _rotated(_rotated(heads, axis, forward, 1), axis, back, -1)
         values[index] = Value(np.ascontiguousarray(heads.reshape(array.shape)), values[index].dtype)
     return values

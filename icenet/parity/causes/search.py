@@ -10,6 +10,8 @@ sums        an array that is added, left out, multiplied by a number, or taken i
 functions   variants of the functions that the reference calls (`icenet_torch.tools.variants`): GELU, masks, scales,
             padding, variance, pooling, TF32, eps as a number in the code; casts to fp32 that are left out
 rotary      the base of the angles of rotary positions, the values that they turn together, and how many they turn
+constants   tables and masks with other values, and two parameters that are exchanged
+norms       norms over other axes or heads, or of another kind
 loops       loops of another number of iterations
 weights     the order of gates and projections, a bias that is not used, 1 + weight, tied weights
 integers    integers and booleans: an offset of positions, an inverted mask
@@ -25,30 +27,43 @@ from collections.abc import Mapping
 
 from icenet.parity import align
 from icenet.parity.calls.pairs import Pair
-from icenet.parity.causes.calls import find_calls, find_dropout, find_mode
+from icenet.parity.causes.calls import find_call_order, find_calls, find_dropout, find_mode
+from icenet.parity.causes.constants import find_constants
 from icenet.parity.causes.device import find_device
 from icenet.parity.causes.functions import find_casts, find_functions, find_mask, find_statistics, find_stopped
 from icenet.parity.causes.integers import find_integers
 from icenet.parity.causes.loops import find_loops
+from icenet.parity.causes.norms import find_norms
 from icenet.parity.causes.numbers import (
     find_numbers,
     find_options,
 )
 from icenet.parity.causes.order import find_direction, find_order
 from icenet.parity.causes.rotary import find_angles, find_partial, find_rotary
-from icenet.parity.causes.sums import find_centred, find_overflow, find_parts, find_scale, find_sums
+from icenet.parity.causes.sums import (
+    find_centred,
+    find_exchanged,
+    find_overflow,
+    find_parts,
+    find_scale,
+    find_sums,
+)
 from icenet.parity.causes.trial import Trial
 from icenet.parity.causes.weights import find_offset, find_tied, find_unused, find_weights
 from icenet.parity.state import Comparison
 from icenet.parity.yardstick import Judgement
 
 _SEARCHES = (
-    *(find_overflow, find_mask, find_numbers, find_order, find_angles, find_parts, find_statistics, find_rotary),
+    *(find_overflow, find_mask, find_numbers, find_order, find_angles),
+    *(find_call_order, find_exchanged, find_parts),
+    *(find_statistics, find_rotary),
     *(
         find_partial,
         find_offset,
         find_unused,
+        find_constants,
         find_calls,
+        find_norms,
         find_functions,
         find_loops,
         find_scale,
@@ -66,6 +81,7 @@ _BACKWARD = (
 _COMPUTED = (
     *(find_statistics, find_functions, find_rotary, find_angles, find_partial),
     *(find_unused, find_weights, find_offset, find_tied, find_casts, find_loops, find_stopped),
+    *(find_norms, find_constants),
 )
 """Those in which the reference computes something else, which a recorded one cannot."""
 

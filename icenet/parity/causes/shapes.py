@@ -7,7 +7,7 @@ import contextlib
 from icenet.core import backends
 from icenet.parity import align
 from icenet.parity.calls.events import Run
-from icenet.parity.calls.pairing import Mismatch, first_mismatch, pair_calls
+from icenet.parity.calls.pairing import Mismatch, first_mismatch, pair_calls, relative
 from icenet.parity.calls.sides import ModuleError
 from icenet.parity.state import Comparison
 
@@ -19,6 +19,8 @@ def find_shapes(c: Comparison, runs: tuple[Run, Run, Run], mismatch: Mismatch) -
         c, runs: The comparison, and its runs: of `a`, of `b` and of the reference.
         mismatch: The first array whose shapes differ.
     """
+    if text := _gets_another(c, runs, mismatch):
+        return text
     if c.reference.backend != "torch" or not c.computes_reference:
         return ""
     variants = backends.module("torch", "tools.variants")
@@ -36,3 +38,25 @@ def find_shapes(c: Comparison, runs: tuple[Run, Run, Run], mismatch: Mismatch) -
                 if found is None or found.order > mismatch.order:
                     return str(variant.text)
     return ""
+
+
+def _gets_another(c: Comparison, runs: tuple[Run, Run, Run], mismatch: Mismatch) -> str:
+    """Returns which other call of `b` gets what a call of `a` gets, such as the tokens of another expert."""
+    if not mismatch.child:
+        return ""
+    pairs = pair_calls(c.a, c.b, runs, c.matches)[0]
+    pair = next((pair for pair in pairs if pair.path == mismatch.child), None)
+    for other in pairs:
+        is_sibling = pair is not None and other is not pair and _holder(other.path) == _holder(pair.path)
+        if pair is None or not is_sibling or not pair.a.arguments or not other.b.arguments:
+            continue
+        ours, theirs = pair.a.arguments[0].array, other.b.arguments[0].array
+        how = align.alignment(other.kind, ours, theirs, {}) or align.exchanged(ours, theirs)
+        if how is not None and ours.dtype.kind == "f" and align.is_near(align.to_torch(how, ours), theirs):
+            names = [relative(path, mismatch.path) for path in (pair.path, other.path)]
+            return f"{names[0]} gets in a what {names[1]} gets in b"
+    return ""
+
+
+def _holder(path: str) -> str:
+    return path.rpartition(".")[0]

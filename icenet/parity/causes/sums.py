@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from icenet.parity import align
 from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.causes.trial import Trial
+from icenet.parity.results.rows import index_of
+from icenet.parity.trace import output_name
 
 if TYPE_CHECKING:
     pass
@@ -46,6 +49,23 @@ def find_sums(trial: Trial) -> str:
     for (label, array), (other, taken) in itertools.permutations(terms, 2):
         if trial.explains_array(exact + array - taken):
             return f"a adds {label} where b adds {other}"
+    return ""
+
+
+def find_exchanged(trial: Trial) -> str:
+    """Returns which two calls get each what the other gets in `b`."""
+    places = trial.pair.places()
+    number = index_of(trial.name) if trial.name.startswith("output") else 0
+    first = places[number][0] if number < len(places) else None
+    for index, (second, _) in enumerate(places):
+        name = output_name(index)
+        if first is None or second is None or second is first or name not in trial.ours:
+            continue
+        theirs, ours = trial.exact[trial.name].array, trial.ours[name].array
+        is_other = theirs.dtype.kind == "f" and align.is_near(ours, theirs)
+        if is_other and trial.explains_array(np.asarray(trial.exact[name].array, np.float64)):
+            names = [relative(child.path, trial.pair.path) for child in (first, second)]
+            return f"{names[0]} and {names[1]} are exchanged in a: each gets what the other one gets in b"
     return ""
 
 

@@ -74,7 +74,7 @@ def find_unused(trial: Trial) -> str:
     weights = trial.c.reference.own_arrays(trial.pair.path)
     for name in [name for name in weights if name in trial.c.reference.parameters_within(trial.pair.path)]:
         for value in (0, 1):
-            if trial.explains(_with_weights(trial, {name: np.full_like(weights[name], value)})):
+            if trial.explains(with_weights(trial, {name: np.full_like(weights[name], value)})):
                 return f"{name} is not used in a"
     return ""
 
@@ -87,8 +87,11 @@ def find_offset(trial: Trial) -> str:
     vectors = [name for name, array in weights.items() if array.ndim == 1 and "bias" not in name]
     for name in [name for name in vectors if name in trial.c.reference.parameters_within(trial.pair.path)]:
         for by, text in ((1, f"1 + {name} in a, {name} in b"), (-1, f"{name} in a, 1 + {name} in b")):
-            if trial.explains(_with_weights(trial, {name: weights[name] + by})):
+            if trial.explains(with_weights(trial, {name: weights[name] + by})):
                 return f"{text}, as in a norm of Gemma"
+    for name in [name for name in weights if name in trial.c.reference.parameters_within(trial.pair.path)]:
+        if trial.explains(with_weights(trial, {name: 1 - weights[name]})):
+            return f"1 - {name} in a, {name} in b, such as the other part of a mixture of two arrays"
     return ""
 
 
@@ -108,14 +111,14 @@ def find_tied(trial: Trial) -> str:
             for other, taken in others.items():
                 if taken.shape != array.shape or taken is array or np.array_equal(taken, array):
                     continue
-                if trial.explains(_with_weights(trial, {name: np.asarray(taken)})):
+                if trial.explains(with_weights(trial, {name: np.asarray(taken)})):
                     if side == "b":
                         return f"a takes {other} where b takes {name}"
                     return f"{other} is a parameter of its own in a, {name} in b (tied weights)"
     return ""
 
 
-def _with_weights(trial: Trial, weights: Mapping[str, Array]) -> dict[str, Value]:
+def with_weights(trial: Trial, weights: Mapping[str, Array]) -> dict[str, Value]:
     """Returns what the reference computes with other parameters, by path within the module."""
     before, trial.pair.parameters = trial.pair.parameters, list(weights)
     try:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from icenet_torch.tools.variants import (
     activations,
     alibi,
+    arithmetic,
     attention,
+    choices,
     heads,
     images,
     losses,
@@ -44,6 +46,8 @@ TABLE: list[Variant] = [
     *images.VARIANTS,
     *signals.VARIANTS,
     *losses.VARIANTS,
+    *choices.VARIANTS,
+    *arithmetic.VARIANTS,
     *operations.VARIANTS,
     *windows.ADDED,
 ]

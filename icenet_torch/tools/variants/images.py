@@ -114,6 +114,17 @@ def _pooled(kind: str) -> Run:
     return run
 
 
+def _adaptive(kind: str) -> Run:
+    """Returns the variant of an adaptive pooling of the other kind."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        axes = next(int(c) for c in name_of(func) if c.isdigit())
+        given = arguments(("input", "output_size"), args, kwargs)
+        return getattr(F, f"adaptive_{kind}_pool{axes}d")(given["input"], given["output_size"])
+
+    return run
+
+
 def _padded_count(counts: bool) -> Run:
     def run(func: Any, args: Any, kwargs: Any) -> Any:
         names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
@@ -178,6 +189,11 @@ VARIANTS: list[Variant] = [
     ),
     Variant("average pooling in a, maximum in b", _POOLS, _pooled("avg")),
     Variant("maximum pooling in a, average in b", _AVERAGES, _pooled("max")),
+    *(
+        Variant(f"{text} pooling in a, {other} in b", frozenset(f"adaptive_{of}_pool{n}d" for n in (1, 2, 3)), run)
+        for kind, of, text, other in (("max", "avg", "maximum", "average"), ("avg", "max", "average", "maximum"))
+        for run in (_adaptive(kind),)
+    ),
     *(
         Variant(
             f"average pooling {'counts' if counts else 'does not count'} the padding in a (count_include_pad)",

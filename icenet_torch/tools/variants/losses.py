@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.nn import functional as F
 
 from icenet_torch.tools.variants.variant import Run, Variant
@@ -32,11 +33,20 @@ def _labels(counts: bool) -> Run:
         left_out = labels == kwargs.get("ignore_index", -100)
         if not bool(left_out.any()):
             return NotImplemented
+        if counts and kwargs.get("ignore_index", -100) >= 0:
+            return func(scores, labels, **{**kwargs, "ignore_index": -100})
         if counts:
             return func(scores, labels.masked_fill(left_out, 0), **kwargs)
         return func(scores, labels, **{**kwargs, "reduction": "sum"}) / labels.numel()
 
     return run
+
+
+def _other_labels(func: Any, args: Any, kwargs: Any) -> Any:
+    """Exchanges the labels 1 and 0."""
+    if len(args) < 2 or not isinstance(args[1], torch.Tensor) or not bool(((args[1] >= 0) & (args[1] <= 1)).all()):
+        return NotImplemented
+    return func(args[0], 1 - args[1], *args[2:], **kwargs)
 
 
 def _of_probabilities(func: Any, args: Any, kwargs: Any) -> Any:
@@ -48,17 +58,19 @@ def _sharp(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **{**kwargs, "label_smoothing": 0.0}) if kwargs.get("label_smoothing") else NotImplemented
 
 
+_BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
 _ENTROPY = frozenset({"cross_entropy", "nll_loss"})
 
 VARIANTS: list[Variant] = [
     Variant("the loss is the sum of its terms in a, not in b", _LOSSES, _reduced("sum")),
     Variant("the loss is the mean of its terms in a, not in b", _LOSSES, _reduced("mean")),
-    Variant("labels that are left out (ignore_index) are 0 in a, and count in the loss", _ENTROPY, _labels(True)),
+    Variant("labels that are left out (ignore_index) count in a, negative ones as label 0", _ENTROPY, _labels(True)),
     Variant(
         "the loss is divided by the number of all labels in a, by that of those not left out (ignore_index) in b",
         _ENTROPY,
         _labels(False),
     ),
     Variant("label smoothing is left out in a", frozenset({"cross_entropy"}), _sharp),
+    Variant("the labels 1 and 0 are exchanged in a", _BINARY, _other_labels),
     Variant("no softmax in the cross-entropy of a", frozenset({"cross_entropy"}), _of_probabilities),
 ]

@@ -24,12 +24,15 @@ _EQUAL = 1e-9
 """Relative difference up to which two numbers are the same one."""
 
 
-def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> list[Variant]:
+def number_variants(
+    calls: Sequence[FunctionCall], others: Sequence[float], bounds: Sequence[float] = ()
+) -> list[Variant]:
     """Returns variants of the numbers in the calls of a module: eps, theta and scales.
 
     Args:
         calls: What `spying` found.
         others: Numbers that the module under test holds.
+        bounds: Further numbers of it, that may be bounds.
     """
     found: dict[tuple[str, float, float], Variant] = {}
 
@@ -53,6 +56,9 @@ def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> l
                 candidates, what = EPS, "eps"
             elif name in ("pow", "rpow") and old >= 100:
                 candidates, what = THETA, "theta"
+            elif name in ("pow", "rpow", "float_power"):
+                candidates = (-old, 2 * old, old / 2, 1.0) if "r" not in name else (2 * old, old / 2)
+                what = "the base of a power" if name == "rpow" else "an exponent"
             elif name in ("mul", "rmul", "div", "truediv") and abs(old) > 2 and _is_log(abs(old)):
                 candidates, what = tuple(math.copysign(math.log(t), old) for t in THETA), "theta"
             elif name in ("mul", "rmul", "div", "truediv") and old not in (0.0,):
@@ -61,11 +67,12 @@ def number_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> l
                     candidates += tuple(old / math.sqrt(heads) for heads in (2, 4, 8, 12, 16))
                 else:
                     candidates += tuple(old * heads**power for heads in (2, 4, 8, 12, 16) for power in (-0.5, 0.5))
+                    candidates += (old - 1, old + 1) if old == round(old) > 2 else ()
                 what = "a scale"
             elif name in ("leaky_relu", "elu", "celu", "softplus"):
                 candidates, what = (0.01, 0.1, 0.2, 0.3, 0.5, 1.0), "the slope or alpha"
             elif name in BOUNDED:
-                candidates, what = (), "a bound"
+                candidates, what = tuple(bounds), "a bound"
             elif name in ("mul", "add", "sub", "rsub", "radd"):
                 candidates, what = (0.0, 1.0, 2.0) if name != "mul" else (), "a number"
             else:
@@ -113,6 +120,8 @@ def replacing(old: float, new: float) -> Run:
 
     def change(item: Any) -> Any:
         is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
+        if isinstance(item, int) and new == int(new):  # a sum of ids stays one
+            return int(new) if is_number and abs(item - old) <= _EQUAL * max(abs(old), 1e-12) else item
         return new if is_number and abs(item - old) <= _EQUAL * max(abs(old), 1e-12) else item
 
     def run(func: Any, args: Any, kwargs: Any) -> Any:

@@ -208,6 +208,36 @@ def _by_which_topk_chooses() -> Run:
     return run
 
 
+def _split_from_end(func: Any, args: Any, kwargs: Any) -> Any:
+    """Takes parts of unequal sizes from the other end."""
+    given = arguments(("input", "split_size_or_sections", "dim"), args, kwargs)
+    sizes = given.get("split_size_or_sections", given.get("split_size"))
+    if not isinstance(sizes, (list, tuple)) or list(sizes) == list(sizes)[::-1]:
+        return NotImplemented
+    return func(given["input"], list(sizes)[::-1], dim=given.get("dim", 0))[::-1]
+
+
+def _without_part(last: bool) -> Run:
+    """Returns the variant of a concatenation without its first or its last part."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        given = arguments(("tensors", "dim"), args, kwargs)
+        parts = given["tensors"]
+        return func(parts[:-1] if last else parts[1:], given.get("dim", 0)) if len(parts) > 1 else NotImplemented
+
+    return run
+
+
+def _also_exchanged(i: int, j: int) -> Run:
+    """Returns the variant of a permutation that exchanges two axes in addition."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        y = func(*args, **kwargs)
+        return y.transpose(i, j) if y.ndim > j and y.shape[i] == y.shape[j] > 1 else NotImplemented
+
+    return run
+
+
 def _flipped(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].clone()
 
@@ -238,6 +268,7 @@ def _left_out_first(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 _CAT = frozenset({"cat", "concat", "concatenate", "stack"})
+_LISTS = _CAT - {"stack"}
 _SPLITS = frozenset({"chunk", "split", "unbind", "tensor_split"})
 _RESHAPE = frozenset({"view", "reshape", "unflatten"})
 _CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
@@ -259,6 +290,7 @@ VARIANTS: list[Variant] = [
         for order in itertools.permutations(range(count))
         if order not in (tuple(range(count)), tuple(range(count))[::-1])
     ),
+    Variant("a split takes its parts from the other end in a", frozenset({"split"}), _split_from_end),
     Variant("the halves of GLU are exchanged in a", frozenset({"glu"}), _other_half),
     Variant("the first part is concatenated last in a", _CAT, _ordered_list(lambda n: [*range(1, n), 0])),
     Variant("the last part is concatenated first in a", _CAT, _ordered_list(lambda n: [n - 1, *range(n - 1)])),
@@ -281,6 +313,16 @@ VARIANTS: list[Variant] = [
         frozenset({"transpose", "permute", "swapaxes", "movedim"}),
         _reshaped,
     ),
+    *(
+        Variant(f"a permute exchanges the axes {i} and {j} in addition in a", frozenset({"permute"}), run)
+        for i, j in itertools.combinations(range(1, 6), 2)
+        for run in (_also_exchanged(i, j),)
+    ),
+    *(
+        Variant(f"the {'last' if last else 'first'} part of a concatenation is left out in a", _LISTS, run)
+        for last in (True, False)
+        for run in (_without_part(last),)
+    ),
     Variant("a roll in the other direction in a", frozenset({"roll"}), _rolled_back),
     Variant("a roll is left out in a", frozenset({"roll"}), _unchanged),
     Variant("softmax in a, sigmoid in b", frozenset({"sigmoid"}), _softmax),
@@ -292,6 +334,7 @@ VARIANTS: list[Variant] = [
         frozenset({"topk", "gather", "take_along_dim"}),
         _by_which_topk_chooses(),
     ),
+    Variant("the diagonal is not filled in a", frozenset({"fill_diagonal"}), _unchanged),
     Variant("normalization to unit length is left out in a", frozenset({"normalize"}), _unchanged),
     Variant(
         "slices that cut off the first or the last elements, as of shifted labels, are left out in a",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from icenet_torch.tools.variants.variant import Run, Variant, arguments
+import torch
+
+from icenet_torch.tools.variants.variant import Run, Variant, arguments, name_of
 
 _MOST = 4
 """Largest offset that is tried."""
@@ -44,6 +46,22 @@ def _ids_moved(by: int) -> Run:
             return NotImplemented
         rest = {name: item for name, item in kwargs.items() if name not in given}
         return func(ids + by, given["weight"], *args[2:], **rest)
+
+    return run
+
+
+def _row_moved(by: int) -> Run:
+    """Returns the variant of `table[ids]` and `gather` with other ids."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        place = 1 if name_of(func) == "getitem" else 2
+        ids = args[place] if len(args) > place else None
+        if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64) or not ids.numel():
+            return NotImplemented
+        size = args[0].shape[0 if place == 1 else args[1]]
+        if int(ids.min()) + by < 0 or int(ids.max()) + by >= size:
+            return NotImplemented
+        return func(*args[:place], ids + by, *args[place + 1 :], **kwargs)
 
     return run
 
@@ -111,5 +129,13 @@ VARIANTS: list[Variant] = [
             _ids_moved(by),
         )
         for by in _STEPS
+    ),
+    *(
+        Variant(
+            f"the ids of rows of a table are {abs(by)} {'larger' if by > 0 else 'smaller'} in a",
+            frozenset({"getitem", "gather", "index_select"}),
+            _row_moved(by),
+        )
+        for by in (-1, 1)
     ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from icenet_torch.tools.variants import choices
 from icenet_torch.tools.variants.variant import Variant, arguments, name_of
 
 _POOLS = frozenset({f"{kind}_pool{axes}d" for kind in ("max", "avg") for axes in (1, 2, 3)})
@@ -41,5 +42,7 @@ VARIANTS: list[Variant] = [
     Variant("padding is left out in a", frozenset({"pad"}), _unchanged),
     Variant("resizing (interpolate) is left out in a", frozenset({"interpolate"}), _unchanged),
     Variant("a slice that cuts the end off is left out in a", frozenset({"getitem"}), _whole),
+    choices.SMALLEST,
+    *choices.NUMBERS,
 ]
 """Tried if the shapes of both sides differ."""
