@@ -21,7 +21,7 @@ _MOST = 6
 
 
 def find_constants(trial: Trial) -> str:
-    """Returns which array that is no parameter has other values in `a`, or which two arrays are exchanged."""
+    """Returns which buffer or other held array has other values in `a`, or which two arrays are exchanged."""
     if trial.c.reference.backend != "torch" or not trial.c.computes_reference or not trial.is_forward:
         return ""
     ours, theirs = (_constants(module, backends.backend_of(module)) for module in trial.modules)
