@@ -10,7 +10,7 @@ FAULTS: dict[str, list[Fault]] = {
             "the flag --trust-code outlives its command",
             "        _everything_trusted.reset(token)\n",
             "        pass\n",
-            ["models/test_custom.py::test_the_flag_is_for_one_command"],
+            ["models/custom/test_trust.py::test_the_flag_is_for_one_command"],
         ),
         Fault(
             "the port in a checkpoint is run without trust",
@@ -96,25 +96,25 @@ FAULTS: dict[str, list[Fault]] = {
             "another version of a user's code is not noticed",
             "hashlib.sha256(content).hexdigest() != stored[name]",
             "not stored[name]",
-            ["models/test_custom.py::test_code_that_changes_after_training_is_named"],
+            ["models/custom/test_custom_files.py::test_code_that_changes_after_training_is_named"],
         ),
         Fault(
             "a change of a module next to a model's file is not noticed",
             "if isinstance(loader, _Loader) and loader.source != _read(loader.path):",
             "if False:",
-            ["models/test_custom.py::test_modules_next_to_the_file"],
+            ["models/custom/test_custom_files.py::test_modules_next_to_the_file"],
         ),
         Fault(
             "compiled modules next to a model's file are run",
             "        return self.source_to_code(self.source, self.path)\n",
             "        return super().get_code(fullname)\n",
-            ["models/test_custom.py::test_compiled_files_are_not_run"],
+            ["models/custom/test_trust.py::test_compiled_files_are_not_run"],
         ),
         Fault(
             "a folder next to a model's file hides an installed module",
             "        return importlib.util.find_spec(name) is None\n",
             "        return True\n",
-            ["models/test_custom.py::test_a_folder_of_data_hides_no_installed_module"],
+            ["models/custom/test_custom_files.py::test_a_folder_of_data_hides_no_installed_module"],
         ),
     ],
     "icenet/core/config/vit_plan.py": [

@@ -68,7 +68,7 @@ FAULTS: dict[str, list[Fault]] = {
             "logits without a gradient are accepted",
             "if norm.item() == 0 and self._is_detached(batch, step) and loss.item() > 0:",
             "if False:",
-            ["models/test_custom.py::test_logits_without_a_gradient"],
+            ["models/custom/test_custom.py::test_logits_without_a_gradient"],
         ),
         Fault(
             "a micro-batch without labels makes a loss of the user NaN",

@@ -38,7 +38,7 @@ FAULTS: dict[str, list[Fault]] = {
             "the class of a model may have its own __call__",
             'if "__call__" in own:',
             'if "__call__ " in own:',
-            ["models/test_custom.py::test_a_class_without_forward"],
+            ["models/custom/test_custom.py::test_a_class_without_forward"],
         ),
     ],
     "icenet/core/models/inference.py": [

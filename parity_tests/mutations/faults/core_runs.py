@@ -108,7 +108,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a saved model does not record the code of its class",
             "if code else {}",
             "if False else {}",
-            ["models/test_custom.py::test_code_that_changes_after_saving_is_named"],
+            ["models/custom/test_custom_files.py::test_code_that_changes_after_saving_is_named"],
         ),
         Fault(
             "a saved model is a folder of a run",

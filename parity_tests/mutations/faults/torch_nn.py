@@ -224,7 +224,7 @@ FAULTS: dict[str, list[Fault]] = {
             "an expanded buffer is written to",
             "elif not _is_expanded(own):",
             "else:",
-            ["models/test_custom.py::test_an_expanded_buffer"],
+            ["models/custom/test_custom_files.py::test_an_expanded_buffer"],
         ),
         Fault(
             "a layer with parts that is used twice has no name in MLX",
