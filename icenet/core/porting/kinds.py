@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from icenet.core.porting.record import Tensor
 
 NUMBER = "number"
 _CATEGORIES = ["bool", "integer", "floating", "complexfloating"]
 """The kinds of dtypes, in the order of promotion."""
+
+
+_ORDERS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
 
 
 @dataclass(frozen=True)
@@ -120,9 +130,16 @@ def truth(test: ast.expr, kinds: dict[str, Kind]) -> bool | None:
         return None if of_dtype is None else of_dtype == wanted
     if not isinstance(test, ast.Compare) or len(test.ops) != 1 or not isinstance(test.left, ast.Attribute):
         return None
-    known, operator, right = of_expression(test.left.value, kinds), test.ops[0], test.comparators[0]
+    known, comparison, right = of_expression(test.left.value, kinds), test.ops[0], test.comparators[0]
+    order = _ORDERS.get(type(comparison))
+    if order and isinstance(right, ast.Constant) and test.left.attr == "ndim" and known and known.ndim is not None:
+        return order(known.ndim, right.value)
     is_equal: bool | None = None
-    if known is None or known.category == NUMBER or not isinstance(operator, (ast.Eq, ast.NotEq, ast.In, ast.NotIn)):
+    if (
+        known is None
+        or known.category == NUMBER
+        or not isinstance(comparison, (ast.Eq, ast.NotEq, ast.In, ast.NotIn))
+    ):
         return None
     if isinstance(right, ast.Constant) and test.left.attr == "ndim" and known.ndim is not None:
         is_equal = known.ndim == right.value
@@ -137,7 +154,7 @@ def truth(test: ast.expr, kinds: dict[str, Kind]) -> bool | None:
             is_equal = True
     if is_equal is None:
         return None
-    return is_equal == isinstance(operator, (ast.Eq, ast.In))
+    return is_equal == isinstance(comparison, (ast.Eq, ast.In))
 
 
 def _category(dtype: ast.expr, kinds: dict[str, Kind]) -> str | None:

@@ -71,10 +71,10 @@ def matrix_power(x, n):
     return result
 
 
-def attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0):
+def attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0, grouped=False):
     """Returns the attention of queries [..., T, D] to keys and values [..., S, D]; a masked row is 0."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.ndim > 2 and k.shape[-3] != q.shape[-3] and k.shape[-3] != 1:  # heads that share keys
+    if grouped and k.shape[-3] != 1:  # heads that share keys
         k = mx.repeat(k, q.shape[-3] // k.shape[-3], axis=-3)
         v = mx.repeat(v, q.shape[-3] // v.shape[-3], axis=-3)
     scores = (q * scale) @ k.swapaxes(-1, -2)

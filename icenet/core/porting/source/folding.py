@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import math
+from collections.abc import Set
 from typing import Any
 
 from icenet.core.porting import kinds
@@ -21,7 +22,10 @@ class Folder(ast.NodeTransformer):
         definition: ast.FunctionDef,
         known: dict[str, Kind] | None = None,
         choices: dict[str, list[ast.expr]] | None = None,
+        factors: Set[str] = frozenset(),
     ) -> None:
+        self.factors = factors
+        """The parameters that are 1 in every call; products leave them out."""
         self.choices = choices or {}
         """The constants that the calls give to a parameter, less those for which an earlier branch returned."""
         self.constants, self.not_none, self.definition = constants, not_none, definition
@@ -39,6 +43,7 @@ class Folder(ast.NodeTransformer):
             is_loop = isinstance(statement, (ast.For, ast.While, ast.With, ast.Try))
             for name in _stored(ast.AST if is_loop else ast.comprehension, statement):
                 self.kinds.pop(name, None)
+                self.not_none = self.not_none - {name}
             made = self.visit(self.paired(statement))
             if not isinstance(made, list):
                 self.assigned(statement)
@@ -69,10 +74,10 @@ class Folder(ast.NodeTransformer):
             branches = [branch for branch in (statement.body, statement.orelse) if branch]
             parts = [item for part in branches if not isinstance(part[-1], ast.Return) for item in part]
         found: dict[str, Kind | None] = dict.fromkeys(name for part in parts for name in _stored(ast.AST, part))
+        self.not_none = self.not_none - found.keys()
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
             found[statement.targets[0].id] = kinds.of_expression(statement.value, known)
             is_array = isinstance(statement.value, ast.Call) and ast.unparse(statement.value.func).startswith("mx.")
-            self.not_none = self.not_none - {statement.targets[0].id}
             self.not_none |= {statement.targets[0].id} if is_array else set()
         elif ast.unparse(statement) == "a, b = pair(a, b)":
             first, second = known.get("a"), known.get("b")
@@ -192,6 +197,14 @@ class Folder(ast.NodeTransformer):
             parts = [self.reduced(item) for item in test.values if self.truth(item) is None]
             return parts[0] if len(parts) == 1 else ast.BoolOp(test.op, parts)
         return self.visit(test)
+
+    def visit_BinOp(self, node: ast.BinOp) -> Any:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Mult):
+            for side, other in ((node.left, node.right), (node.right, node.left)):
+                if isinstance(side, ast.Name) and side.id in self.factors:
+                    return other
+        return node
 
     def visit_Name(self, node: ast.Name) -> Any:
         value = self.constants.get(node.id)

@@ -34,7 +34,8 @@ class Printer:
         return lines
 
     def statement(self, statement: ast.stmt, indent: int) -> list[str]:
-        if self.before.get(_span(statement)) == ast.dump(statement):
+        is_elif = isinstance(statement, ast.If) and self.lines[statement.lineno - 1].lstrip().startswith("elif ")
+        if self.before.get(_span(statement)) == ast.dump(statement) and not is_elif:
             decorators = getattr(statement, "decorator_list", [])
             first = min(item.lineno for item in (statement, *decorators)) - 1
             last = statement.end_lineno or statement.lineno

@@ -17,6 +17,7 @@ from icenet.core.porting.kinds import Helpers, Kind
 from icenet.core.porting.source import helpers
 from icenet.core.porting.source.folding import Folder, is_none
 from icenet.core.porting.source.printing import Printer
+from icenet.core.porting.source.tidy import inline, tidy
 
 _UNKNOWN, NOT_NONE = object(), object()
 """What is known about an argument: nothing, or that it is not None."""
@@ -59,12 +60,22 @@ def specialized(names: Helpers, calls: Calls) -> list[str]:
             before = ast.dump(definition)
             if not _has_known_calls(name, names, calls, order, trees):
                 names.unknown.add(name)
-            definition = _of_kinds(definition, names, calls)
-            _fold(definition, calls, trees)
+            known = _known_kinds(definition, names, calls)
+            _fold_kinds(definition, known)
+            _fold(definition, calls, trees, known)
+            _fold(definition, calls, trees, known)  # an assignment of a parameter may have gone
+            for other, given in _fold_kinds(definition, known).items():  # what a constant left of a branch
+                calls.inner.setdefault(other, []).extend(given)
             texts[name] = source if ast.dump(definition) == before else Printer(source).function(definition)
         else:
             texts[name] = source
         trees[name] = definition
+    for name, tree in trees.items():
+        whole = ast.parse(helpers.source(name)).body[0]
+        if isinstance(tree, ast.FunctionDef) and ast.dump(tree) != ast.dump(whole):
+            tidy(tree, whole)
+    for name in inline(trees, calls.trees):
+        del trees[name], texts[name]
     for name, tree in trees.items():  # a later one may have removed arguments from calls in it
         if isinstance(tree, ast.FunctionDef) and ast.dump(tree) != ast.dump(ast.parse(texts[name]).body[0]):
             texts[name] = Printer(helpers.source(name)).function(tree)
@@ -79,27 +90,30 @@ def _has_known_calls(name: str, names: Helpers, calls: Calls, order: list[str], 
     return not any(later) and name not in calls.given and all(passed) and name not in helpers.read_in(others)
 
 
-def _of_kinds(definition: ast.FunctionDef, names: Helpers, calls: Calls) -> ast.FunctionDef:
-    """Returns a function without the branches on axes and dtypes that no call takes."""
+def _known_kinds(definition: ast.FunctionDef, names: Helpers, calls: Calls) -> dict[str, Kind]:
+    """Returns what all calls of a function say about its parameters."""
     name, parameters = definition.name, [item.arg for item in definition.args.args]
+    if name in names.unknown or definition.args.vararg:
+        return {}
     inner = calls.inner.get(name, [])
     rows = [dict(zip(parameters, given, strict=False)) | keywords for given, keywords in inner]
-    known: dict[str, Kind] = {}
-    if name not in names.unknown and not definition.args.vararg:
-        rows = [*names.of(name, parameters), *rows]
-        columns = {key: kinds.common([row.get(key) for row in rows]) for key in parameters} if rows else {}
-        known = {key: value for key, value in columns.items() if value is not None}
-    folder = Folder({}, set(), copy.deepcopy(definition), known)
+    rows = [*names.of(name, parameters), *rows]
+    columns = {key: kinds.common([row.get(key) for row in rows]) for key in parameters} if rows else {}
+    known = {key: value for key, value in columns.items() if value is not None}
+    # a call of itself that is left may give arrays of other kinds
+    return known if name not in _fold_kinds(copy.deepcopy(definition), known) else {}
+
+
+def _fold_kinds(
+    definition: ast.FunctionDef, known: dict[str, Kind]
+) -> dict[str, list[tuple[list[Kind | None], dict[str, Kind | None]]]]:
+    """Removes the branches on axes and dtypes that no call takes. Returns the arguments of the calls of helpers."""
+    folder = Folder({}, set(), definition, dict(known))
     folder.fold()
-    if name in folder.called:  # with arrays of other kinds
-        folder = Folder({}, set(), copy.deepcopy(definition), {})
-        folder.fold()
-    for other, given in folder.called.items():
-        calls.inner.setdefault(other, []).extend(given)
-    return folder.definition
+    return folder.called
 
 
-def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]) -> None:
+def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST], known: dict[str, Kind]) -> None:
     """Folds the constant arguments of a function, in its definition and in its calls."""
     arguments = definition.args
     if arguments.vararg or arguments.kwarg or arguments.kwonlyargs or definition.decorator_list:
@@ -136,7 +150,7 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
     stored = {
         item.id for item in ast.walk(definition) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)
     }
-    stored |= {
+    inner_names = {
         item.arg
         for inner in ast.walk(definition)
         if isinstance(inner, (ast.Lambda, ast.FunctionDef)) and inner is not definition
@@ -148,18 +162,22 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
     for key in parameters:
         column = [row[key] for row in values if key in row]
         first = column[0]
-        if key in stored:
-            not_none |= {key} if all(item is NOT_NONE for item in column) else set()
-        elif isinstance(first, ast.expr) and all(
-            isinstance(item, ast.expr) and ast.dump(item) == ast.dump(first) for item in column
+        is_constant = key not in stored | inner_names
+        if (
+            is_constant
+            and isinstance(first, ast.expr)
+            and all(isinstance(item, ast.expr) and ast.dump(item) == ast.dump(first) for item in column)
         ):
             constants[key] = first
         elif all(item is NOT_NONE or (isinstance(item, ast.expr) and not is_none(item)) for item in column):
             not_none.add(key)
-        if key not in constants and key not in stored and all(isinstance(item, ast.expr) for item in column):
+        if key not in constants and is_constant and all(isinstance(item, ast.expr) for item in column):
             choices[key] = list({ast.dump(item): item for item in column}.values())
-    calls.not_none[definition.name] = not_none - stored
-    Folder(constants, not_none - stored, definition, choices=choices).fold()
+    calls.not_none[definition.name] = not_none - stored - inner_names
+    is_floating = known and all(kind.category in ("floating", kinds.NUMBER) for kind in known.values())
+    ones = {key for key, value in constants.items() if ast.unparse(value) in ("1", "1.0")}
+    factors = ones if is_floating else set()  # 1.0 * x may be another dtype than x
+    Folder(constants, not_none - inner_names, definition, choices=choices, factors=factors).fold()
     used = {item.id for item in ast.walk(definition) if isinstance(item, ast.Name)}
     removed = [key for key in constants if key not in used]
     for call in found:
@@ -170,8 +188,10 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
     ]
     arguments.args = [item for item in arguments.args if item.arg not in removed]
     kept = [item.arg for item in arguments.args]
-    if all(set(kept) <= _given(call, kept) for call in found) and definition.name not in calls.given:
-        arguments.defaults = []  # every call gives all
+    if definition.name not in calls.given:
+        always = set(kept).intersection(*(_given(call, kept) for call in found))
+        while arguments.defaults and kept[len(kept) - len(arguments.defaults)] in always:
+            del arguments.defaults[0]
     for given in calls.given.get(definition.name, []):
         if all(given.get(key) is NOT_NONE for key in kept[len(kept) - len(arguments.defaults) :]):
             arguments.defaults = []

@@ -149,6 +149,8 @@ def attention(n: Operation) -> str:
     keywords = {"mask": n["attn_mask"], "causal": repr(bool(n.args.get("is_causal"))), "scale": n.source(scale)}
     if dropout:
         keywords["dropout"] = n.source(dropout)
+    if grouped and (q.ndim < 3 or q.shape[-3] != k.shape[-3]):
+        keywords["grouped"] = "True"
     return n.call(
         "attention",
         n["query"],
