@@ -18,6 +18,7 @@ from icenet.core.porting.graph.layout import channels_last
 from icenet.core.porting.graph.masks import with_hiding_masks
 from icenet.core.porting.graph.norms import with_rms_norms
 from icenet.core.porting.graph.passed import with_passed_values
+from icenet.core.porting.graph.plain_masks import with_plain_masks
 from icenet.core.porting.graph.ranges import with_short_ranges
 from icenet.core.porting.graph.writes import joined_writes
 from icenet.core.porting.layers import attention, recurrent
@@ -142,7 +143,7 @@ def plan(
 def _simple(graph: Graph) -> Graph:
     """Returns a graph as a person would write it: without copies, with known formulas, and with whole indices."""
     known = with_rms_norms(with_activations(without_copies(with_arguments(graph))))
-    return with_short_ranges(detached_indices(joined_writes(known)))
+    return with_short_ranges(detached_indices(joined_writes(with_plain_masks(known))))
 
 
 def _in_both(layers: dict[str, Layer], train: dict[str, Layer], graph: Graph) -> dict[str, Layer]:

@@ -263,7 +263,7 @@ def _is_identity(node: Node) -> bool:
         return (node.base in ("mul", "div") and other == 1 and not node.args.get("rounding_mode")) or (
             node.base in ("add", "sub") and other == 0
         )
-    return node.base in _COPIES
+    return node.base in _COPIES or node.base in ("expand", "view", "reshape")  # of the same shape
 
 
 def with_exact_gradients(graph: Graph) -> Graph:
