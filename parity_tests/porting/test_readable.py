@@ -119,7 +119,7 @@ class Shifted(nn.Module):
         (Repeated(), (3,), ["T = x.shape[1]", "x = x.mean(axis=1)"]),  # read after x has another value
         (Joint(), (3, 5), ["B, T, _ = x.shape", "memory.reshape(B, memory.shape[1], 2, 2)"]),  # one B for both
         (Flat(), (3,), ["x = x.reshape(x.shape[0], 12)"]),
-        (Shifted(), (3,), ["x.shape[1], unsqueeze.shape[2])"]),  # the length of the part, as in the original
+        (Shifted(), (3,), ["x.shape[1], x_2.shape[2])"]),  # the length of the part, as in the original
     ],
     ids=["replaced", "two", "once", "part"],
 )

@@ -384,7 +384,7 @@ class Frame(Inlining):
                 hint = on_line
             elif len(results) > 1 and len(targets) < 2 and set(results) <= self.graph.part_names.keys():
                 hint = self.graph.part_names[name]
-            elif not hint or hint == "_" or not self.is_final(call, name):
+            elif not hint or hint == "_" or not (self.is_final(call, name) or self.is_turn(call)):
                 leaf = [part for part in call.path.split(".") if not part.isdigit()]
                 hint = (leaf[-1] if leaf else "y") if position == 0 else "extra"
                 first = self.graph.parameters(call)[:1]

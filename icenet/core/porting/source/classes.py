@@ -160,9 +160,11 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
     varying = [index for index, column in enumerate(columns) if len(set(column)) > 1]
     varying.sort(key=lambda index: OPEN in columns[index])  # numbers that some instances lack are those of others
     first = members[0]
-    if not varying:
-        return Class(name, first.init, _common_comments(members)), [[] for _ in members]
     in_init = len(NUMBER.findall("\n".join(first.init)))
+    known = _known_numbers(members, in_init, {*re.findall(r"self\.(\w+)", first.text), *METHODS})
+    known = {index: key for index, key in known.items() if index not in varying}
+    if not varying and not known:
+        return Class(name, first.init, _common_comments(members)), [[] for _ in members]
     suggested = hints(first.text, names)
     parameters: dict[tuple[str, ...], str] = {}
     replacement: dict[int, str] = {}
@@ -198,6 +200,8 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
         if index >= in_init:
             stored[parameters[column]] = None
             replacement[index] = forms.get(index, "{}").format(f"self.{parameters[column]}")
+    values = {key: columns[index][0] for index, key in known.items() if key not in taken}
+    replacement |= {index: f"self.{key}" for index, key in known.items() if key in values}
     position = -1
 
     def put(match: re.Match[str]) -> str:
@@ -213,14 +217,42 @@ def unified(name: str, members: list[Instance], names: dict[str, list[str]]) -> 
             for line, other in zip(body.lines, common.lines, strict=True)
         ]
         bodies.append(Body(body.parameters, lines, body.returns))
-    init = [*(f"self.{item} = {item}" for item in stored), *init]
-    plain = {column: key for column, key in parameters.items() if key not in flags}
+    init = [*(f"self.{item} = {item}" for item in stored), *(f"self.{key} = {values[key]}" for key in values), *init]
+    options = {key: column for column, key in parameters.items() if key not in flags and "None" in column}
+    plain = {column: key for column, key in parameters.items() if key not in flags and key not in options}
     switches = {key: column for column, key in parameters.items() if key in flags}
     arguments = []
     for row in range(len(members)):
-        given = [f"{key}=True" for key, column in switches.items() if column[row] == "True"]
+        given = [f"{key}={column[row]}" for key, column in options.items() if column[row] != "None"]
+        given += [f"{key}=True" for key, column in switches.items() if column[row] == "True"]
         arguments.append([*(column[row] for column in plain), *given])
-    return Class(name, init, bodies, [*plain.values(), *(f"{key}=False" for key in switches)]), arguments
+    defaults = [*(f"{key}=None" for key in options), *(f"{key}=False" for key in switches)]
+    return Class(name, init, bodies, [*plain.values(), *defaults]), arguments
+
+
+_SIZE = re.compile(
+    r"head|dim|size|channel|emb|window|group|patch|hidden|scal|feature|width|state|rank|length|^(d|n|num)_|_(d|n)$"
+)
+"""Words in the names of attributes that are sizes or a scale."""
+_USES_SIZES = re.compile(r"\.reshape\([^()]*$|\bscale=$")
+"""What stands before the sizes of a shape, or a scale."""
+
+
+def _known_numbers(members: list[Instance], start: int, taken: set[str]) -> dict[int, str]:
+    """Returns the attribute of the original that has a number of a shape or a scale in the methods, by its place."""
+    found = {}
+    text = members[0].text
+    for index, match in enumerate(NUMBER.finditer(text)):
+        before, after = text[: match.start()].rpartition("\n")[2], text[match.start() :].partition("\n")[0]
+        if index < start or match[0] in ("1", "0", "1.0", OPEN) or not _USES_SIZES.search(before):
+            continue
+        shape = re.split(r"[()]", before)[-1] + re.split(r"[()]", after)[0]
+        if len(re.findall(rf"(?<![\w.]){re.escape(match[0])}(?![\w.])", shape)) > 1:
+            continue  # one of them may have another meaning
+        attribute = _attribute((match[0],) * len(members), members, taken)
+        if _SIZE.search(attribute):
+            found[index] = attribute
+    return found
 
 
 def _attribute(column: tuple[str, ...], members: list[Instance], taken: set[str]) -> str:
@@ -311,7 +343,7 @@ def class_source(item: Class) -> str:
     """Returns the source of a class."""
     lines = [f"class {item.name}(nn.Module):"]
     if item.init or item.parameters:
-        lines.append(f"    def __init__(self{''.join(', ' + name for name in item.parameters)}):")
+        lines += wrapped(f"def __init__({', '.join(['self', *item.parameters])}):", 4)
         lines.append("        super().__init__()")
         for text in item.init:
             bare = text.lstrip()

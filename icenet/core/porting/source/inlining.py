@@ -57,7 +57,9 @@ class Inlining(SizeVariables):
             self.keep(text, len(self.items))
             return True
         assert user is not None
-        if self.is_element(user) and not (is_part and self.is_listed(user)):
+        if self.is_next_turn(item, user):
+            return False
+        if self.is_element(user) and not (is_part and self.is_listed(user) and not self.is_turn(user)):
             return False  # the loop reads a variable
         if length > INLINE or (node.op == "item" and isinstance(user, Call)) or self.is_repeated(node, user):
             return False
@@ -79,7 +81,7 @@ class Inlining(SizeVariables):
         return (
             bool(name)
             and name not in (node.place.targets if node.place else ())
-            and self.hint(node, node.name) == name
+            and self.hint(node, node.name, with_forms=False) == name
         )
 
     def is_repeated(self, node: Node, user: Item) -> bool:

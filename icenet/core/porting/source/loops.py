@@ -47,7 +47,12 @@ def roll(lines: list[Line], names: dict[str, str]) -> list[Line]:
             index = len(lines) - len(loop.after)
             continue
         count, size, lists, start, entry, turn = best
-        block = lines[index : index + size]
+        block = [
+            line
+            if len({lines[index + size * step + row].comment for step in range(count)}) == 1
+            else replace(line, comment="")
+            for row, line in enumerate(lines[index : index + size])
+        ]  # without a shape that is that of one turn only
         if entry:
             block = [replace(line, code=code) for line, code in zip(block, turn, strict=True)]
         others = [*lines[:index], *lines[index + size * count :]]

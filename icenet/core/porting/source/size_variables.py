@@ -23,8 +23,8 @@ class SizeVariables(Variables):
         """The variable of each size that has one, by its expression."""
         self.symbols: dict[str, str] = {}
         """The names of the sizes of the arguments, by their expressions."""
-        self.unpackings: list[tuple[Line, str, list[str]]] = []
-        """The statements that give these sizes to variables, with the array and the name of each axis."""
+        self.unpackings: list[tuple[Line, str, list[str], Tensor]] = []
+        """The statements that give these sizes to variables: the array, the name of each axis, and the shape."""
         self.pinned: set[str] = set()
         """Tensors whose sizes are read later."""
 
@@ -68,7 +68,7 @@ class SizeVariables(Variables):
                 names.append(name)
             line = Line("")
             self.lines.append(line)
-            self.unpackings.append((line, self.text[value], names))
+            self.unpackings.append((line, self.text[value], names, tensor))
 
     def pin_sizes(self, parameters: list[str]) -> None:
         """Keeps the variables from which sizes without a variable are read."""
@@ -89,7 +89,8 @@ class SizeVariables(Variables):
 
     def unpack_sizes(self) -> None:
         """Writes the statements that give sizes to variables, those that are read."""
-        for line, text, names in self.unpackings:
+        for line, text, names, tensor in self.unpackings:
+            self.name_length(names, tensor)
             words = {word for other in self.lines if other is not line for word in re.findall(r"\w+", other.code)}
             kept = [name if name in words else "_" for name in names]
             used = [axis for axis, name in enumerate(kept) if name != "_"]
@@ -99,6 +100,24 @@ class SizeVariables(Variables):
                 line.code = f"{kept[used[0]]} = {text}.shape[{used[0]}]"
             else:
                 line.code = f"{', '.join(kept)} = {text}.shape"
+
+    def name_length(self, names: list[str], tensor: Tensor) -> None:
+        """Names a length that is a number in this port, where a reshape keeps it: `x.reshape(B, T, -1, 16)`.
+
+        The classes of two stacks whose lengths differ are one then.
+        """
+        length, words = tensor.shape[1:2], {word for line in self.lines for word in re.findall(r"\w+", line.code)}
+        is_fixed = tensor.ndim == 3 and isinstance(length[0], int) and length[0] not in (1, tensor.shape[2])
+        if not is_fixed or names[0] == "_" or "T" in words:
+            return
+        reshape = re.compile(rf"(\.reshape\({names[0]}, ){length[0]}(?=, )")
+        if not any(reshape.search(line.code) for line in self.lines):
+            return
+        names[1] = "T"
+        for line in self.lines:
+            line.code = reshape.sub(r"\1T", line.code)
+            parts = ["T" if part == str(length[0]) else part for part in line.comment.strip("[]").split(", ")]
+            line.comment = f"[{', '.join(parts)}]" if line.comment else ""
 
     def size_expression(self, name: str, expression: str) -> str:
         """Returns the source of a size: an axis of a value that is known here, or arithmetic of sizes."""

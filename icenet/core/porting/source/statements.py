@@ -133,6 +133,19 @@ class Statements:
         parent = path.rpartition(".")[0]
         return self.is_element(item) and self.structure.modules[parent].class_name == "ModuleList"
 
+    def is_next_turn(self, item: Item, other: Item) -> bool:
+        """Returns whether a loop of the original calls two elements of a list: `for layer in self.layers:`."""
+        if not self.is_listed(item) or not self.is_listed(other) or item.place is None:
+            return False
+        paths = [one.args["path"] if isinstance(one, Node) else one.path for one in (item, other)]
+        in_loop = any(is_in_loop(*at) for at in item.place.chain)
+        return in_loop and paths[0].rpartition(".")[0] == paths[1].rpartition(".")[0]
+
+    def is_turn(self, item: Item) -> bool:
+        """Returns whether the next turn of a loop over a list reads what an element returns."""
+        results = [item.name] if isinstance(item, Node) else self.graph.returns(item)
+        return any(self.is_next_turn(item, user) for name in results for user in self.users.get(name, ()))
+
     def target_of(self, item: Item, name: str) -> str:
         """Returns the variable of a value of `a, b = f(x), g(x)`, an empty string if it is not known."""
         targets = item.place.targets if item.place and not item.place.is_several else ()

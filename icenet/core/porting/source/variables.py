@@ -6,13 +6,16 @@ import re
 from collections import Counter
 
 from icenet.core.porting.graph.calls import Call, Item
-from icenet.core.porting.record import WHOLE, Node, Ref
+from icenet.core.porting.record import WHOLE, Node, Ref, Tensor
 from icenet.core.porting.source import helpers
 from icenet.core.porting.source.lines import RESERVED, Line
 from icenet.core.porting.source.originals import second_name
 from icenet.core.porting.source.statements import Statements
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import Values
+
+_FORMS = ("unsqueeze", "squeeze", "expand", "transpose", "permute", "flatten", "to", "contiguous", "slice")
+"""Operations whose result has the elements of their argument."""
 
 
 class Variables(Statements):
@@ -188,7 +191,8 @@ class Variables(Statements):
                 return item.path.rpartition(".")[2]
         return ""
 
-    def hint(self, item: Item, name: str) -> str:
+    def hint(self, item: Item, name: str, with_forms: bool = True) -> str:
+        """Returns the name that a value should have: that of the original, or that of what it is a form of."""
         place = item.place
         state = self.state_of(item)
         if state:
@@ -224,11 +228,11 @@ class Variables(Statements):
             source = self.text.get(given.name, "") if isinstance(given, Ref) else ""
             if source.isidentifier():  # the same value in another form
                 return re.sub(r"_\d+$", "", source)
-        return self.unnamed(item)
+        return self.unnamed(item, with_forms)
 
-    def unnamed(self, item: Node) -> str:
+    def unnamed(self, item: Node, with_forms: bool) -> str:
         """Returns a name for a value within a statement: its variable if that is free, or the operation's."""
-        name = self.operation_name(item)
+        name = (self.form_name(item) if with_forms else "") or self.operation_name(item)
         targets = item.place.targets if item.place is not None and not item.place.is_several else ()
         is_attention = item.base == "scaled_dot_product_attention"
         is_part = len(targets) == 1 and item.op not in WHOLE and self.becomes(item) == targets[0]
@@ -252,10 +256,20 @@ class Variables(Statements):
             return ""
         return "hc"[item.args["index"]] if item.op == "item" else "h"
 
+    def form_name(self, item: Node) -> str:
+        """Returns the variable of which a value is another form or the beginning, empty without one."""
+        given = item.args.get("self") if item.base in _FORMS else next(iter(item.args.get("tensors", ())), None)
+        if item.base not in (*_FORMS, "cat") or not isinstance(given, Ref):
+            return ""
+        source = self.text.get(given.name, "")
+        return re.sub(r"_\d+$", "", source) if source.isidentifier() else ""
+
     def operation_name(self, item: Node) -> str:
         """Returns a name for the result of an operation that the original does not name."""
         base = item.args["path"].rpartition(".")[2] if item.op == "layer" else item.base
         if not base or base.isdigit() or self.is_element(item):
             base = "y"
+        if isinstance(item.out, Tensor) and item.out.dtype == "bool":
+            return "mask"
         words = {"scaled_dot_product_attention": "attended", "item": "part", "view": "y", "reshape": "y"}
         return words.get(base, base)
