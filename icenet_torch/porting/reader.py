@@ -31,6 +31,12 @@ _DROPPED = (
     "_assert_async.msg",
 )
 """Checks of sizes and values, which a port leaves out."""
+_BITS = {
+    **{f"__i{name}__": f"bitwise_{name}_" for name in ("and", "or", "xor")},
+    "__ilshift__": "bitwise_left_shift_",
+    "__irshift__": "bitwise_right_shift_",
+}
+"""Operations in place whose names end otherwise than those of others."""
 NUMBERS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 """What reads a number from a tensor."""
 _LIFTED = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
@@ -164,6 +170,8 @@ class Reader:
             name = rest if namespace == "aten" else f"{namespace}::{rest}"
             if name.partition(".")[0] in _DROPPED:
                 return
+            base, _, overload = name.partition(".")
+            name = f"{_BITS[base]}.{overload}" if base in _BITS else name
             if name.startswith("sym_"):
                 args = {"self": arguments(node.args[0]), "dim": node.args[1] if len(node.args) > 1 else None}
                 self.append(node, f"sym.{name.partition('.')[0]}", args, names)

@@ -77,6 +77,8 @@ class _Precision(TorchDispatchMode):
         grouped = getattr(torch.ops.aten, "_grouped_mm", None)  # torch 2.8 and later
         if grouped is not None and func is grouped.default and args[0].dtype == torch.float64:
             return _grouped_products(*args[:3])
+        if func is torch.ops.aten.fake_quantize_per_channel_affine_cachemask.default:
+            args = (args[0], args[1].float(), *args[2:])  # torch has no scale in float64
         result = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default):  # torch.tensor(...)
             result = result.to(other(result.dtype))

@@ -1,4 +1,7 @@
-"""Functions that torch cannot export as one operation: `istft` reads values, `grouped_mm` takes bfloat16 only."""
+"""Functions that torch cannot export as one operation.
+
+`istft` reads values, `grouped_mm` takes bfloat16 only, and `fake_quantize` has no open sizes.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,27 @@ def _grouped_shape(self: torch.Tensor, mat2: torch.Tensor, offs: torch.Tensor) -
 _library.impl("grouped_mm", lambda a, b, offs: _grouped_mm(a, b, offs=offs), "CompositeExplicitAutograd")
 torch.library.register_fake("icenet_whole::grouped_mm", _grouped_shape, lib=_library)
 
+_QUANTIZERS = {
+    "fake_quantize_per_tensor_affine": "float scale, int zero_point",
+    "fake_quantize_per_channel_affine": "Tensor scale, Tensor zero_point, int axis",
+}
+_quantizers: dict[str, Any] = {name: getattr(torch, name) for name in _QUANTIZERS}
+for _name, _given in _QUANTIZERS.items():
+    _library.define(f"{_name}(Tensor self, {_given}, int quant_min, int quant_max) -> Tensor")
+    _library.impl(_name, _quantizers[_name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"icenet_whole::{_name}", lambda self, *_: torch.empty_like(self), lib=_library)
+
+
+def _quantizer(name: str) -> Any:
+    whole = getattr(torch.ops.icenet_whole, name)
+
+    def call(input: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        is_plain = bool(args) and not options and isinstance(args[0], torch.Tensor) == ("channel" in name)
+        made: torch.Tensor = (whole if is_plain else _quantizers[name])(input, *args, **options)
+        return made
+
+    return call
+
 
 @contextlib.contextmanager
 def whole_functions() -> Iterator[None]:
@@ -84,9 +108,13 @@ def whole_functions() -> Iterator[None]:
     torch.istft = torch.Tensor.istft = whole  # type: ignore[assignment, method-assign]
     if _grouped_mm is not None:
         F.grouped_mm = grouped  # type: ignore[assignment]
+    for name in _QUANTIZERS:
+        setattr(torch, name, _quantizer(name))
     try:
         yield
     finally:
+        for name, function in _quantizers.items():
+            setattr(torch, name, function)
         torch.istft, torch.Tensor.istft = _istft, method  # type: ignore[method-assign]
         if _grouped_mm is not None:
             F.grouped_mm = _grouped_mm

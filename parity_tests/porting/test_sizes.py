@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import icenet.blas
 
 import mlx.core as mx
@@ -88,3 +90,19 @@ def test_a_distribution_does_not_check_values() -> None:
     close(model(*(mx.array(x.numpy()) for x in given)), Mixture()(*given))
     with pytest.raises(ValueError, match="constraint"):  # the checks are on again
         torch.distributions.Normal(torch.zeros(1), -torch.ones(1))
+
+
+def test_sizes_that_scale_gradients_alone_are_limits() -> None:
+    class Scaled(nn.Module):
+        """The step of LSQ: its gradient is divided by the root of the number of values."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.size = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scale = 1 / math.sqrt(x.numel())
+            return x * ((self.size - self.size * scale).detach() + self.size * scale)
+
+    port = icenet.port(Scaled(), torch.randn(3, 4))
+    assert any("x.shape[1] * x.shape[0] == 12" in note for note in port.report.notes)

@@ -66,6 +66,7 @@ def values_of(
 _EXACT = {
     *("floor_divide", "floor", "ceil", "round", "trunc", "fix", "sign", "sgn", "argmax", "argmin", "bucketize"),
     *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "signbit", "heaviside", "searchsorted"),
+    *("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"),
 }
 """Operations that jump: a rounding of their inputs may change their result by a whole step, so that a comparison to
 rounding says nothing. On equal inputs their results are equal."""

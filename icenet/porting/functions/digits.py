@@ -1,4 +1,4 @@
-"""Integers, and the parts of floating-point numbers."""
+"""Integers, the parts of floating-point numbers, and numbers of few bits."""
 
 # The text of these functions is copied into ports, without types.
 # mypy: ignore-errors
@@ -50,3 +50,14 @@ def nextafter(a, b):
     moved = mx.view(mx.where(a == 0, smallest, bits + step), a.dtype)
     x = mx.where(mx.isfinite(x), x, 0)
     return with_values(x, mx.where(mx.isnan(a) | mx.isnan(b), a + b, mx.where(a == b, b, moved)))
+
+
+def fake_quantize(x, scale, zero_point, low, high, axis=None):
+    """Returns the nearest of the numbers (q - zero_point) * scale, with the gradient of x where q is in range."""
+    scale = mx.stop_gradient(scale)
+    if axis is not None:
+        shape = [-1 if number == axis % x.ndim else 1 for number in range(x.ndim)]
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    q = mx.round(mx.stop_gradient(x) * (1 / scale)) + zero_point
+    inside = (q >= low) & (q <= high)
+    return with_values(mx.where(inside, x, 0), (mx.clip(q, low, high) - zero_point) * scale)

@@ -9,6 +9,7 @@ import icenet.core.porting.table.elementwise
 import icenet.core.porting.table.indexing
 import icenet.core.porting.table.linear_algebra
 import icenet.core.porting.table.normalization
+import icenet.core.porting.table.quantization
 import icenet.core.porting.table.random
 import icenet.core.porting.table.recurrent
 import icenet.core.porting.table.reductions
