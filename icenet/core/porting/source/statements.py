@@ -129,9 +129,10 @@ class Statements:
 
     def is_listed(self, item: Item) -> bool:
         """Returns whether this is a call of an element of an `nn.ModuleList`, whose loop the original has written."""
-        path = item.args.get("path", "") if isinstance(item, Node) else item.path
-        parent = path.rpartition(".")[0]
-        return self.is_element(item) and self.structure.modules[parent].class_name == "ModuleList"
+        if not self.is_element(item):
+            return False
+        path = item.args["path"] if isinstance(item, Node) else item.path
+        return self.structure.modules[path.rpartition(".")[0]].class_name == "ModuleList"
 
     def is_next_turn(self, item: Item, other: Item) -> bool:
         """Returns whether a loop of the original calls two elements of a list: `for layer in self.layers:`."""
