@@ -249,8 +249,8 @@ FAULTS: dict[str, list[Fault]] = {
         ),
         Fault(
             "a layer norm of half precision is rounded after each operation on a CPU",
-            "mx.float32 if is_half(self.weight) and on_cpu() else self.weight.dtype",
-            "self.weight.dtype",
+            "mx.float32 if is_half(weight) and on_cpu() else weight.dtype",
+            "weight.dtype",
             ["models/test_layer_formulas.py::test_norms"],
         ),
         Fault(
