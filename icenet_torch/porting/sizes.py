@@ -1,16 +1,17 @@
 """Functions whose sizes stay open in an export.
 
 `torch.export` fixes the number of steps of `torch.linspace`, the size of `F.affine_grid` and the window of a pool,
-because they are no symbolic numbers in its schemas, the length of `F.max_pool1d` without indices, and `len(x)`,
-because Python's is a number. Here they are operations that take them, a max pool with indices, and `x.shape[0]`. A
-pool over a whole image is an adaptive pool. The quotient of two sizes by `torch.div` is a tensor whose value an
-export knows, if the sizes are fixed.
+because they are no symbolic numbers in its schemas, the length of `F.max_pool1d` without indices, and `len(x)` and
+`math.sqrt`, because Python's are numbers. Here they are operations that take them, a max pool with indices,
+`x.shape[0]`, and `torch.sym_sqrt`. A pool over a whole image is an adaptive pool. The quotient of two sizes by
+`torch.div` is a tensor whose value an export knows, if the sizes are fixed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,6 +47,9 @@ torch.library.register_fake("icenet_size::affine_grid_generator", _affine_grid_s
 _ADAPTIVE: dict[str, Callable[..., Any]] = {
     f"{kind}_pool{rank}d": getattr(F, f"adaptive_{kind}_pool{rank}d") for kind in ("avg", "max") for rank in (1, 2, 3)
 }
+
+
+_SQRT = math.sqrt
 
 
 @contextlib.contextmanager
@@ -98,6 +102,7 @@ def open_sizes() -> Iterator[None]:
         return divide(input, other, rounding_mode=rounding_mode, **options)
 
     torch.linspace, torch.div = with_open_steps, of_numbers  # type: ignore[assignment]
+    math.sqrt = _sqrt  # type: ignore[assignment]
     F.affine_grid = with_open_size
     for name, pool in pools.items():
         values = _values_of_max_pool1d if name == "max_pool1d" else pool
@@ -106,8 +111,15 @@ def open_sizes() -> Iterator[None]:
         yield
     finally:
         torch.linspace, torch.div, F.affine_grid = linspace, divide, affine_grid
+        math.sqrt = _SQRT
         for name, pool in pools.items():
             setattr(F, name, pool)
+
+
+def _sqrt(value: Any) -> Any:
+    """Returns a square root, of a size as an expression."""
+    is_open = isinstance(value, (torch.SymInt, torch.SymFloat))
+    return torch.sym_sqrt(value) if is_open else _SQRT(value)  # type: ignore[attr-defined]
 
 
 def _values_of_max_pool1d(input: torch.Tensor, *args: Any, **options: Any) -> Any:

@@ -92,16 +92,27 @@ def test_a_distribution_does_not_check_values() -> None:
         torch.distributions.Normal(torch.zeros(1), -torch.ones(1))
 
 
+def test_the_root_of_a_size_is_open() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x.mT / math.sqrt(x.size(1))).softmax(-1)
+
+    model, source = ported(Attention(), torch.randn(3, 5, 4))
+    assert "math.sqrt(x.shape[1])" in source
+    x = torch.randn(2, 7, 4)
+    close(model(mx.array(x.numpy())), Attention()(x))
+
+
 def test_sizes_that_scale_gradients_alone_are_limits() -> None:
     class Scaled(nn.Module):
-        """The step of LSQ: its gradient is divided by the root of the number of values."""
+        """The step of LSQ: its gradient is divided by a function of the number of values."""
 
         def __init__(self) -> None:
             super().__init__()
             self.size = nn.Parameter(torch.tensor(0.5))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            scale = 1 / math.sqrt(x.numel())
+            scale = 1 / math.log(x.numel())
             return x * ((self.size - self.size * scale).detach() + self.size * scale)
 
     port = icenet.port(Scaled(), torch.randn(3, 4))

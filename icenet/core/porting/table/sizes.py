@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from icenet.core.porting.table.base import Operation, atom, entry
 
 
@@ -52,14 +54,18 @@ for _name, _text in (
     ("ceil", "math.ceil({0})"),
     ("floor", "math.floor({0})"),
     ("round", "round({0})"),
-    ("_sym_sqrt", "math.sqrt({0})"),
     ("sym_not", "not {0}"),
     ("abs", "abs({0})"),
-    ("sqrt", "math.sqrt({0})"),
     ("sym_ite", "({1} if {0} else {2})"),
     ("sym_sum", "sum({0})"),
 ):
     entry(f"sym.{_name}")(_formatted(_text))
+
+
+@entry("sym._sym_sqrt", "sym.sqrt")
+def sqrt(n: Operation) -> str:
+    size = re.fullmatch(r"float\(([^()]*)\)", n["0"])
+    return f"math.sqrt({size[1] if size else n['0']})"
 
 
 @entry("sym.item")
