@@ -64,8 +64,10 @@ class QuantizedLinear(QuantizedLayer, nn.QuantizedLinear):
     def prepare_generation(self, original: QuantizedLinear, dtype: Dtype) -> None:
         """See `icenet.core.generation.copies`: casts scales and biases once and not at each token."""
         self._generates = True
-        for name in ("scales", "biases", *(["bias"] if "bias" in original else [])):
-            self[name] = cast_for_products(original[name], dtype)
+        for name in ("scales", "biases"):
+            self[name] = cast_for_products(original[name], _dtype_of_scales(original, dtype))
+        if "bias" in original:
+            self.bias = cast_for_products(original.bias, dtype)
         if self.weight is original.weight:  # otherwise the original has become a part of `QuantizedProjections`
             join_parts(self, [original])
 
@@ -74,8 +76,13 @@ Linear.quantized_type = QuantizedLinear
 
 
 def cast_for_products(weight: Array, dtype: Dtype) -> Array:
-    """Returns a weight in the dtype of the activations if products have that dtype, otherwise as it is."""
-    return weight if on_cpu() or weight.dtype == dtype else weight.astype(dtype)
+    """Returns a weight in the dtype of the activations."""
+    return weight if weight.dtype == dtype else weight.astype(dtype)
+
+
+def _dtype_of_scales(layer: QuantizedLayer, dtype: Dtype) -> Dtype:
+    """Returns the dtype of scales in generation. On a CPU, products are in fp32 and scales are not rounded."""
+    return layer.scales.dtype if on_cpu() else dtype
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None, generates: bool = False) -> Array:
@@ -176,6 +183,7 @@ class QuantizedProjections(Projections, QuantizedLayer):
     def __init__(self, layers: Sequence[QuantizedLinear], dtype: Dtype) -> None:
         super().__init__(layers, dtype)
         self.bits, self.group_size = layers[0].bits, layers[0].group_size
+        dtype = _dtype_of_scales(layers[0], dtype)
         self.scales, self.biases = (self._join(layers, name, dtype) for name in ("scales", "biases"))
         join_parts(self, layers)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from icenet_torch.nn import cpu_products
-from icenet_torch.nn.arrays import Array, Dtype, cast_weight, on_cpu, product_dtype
+from icenet_torch.nn.arrays import Array, Dtype, cast_weight, product_dtype
 from icenet_torch.nn.embedding import CheckedEmbedding
 from icenet_torch.nn.quantized import QuantizedLayer, dequantized, quantization_of, quantized_product
 
@@ -71,8 +71,8 @@ Linear.quantized_type = QuantizedLinear
 
 
 def cast_for_products(weight: nn.Parameter, dtype: Dtype) -> nn.Parameter:
-    """Returns a weight in the dtype of the activations if products have that dtype, otherwise as it is."""
-    if on_cpu(weight) or weight.dtype == dtype:
+    """Returns a weight in the dtype of the activations."""
+    if weight.dtype == dtype:
         return weight
     return nn.Parameter(weight.detach().to(dtype), requires_grad=False)
 

@@ -216,6 +216,21 @@ def test_half_precision_generates_the_tokens_of_fp32_products(
     assert np.array_equal(found, model.generate(prompts, max_new_tokens=6, temperature=0.0, ignore_eos=True))
 
 
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_fp32_weights_are_cast_once_for_a_request_of_bf16(backend: str) -> None:
+    options = {"vocab_size": 97, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_seq_length": 32}
+    model: Any = (MLXTransformerModel if backend == "mlx" else TransformerModel)(TransformerConfig(**options), seed=3)
+    model.compute_dtype = mx.bfloat16 if backend == "mlx" else torch.bfloat16
+    model.eval()
+    tokens = [3, 1, 4, 1, 5]
+    found = model.generate([tokens], max_new_tokens=6, temperature=0.0, ignore_eos=True)[0].tolist()
+    for _ in range(6):
+        tokens.append(int(model(model._to_native_tokens(np.array([tokens])))[0, -1].argmax()))
+    assert found == tokens
+    layer, original = model.for_generation().blocks[0].feed_forward.up_proj, model.blocks[0].feed_forward.up_proj
+    assert ("bfloat16" in str(layer.weight.dtype)) and ("float32" in str(original.weight.dtype))
+
+
 @pytest.mark.parametrize(("rows", "inputs"), [(0, 512), (2, 0)])
 def test_layers_that_generate_take_empty_arrays(rows: int, inputs: int) -> None:
     bias = np.arange(1024, dtype=np.float32)

@@ -52,7 +52,7 @@ class GenerationCopy:
                 prepared.add(id(copied))
                 copied.prepare_generation(original, model.compute_dtype)
         copy.eval()
-        is_cast = not model.is_on_cpu and any(
+        is_cast = any(
             array.dtype != model.compute_dtype for _, array, is_trainable in tree.named_arrays(model) if is_trainable
         )
         if not model.training and not is_cast:
