@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from torch import nn
 
 from icenet.core.porting.kinds import Helpers
-from icenet.core.porting.source.lines import Line
+from icenet.core.porting.source.lines import Line, wrapped
 from icenet.core.porting.source.loops import roll
 from icenet.core.porting.source.simplify import simplified, text
 from icenet.core.porting.source.specialize import NOT_NONE, Calls, specialized
@@ -237,6 +237,8 @@ def test_a_sequence_is_called_as_a_whole_or_by_its_layers() -> None:
         ("y = x.transpose(0, 2, 3, 1).transpose(0, 3, 1, 2)", "y = x"),
         ("y = x.transpose(1, 0, 2).transpose(0, 2, 1)", "y = x.transpose(1, 2, 0)"),
         ("y = x.T.T", "y = x"),
+        ("y = x.swapaxes(1, 2).swapaxes(2, 1)", "y = x"),
+        ("y = x.swapaxes(1, 2).swapaxes(1, 3)", "y = x.swapaxes(1, 2).swapaxes(1, 3)"),
         ("y = x[:, 0][:, None]", "y = x[:, 0, None]"),
         ("y = x[0][None]", "y = x[0, None]"),
         ("y = x[:, 1:3, 0][:, :, None]", "y = x[:, 1:3, 0, None]"),
@@ -256,6 +258,16 @@ def test_a_simple_index_reads_the_same_elements() -> None:
         joined = text(simplified(code))
         assert "][" not in joined
         np.testing.assert_array_equal(np.array(eval(joined, names)), np.array(eval(code, names)))
+
+
+def test_a_long_expression_has_an_operand_on_each_line() -> None:
+    mask = f"({'a' * 60} <= b[:, None])"
+    assert wrapped(f"y = {mask} & {mask}", 4) == ["    y = (", f"        {mask}", f"        & {mask}", "    )"]
+    code = f"return conv({'x' * 90}, 1) + self.bias if c else f({', '.join('b' * 60)})"
+    lines = wrapped(code, 8)
+    assert lines[0] == "        return (" and max(map(len, lines)) <= 112
+    assert ast.dump(ast.parse("\n".join(lines).strip())) == ast.dump(ast.parse(code))
+    assert wrapped(f"y = {'a' * 120}", 0) == [f"y = {'a' * 120}"]
 
 
 def functions(name: str, *calls: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import keyword
 import re
 from dataclasses import dataclass, replace
@@ -145,11 +146,47 @@ def _comprehension(text: str) -> list[str] | None:
     return [text[: end - 1].strip(), text[end - 1 :].strip()]
 
 
+_OPERATORS = ((" if ", " else "), (" or ",), (" and ",), (" | ",), (" & ",), (" + ", " - "))
+"""Operators at which a long expression is split, those that bind least first."""
+
+
+def _operands(code: str) -> tuple[str, list[str]]:
+    """Returns the head of an assignment or `return`, and the operands of its value with their operators.
+
+    No operands if the value is of another kind.
+    """
+    match = re.match(r"(?:[\w.,\s]+ = |return )(?=\S)", code)
+    if match is None:
+        return "", []
+    value, outer, depth, quote = code[match.end() :], [], 0, ""
+    for index, letter in enumerate(value):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif depth == 0:
+            outer.append(index)
+    for operators in _OPERATORS:
+        places = [index for index in outer if any(value.startswith(item, index) for item in operators)]
+        if places and "," not in [value[index] for index in outer] and not value.startswith("lambda "):
+            bounds = [0, *places, len(value)]
+            return match[0], [value[a:b].strip() for a, b in itertools.pairwise(bounds)]
+    return "", []
+
+
 def wrapped(code: str, indent: int) -> list[str]:
     """Returns a statement as lines of at most WIDTH characters: a long bracket has one part on each line."""
     line = " " * indent + code
     if len(line) <= WIDTH:
         return [line]
+    head, operands = _operands(code)
+    if operands:
+        inside = [part for operand in operands for part in wrapped(operand, indent + 4)]
+        return [f"{' ' * indent}{head}(", *inside, " " * indent + ")"]
     best = None
     depth, start, quote = 0, 0, ""
     for index, letter in enumerate(code):

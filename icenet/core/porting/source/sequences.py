@@ -60,8 +60,9 @@ def functions(classes: list[Class], kinds: set[str], taken: set[str]) -> list[st
             if item.height == height:
                 groups.setdefault((item.kind, _form(item)), []).append(item)
         for members in groups.values():
-            layers = len(_layers(members[0].call))
-            if layers > 1 and layers * (len(members) - 1) >= _SAVED:
+            layers = [ast.unparse(layer).startswith("nn.") for layer in _layers(members[0].call)]
+            is_block = len(layers) > 1 and 2 * sum(layers) >= len(layers)  # not a stage of blocks of the original
+            if is_block and len(layers) * (len(members) - 1) >= _SAVED:
                 found.append(_function(members, names, taken))
         height += 1
     for item in sequences:

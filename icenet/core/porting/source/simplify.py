@@ -147,6 +147,10 @@ class _Simplify(ast.NodeTransformer):
 
     def transposed(self, node: ast.Call) -> Any:
         """Joins two changes of the order of axes."""
+        swapped = _swapped(node)
+        if swapped and isinstance(node.func, ast.Attribute) and _swapped(node.func.value) == swapped:
+            assert isinstance(node.func.value, ast.Call) and isinstance(node.func.value.func, ast.Attribute)
+            return node.func.value.func.value  # x.swapaxes(1, 2).swapaxes(1, 2)
         outer = _permutation(node)
         if outer is None or not isinstance(node.func, ast.Attribute):
             return node
@@ -264,6 +268,13 @@ def _permutation(node: ast.Call) -> list[int] | None:
         return None
     axes = [item.value for item in node.args if isinstance(item, ast.Constant) and type(item.value) is int]
     return axes if len(axes) == len(node.args) and axes and sorted(axes) == list(range(len(axes))) else None
+
+
+def _swapped(node: ast.AST) -> set[str]:
+    """Returns the axes of a swap as they are written, none for another expression."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr != "swapaxes":
+        return set()
+    return {ast.unparse(item) for item in node.args}
 
 
 def _swap(node: ast.Call, ndim: int) -> list[int] | None:
