@@ -89,6 +89,7 @@ def compare(
 
     Raises:
         UsageError: An argument is not a module, an option is wrong, or `b` fails on the inputs.
+        FileError: The disk is too full for arrays above 2 GB, which are kept in temporary files.
     """
     stages = check_options(stages, dtype, inputs, draws, steps, seed)
     check_pairs(rename, loss, optimizer, copy_weights)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from icenet.core.errors import FileError
 from icenet.parity.trace import Value
 
 MEMORY_LIMIT = 2 << 30
@@ -116,16 +117,27 @@ class Store:
         self._count = 0
 
     def keep(self, value: Value) -> Value:
-        """Returns the value, its array in memory or in a file."""
+        """Returns the value, its array in memory or in a file.
+
+        Raises:
+            FileError: The file cannot be written.
+        """
         self._used += value.array.nbytes
         if self._used <= self._limit or value.array.size == 0:
             return value
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="icenet-parity-")
-        path = Path(self._folder.name) / f"{self._count}.npy"
-        self._count += 1
-        np.save(path, value.array)
-        return Value(np.load(path, mmap_mode="r"), value.dtype)
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="icenet-parity-")
+            path = Path(self._folder.name) / f"{self._count}.npy"
+            self._count += 1
+            np.save(path, value.array)
+            return Value(np.load(path, mmap_mode="r"), value.dtype)
+        except OSError as error:  # not of the user's module, in whose call this may be
+            reason = (error.strerror or "no space left on device").lower()  # numpy raises one for a short write
+            raise FileError(
+                f"{tempfile.gettempdir()}: cannot write the arrays of a comparison ({reason}); set TMPDIR to a "
+                "folder with more space, or compare a smaller batch"
+            ) from None
 
     def close(self) -> None:
         """Deletes the files, and the arrays of the runs: their events refer to each other, so nothing else would."""

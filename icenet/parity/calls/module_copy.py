@@ -15,7 +15,7 @@ from icenet.core.models import randomness
 from icenet.core.nn import dropout
 from icenet.core.weights import layout
 from icenet.parity.calls.events import Event, Run, rebuild
-from icenet.parity.calls.pairs import Sample
+from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Sample
 from icenet.parity.calls.sides import Side
 from icenet.parity.engines import Perturbation
 from icenet.parity.trace import Value, class_name
@@ -57,6 +57,7 @@ class ModuleCopy(Side):
         self._channels: dict[str, bool] = {}
         self._rows = 1
         self._run: Run | None = None
+        self._is_closed: dict[str, bool] = {}
 
     @property
     def _tree(self) -> Any:
@@ -261,8 +262,13 @@ class ModuleCopy(Side):
 
     @contextlib.contextmanager
     def opened(self, before: Event | None) -> Iterator[None]:
-        """Keeps the buffers and generators, and seeds the dropouts, while the context is open."""
-        with self.nn.norm.keep_buffers(self.module), self.tools.generators_kept():
+        """Keeps the buffers and generators, and seeds the dropouts, while the context is open.
+
+        Args:
+            before: The call that is replayed; None for a run.
+        """
+        changed = self.module if before is None else self._changed_by(before.path)
+        with self.nn.norm.keep_buffers(changed), self.tools.generators_kept():
             self._seed_dropouts(before)
             if self.draws is None:
                 yield
@@ -270,6 +276,17 @@ class ModuleCopy(Side):
             self.draws.begin()
             with backends.module(self.backend, "tools.draws").replaced(self.draws.draw):
                 yield
+
+    def _changed_by(self, path: str) -> Any:
+        """Returns the module with all buffers that a call of the module at a path may change.
+
+        A layer of the frameworks changes none of another layer. To copy those of the whole model in each replay
+        takes longer than the replays of a model of many layers.
+        """
+        if path not in self._is_closed:
+            inner = (name for p, name in self.classes.items() if p == path or p.startswith(f"{path}."))
+            self._is_closed[path] = bool(path) and all(name.startswith(FRAMEWORK_LAYERS) for name in inner)
+        return self.modules[path] if self._is_closed[path] else self.module
 
     @contextlib.contextmanager
     def moved_weights(self, names: Sequence[str]) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -41,8 +42,9 @@ def compare_training(c: Comparison, inputs: Inputs) -> None:
         return _skip(c, "parameters are updated in fp32: compare with dtype='fp32'")
     back = {theirs: ours for ours, theirs in c.parameter_names.items()}
     names = [name for name in c.gradients if name in back]
+    rate = c.rate(names, c.gradients)
     for side in (c.a, c.b, c.reference):
-        side.rate = c.rate(names, c.gradients)
+        side.rate = rate
     optimizers = c.optimizers or (None, None)
     if c.wants("optimizer"):
         with c.stage("optimizer") as stage:
@@ -96,10 +98,9 @@ def _judge_losses(c: Comparison, stage: Stage, inputs: Inputs, optimizers: tuple
         if c.optimizers is not None:  # 1 - beta^t is rounded in fp32 in MLX: that scales the updates
             changes = np.cumsum(np.abs(np.diff(curves[2], prepend=curves[2][0])))
             noise = np.maximum(noise, CORRECTION * changes)
-        samples = _curve_samples(c, inputs, steps, optimizers)
-        agrees = float((judged.gap / noise).max()) <= FACTOR
-        agrees = agrees or _agrees_after_own_step(c, inputs, steps, optimizers, curves[0])
-        if agrees or _curve_passes(judged.gap, noise, samples):
+        over = np.flatnonzero(~(judged.gap / noise <= FACTOR))
+        agrees = not over.size or _agrees_after_own_step(c, inputs, steps, optimizers, curves[0])
+        if agrees or _curve_passes(c, inputs, int(over[-1]), optimizers, judged.gap, noise):
             stage.rows = [replace(r, status=states.PASSED, ratio=min(r.ratio, FACTOR)) for r in stage.rows]
         else:
             c.fail(stage, "", "in the training steps", f"the losses differ at step {judged.worst_step}")
@@ -200,7 +201,7 @@ def _judge_updates(
         status = states.PASSED if judged.passed else states.DIFFERS
         own_noise = rms_distance(theirs[name], exact[name])
         row = Row(path, f"{part} after {len(_SCALES)} updates", exact[name].shape, status, judged.ratio, judged.error)
-        stage.rows.append(replace(row, noise=own_noise, scale=rms(exact[name]), depth=len(stage.rows)))
+        stage.rows.append(replace(row, noise=own_noise, scale=judged.scale, depth=len(stage.rows)))
     bad = [row for row in stage.rows if not row.passed]
     if bad:
         note = bad[0].note or f"the optimizer: {len(bad)} of {len(stage.rows)} parameters differ after its updates"
@@ -223,17 +224,27 @@ def update_gradients(gradients: Mapping[str, Array], names: Sequence[str]) -> li
     return [single if scale == 1 else {n: a * np.float32(scale) for n, a in single.items()} for scale in _SCALES]
 
 
-def _curve_passes(gap: Array, noise: Array, samples: Samples[Callable[[int], Any]]) -> bool:
+def _curve_passes(
+    c: Comparison, inputs: Inputs, last: int, optimizers: tuple[Any, Any], gap: Array, noise: Array
+) -> bool:
     """Returns whether the distance of two training curves is within the noise of nearby runs.
 
-    Most are far within the noise of the first runs, or pass for certain after a few; then no more are trained.
+    Most are far within the noise of the first runs, or pass for certain after a few; then no more are trained. Nor
+    are steps after the last one that is over the tolerance: before the first step that is a forward pass alone.
+
+    Args:
+        c, inputs, optimizers: The comparison.
+        last: The last step over the tolerance.
+        gap, noise: The distance and the known noise at each step.
     """
-    squares = np.zeros(gap.shape)
-    runs = (samples.torch, samples.in_order) if samples.in_order is not None else (samples.torch,)
-    for run in runs:
-        squares[:] = 0.0
+    samples = _curve_samples(c, inputs, last, optimizers)
+    gap, noise = gap[: last + 1], noise[: last + 1]
+    reference = functools.cache(samples.reference)
+    # either noise is enough, and that of sums term by term, the larger one, mostly shows it after one sample
+    for run in filter(None, (samples.in_order, samples.torch)):
+        squares = np.zeros(gap.shape)
         for index in range(SAMPLES):
-            squares += squared_distance(run(index), samples.reference(index))
+            squares += squared_distance(run(index), reference(index))
             worst = float((gap / np.maximum(np.sqrt(squares / (index + 1)), noise)).max())
             if worst <= max(FACTOR / 2, sure_limit(index + 1, SAMPLES)):
                 return True
