@@ -125,7 +125,7 @@ def _may_have_bounds(c: Comparison, pair: Pair) -> bool:
 def _larger(c: Comparison, pair: Pair, signs: str) -> list[Value]:
     """Returns random inputs of a replay, uniform up to LARGEST; masks, unit vectors and others as they are.
 
-    They have any sign, those of the run, or are below -LARGEST / 3 (`signs`: "any", "run", "negative").
+    They have any sign, those of the run, or are below -LARGEST / 2 (`signs`: "any", "run", "negative").
     An array of n values has one in each n-th part of the range, so that small arrays reach bounds, too.
     """
     found = []
@@ -137,8 +137,8 @@ def _larger(c: Comparison, pair: Pair, signs: str) -> list[Value]:
         generator = np.random.Generator(np.random.SFC64(key))
         places = generator.permutation(item.array.size).reshape(item.array.shape)
         drawn = (places + generator.random(item.array.shape, np.float32)) / max(item.array.size, 1)
-        # nearer to 0, terms of a GELU or SiLU cancel
-        values = {"any": 2 * drawn - 1, "run": np.sign(item.array) * drawn, "negative": -(1 + 2 * drawn) / 3}[signs]
+        # nearer to 0, the terms of a GELU cancel, and a SiLU is rounded to 0 or not
+        values = {"any": 2 * drawn - 1, "run": np.sign(item.array) * drawn, "negative": -(1 + drawn) / 2}[signs]
         found.append(replace(item, array=np.asarray(LARGEST * values, np.float32)))
     return found
 
