@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -313,6 +314,22 @@ def test_a_transposed_parameter() -> None:
 
     report = compare(Ours(), Theirs(), draw(3, 6))
     assert "w is [4, 6] in a, [6, 4] in b" in report.verdict and "w is transposed in a" in report.cause
+
+
+def test_a_linear_for_a_convolution_of_size_1() -> None:
+    class Ported(M.Module):
+        def __init__(self, layer: M.Module) -> None:
+            super().__init__()
+            self.project = layer
+
+        def __call__(self, x: Any) -> Any:
+            return self.project(x)
+
+    original = T.Sequential(OrderedDict(project=T.Conv2d(3, 5, 1)))
+    images = np.zeros((2, 4, 4, 3), np.float32)
+    report = compare(Ported(M.Linear(3, 5)), original, images)
+    assert report.culprit == "project" and "use mlx.nn.Conv2d(3, 5, 1)" in report.cause
+    assert compare(Ported(M.Conv2d(3, 5, 1)), original, images).passed
 
 
 @pytest.mark.parametrize(

@@ -92,28 +92,37 @@ def compare_parameters(c: Comparison, stage: Stage, inputs: Inputs) -> None:
         if shapes[0] != shapes[1]:
             status, note = states.DIFFERS, f"{name} is {list(shapes[0])} in a, {list(shapes[1])} in b"
             c.fail(stage, path, note=note)
-            holder = c.a.own_path(path)
-            if holder is not None and "Quantized" in c.a.classes[holder] and not c.report.cause:
-                c.report.cause = (
-                    "the layer is quantized in a, which rounds its weights: compare before mlx.nn.quantize is called"
-                )
-            elif _has_axes_of_torch(c, ours, shapes[1]) and not c.report.cause:
-                c.report.cause = (
-                    f"{name} has the axes of PyTorch in a, where the layer of MLX has its channels last: "
-                    "icenet.from_torch moves them"
-                )
-            elif shapes[0] == shapes[1][::-1] and not c.report.cause:
-                c.report.cause = f"{name} is transposed in a"
-            elif len(shapes[0]) > 2 and shapes[0] == (shapes[1][0], *shapes[1][2:], shapes[1][1]):
-                c.report.cause = c.report.cause or (
-                    f"{name} has its channels last in a, first in b, and axes are moved for layers of mlx.nn only: "
-                    "use one, or keep the axes of b in a and move them in its call, "
-                    f"self.{name.rpartition('.')[2]}.moveaxis(1, -1)"
-                )
+            c.report.cause = c.report.cause or _cause_of_shapes(c, path, ours, *shapes)
         stage.rows.append(Row(path, name, shapes[1], status, math.inf if note else 0.0, note=note))
     if stage.status == states.FAILED:
         raise StageFailed
     weights.copy_weights(c)
+
+
+def _cause_of_shapes(c: Comparison, path: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Returns why the parameter `name` of `a` may have another shape than that of `b`, or an empty text."""
+    holder, (own, leaf) = c.a.own_path(path), layout.split(name)
+    if holder is not None and "Quantized" in c.a.classes[holder]:
+        return "the layer is quantized in a, which rounds its weights: compare before mlx.nn.quantize is called"
+    if _has_axes_of_torch(c, name, expected):
+        return (
+            f"{leaf} has the axes of PyTorch in a, where the layer of MLX has its channels last: "
+            "icenet.from_torch moves them"
+        )
+    if shape == expected[::-1]:
+        return f"{leaf} is transposed in a"
+    if len(shape) > 2 and shape == (expected[0], *expected[2:], expected[1]):
+        return (
+            f"{leaf} has its channels last in a, first in b, and axes are moved for layers of mlx.nn only: "
+            "use one, or keep the axes of b in a and move them in its call, "
+            f"self.{leaf}.moveaxis(1, -1)"
+        )
+    if c.a.layer_kinds.get(own) == "linear" and len(shape) == 2 and expected == (*shape, *[1] * (len(expected) - 2)):
+        return (
+            f"a Linear in a for a convolution of size 1 in b: use mlx.nn.Conv{len(expected) - 2}d"
+            f"({shape[1]}, {shape[0]}, 1), which computes the same and whose weight has corresponding axes"
+        )
+    return ""
 
 
 def _has_axes_of_torch(c: Comparison, name: str, expected: tuple[int, ...]) -> bool:
