@@ -64,3 +64,26 @@ def test_a_function_must_save_layers() -> None:
     other = pools.replace(", stride=1", "")  # of which the stride is 2
     classes = [Class("Net", [f"self.a = {pools}", f"self.b = {other}"])]
     assert functions(classes, {"Sequential"}, set()) == []
+
+
+class Dense(nn.Sequential):
+    """A class of sequences of one layer, which is too short for a function."""
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict(
+            {f"of_{n}": nn.Sequential(Dense(nn.Linear(3, n)), nn.ReLU(), nn.Linear(n, 2)) for n in (4, 5, 6)}
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.heads["of_4"](x) + self.heads["of_5"](x) + self.heads["of_6"](x)
+
+
+def test_a_function_holds_sequences_of_other_classes() -> None:
+    torch.manual_seed(0)
+    theirs, x = Heads().eval(), torch.randn(2, 3)
+    ours, source = ported(theirs, x)
+    close(ours(mx.array(x.numpy())), theirs(x))
+    assert "return Sequential([Sequential([nn.Linear(3, output_dims)]), nn.ReLU()," in source, source

@@ -63,7 +63,7 @@ def functions(classes: list[Class], kinds: set[str], taken: set[str]) -> list[st
             layers = [ast.unparse(layer).startswith("nn.") for layer in _layers(members[0].call)]
             is_block = len(layers) > 1 and 2 * sum(layers) >= len(layers)  # not a stage of blocks of the original
             if is_block and len(layers) * (len(members) - 1) >= _SAVED:
-                found.append(_function(members, names, taken))
+                found.append(_function(members, names, kinds, taken))
         height += 1
     for item in sequences:
         item.call.func = ast.Name("Sequential")
@@ -169,7 +169,7 @@ def _with_equal_keywords(calls: list[ast.Call]) -> None:
             ]
 
 
-def _function(members: list[_Sequence], names: dict[str, list[str]], taken: set[str]) -> str:
+def _function(members: list[_Sequence], names: dict[str, list[str]], kinds: set[str], taken: set[str]) -> str:
     """Returns the source of the function of some sequences, and makes them calls of it."""
     docstring = f'"""Returns {_described(members)}."""'
     _with_equal_keywords([item.call for item in members])
@@ -194,7 +194,11 @@ def _function(members: list[_Sequence], names: dict[str, list[str]], taken: set[
     names[name] = [key for _, key in (*order, *switches)]
     pairs = zip(columns, is_open, strict=True)
     values = iter(parameters[column] if is_varying else column[0] for column, is_varying in pairs)
-    layers = re.sub(re.escape(OPEN), lambda _: next(values), form).replace(f"{members[0].kind}(", "Sequential(", 1)
+    tree = ast.parse(f"return {re.sub(re.escape(OPEN), lambda _: next(values), form)}").body[0]
+    for node in ast.walk(tree):
+        if _is_sequence(node, kinds):  # the whole one, and those within that are no calls of functions
+            assert isinstance(node, ast.Call)
+            node.func = ast.Name("Sequential")
     signature = [*(key for _, key in order), *(f"{key}={defaults[key]}" for _, key in switches)]
     for row, item in enumerate(members):
         item.call.func = ast.Name(name)
@@ -204,7 +208,7 @@ def _function(members: list[_Sequence], names: dict[str, list[str]], taken: set[
             for column, key in switches
             if column[row] != defaults[key]
         ]
-    code = text(Constructors().visit(ast.parse(f"return {layers}").body[0]))
+    code = text(Constructors().visit(tree))
     return "\n".join([*wrapped(f"def {name}({', '.join(signature)}):", 0), f"    {docstring}", *wrapped(code, 4)])
 
 
