@@ -256,17 +256,20 @@ def evaluate(
         (_, outputs), computed = mx.value_and_grad(total)(primals)
         return outputs, computed
 
+    refused = None
     try:
-        whole = [n for n in floats if np.array_equal(inputs[n].array, np.rint(inputs[n].array))]
-        sets = [[], *([whole] if whole else []), *([*([n] for n in floats), floats] if constants else [])]
-        for index, left_out in enumerate(sets):
+        for left_out in _left_out(inputs, floats, constants):
             floats = [n for n, item in enumerate(inputs) if item.is_float and n not in left_out]
             try:
                 outputs, computed = differentiated()
                 break
             except ValueError as error:
-                if "with respect to indices" not in str(error) or index + 1 == len(sets):
+                if "with respect to indices" not in str(error):
                     raise
+                refused = error
+        else:
+            assert refused is not None
+            raise refused
     finally:
         own.set(weights)
     mx.eval(outputs, computed)
@@ -279,6 +282,17 @@ def evaluate(
     moved = layout.tree_to_torch({name: item.array for name, item in by_name.items()}, tree.layer_kinds(module))
     used = {name: Value(array, by_name[name].dtype) for name, array in moved.items()}
     return [value(output) for output in outputs], gradients, used
+
+
+def _left_out(inputs: Sequence[Value], floats: Sequence[int], constants: bool) -> Iterator[Sequence[int]]:
+    """Yields the inputs by which no gradient is computed: none first, and then those that may determine ids."""
+    yield ()
+    whole = [n for n in floats if np.array_equal(inputs[n].array, np.rint(inputs[n].array))]
+    if whole:
+        yield whole
+    if constants:
+        yield from ([n] for n in floats)
+        yield floats
 
 
 def mean_square(outputs: Sequence[mx.array], targets: Sequence[Value], exact: bool = False) -> mx.array:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from pairs import draw
 from written_pairs import Pair, linear, net, verdict
 
+from icenet_torch.tools.variants.numbers import replacing
+
 Function = Callable[..., Any]
 
 
@@ -191,3 +193,11 @@ def test_an_inverted_mask_of_a_coupling() -> None:
         Pair(Held(coupled, 1 - mask), TorchHeld(coupled, mask)), (draw(2, 6, 5), np.zeros((2, 6), np.int32))
     )
     assert "table of b has its ones and zeros exchanged in a" in line, line
+
+
+def test_a_number_may_be_replaced_by_an_infinite_one() -> None:
+    """A whole number in the place of a whole one stays an integer, as the sum of ids must; others are as they are."""
+    x = torch.tensor([1.0, 5.0])
+    assert torch.equal(replacing(2.0, math.inf)(torch.clamp, (x, 0, 2), {}), x)
+    assert replacing(2.0, 3.0)(max, (2, 1), {}) == 3 and isinstance(replacing(2.0, 3.0)(max, (2, 1), {}), int)
+    assert replacing(2.0, 3.0)(max, (1, math.nan), {}) is NotImplemented

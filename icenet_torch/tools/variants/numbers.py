@@ -120,9 +120,9 @@ def replacing(old: float, new: float) -> Run:
 
     def change(item: Any) -> Any:
         is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
-        if isinstance(item, int) and new == int(new):  # a sum of ids stays one
-            return int(new) if is_number and abs(item - old) <= _EQUAL * max(abs(old), 1e-12) else item
-        return new if is_number and abs(item - old) <= _EQUAL * max(abs(old), 1e-12) else item
+        if not (is_number and abs(item - old) <= _EQUAL * max(abs(old), 1e-12)):
+            return item
+        return int(new) if isinstance(item, int) and float(new).is_integer() else new  # a sum of ids stays one
 
     def run(func: Any, args: Any, kwargs: Any) -> Any:
         changed = tuple(map(change, args)), {name: change(item) for name, item in kwargs.items()}
