@@ -219,6 +219,30 @@ def test_the_command_writes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     close(outputs(model, image(1)), module(image(1)))
 
 
+PADDED = """
+from torch import nn
+
+class Padding(nn.Module):
+    def forward(self, x, mask):
+        return x.masked_fill(mask, float("-inf")).softmax(-1)
+
+class Tokens(nn.Module):
+    def forward(self, x, mask):
+        return x.masked_fill(~mask, float("-inf")).softmax(-1)
+"""
+
+
+@pytest.mark.parametrize("name", ["Padding", "Tokens"])
+def test_a_mask_of_the_command_leaves_out_some_values(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "padded.py").write_text(PADDED)
+    assert command(f"{tmp_path}/padded.py:{name}", "--shape", "2x6", "--shape", "mask=2x6:bool") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("the port computes what the module computes")
+    assert "finite" not in printed
+
+
 def test_the_command_checks_the_operations(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(f"{FILE}:Missing", "--shape", "3", "--check") == 1
     assert "special_bessel_j0: 2 times" in capsys.readouterr().out

@@ -92,6 +92,7 @@ def prove(
                         ones.append(Guard("size >= 2", {"size": of_one}))  # an export takes no size for 1
                     continue
                 report.checks += pair.checks(given is example, report.notes)
+                report.is_empty |= pair.is_empty
                 if given is example and accelerated is not None:
                     report.checks += pair.checks_of(accelerated, "icenet")
                     settle(report)
@@ -246,6 +247,7 @@ class _Pair:
     def __init__(self, plan: Plan, model: Any, exact: Any, single: Any, given: Arguments, training: bool) -> None:
         self.plan, self.model, self.exact, self.single = plan, model, exact, single
         self.inputs, self.training = [_single(array) for array in arrays_of(given)], training
+        self.is_empty = False
         self.given: Arguments = with_arrays(given, self.inputs)
         self.native = {name: path for path, name in plan.wanted().items()}
         self.cotangents: list[Array] | None = None
@@ -258,7 +260,8 @@ class _Pair:
             self.noise = self._original(self.single, self.inputs, self.cotangents)
         if with_gradients and not self.training:
             outputs = [value.array for name, value in self.reference.items() if name.startswith("output")]
-            if outputs and not any(np.isfinite(array).any() for array in outputs):
+            self.is_empty = bool(outputs) and not any(np.isfinite(array).any() for array in outputs)
+            if self.is_empty:
                 notes.append(
                     "the outputs of the example have no finite value, so none was compared; give another one"
                 )
