@@ -74,6 +74,8 @@ def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def checked_inputs(tree: Any) -> Any:
     """Returns example arguments with contiguous tensors, also in the place of numpy arrays.
 
+    A tensor that is given twice, as in `(ids, ids)`, is copied: an export takes both for one argument.
+
     Raises:
         UsageError: An argument is an array of another framework.
     """
@@ -84,7 +86,15 @@ def checked_inputs(tree: Any) -> Any:
             raise UsageError(f"example inputs: a {kind}; give torch tensors or numpy arrays")
         return leaf
 
-    return contiguous(tensors(pytree.tree_map(of, tree)))
+    seen: set[int] = set()
+
+    def apart(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and id(leaf) in seen:
+            return leaf.detach().clone()
+        seen.add(id(leaf))
+        return leaf
+
+    return pytree.tree_map(apart, contiguous(tensors(pytree.tree_map(of, tree))))
 
 
 def widened(args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -111,3 +111,18 @@ def test_a_write_after_an_operation_that_returns_its_argument() -> None:
     model, _ = ported(module, x)
     for ours, theirs in zip(model(mx.array(x.numpy())), module(x), strict=True):
         close(ours, theirs)
+
+
+def test_a_tensor_that_is_given_twice_is_two_inputs() -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 5)
+
+        def forward(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.embedding(ids), targets)
+
+    module, ids = Loss(), torch.tensor([1, 4, 2])
+    model = icenet.port(module, (ids, ids)).module
+    targets = torch.tensor([0, 3, 3])
+    close(model(mx.array(ids.numpy()), mx.array(targets.numpy())), module(ids, targets))
