@@ -76,6 +76,11 @@ def named_arrays(model: nn.Module) -> list[NamedArray]:
     return [NamedArray(place.path, place.holder[place.key], place.is_trainable) for place in _places(model)]
 
 
+def parameters(model: nn.Module) -> list[mx.array]:
+    """Returns the floating parameters that are not frozen: frozen ones are as buffers in MLX."""
+    return [array for _, array, is_trainable in named_arrays(model) if is_trainable]
+
+
 def native_arrays(model: nn.Module) -> dict[str, mx.array]:
     """Returns `named_arrays` by path."""
     return {path: array for path, array, _ in named_arrays(model)}

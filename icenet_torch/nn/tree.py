@@ -48,6 +48,11 @@ def named_arrays(model: nn.Module) -> list[NamedArray]:
     ]
 
 
+def parameters(model: nn.Module) -> list[torch.Tensor]:
+    """Returns the floating parameters, frozen ones as well."""
+    return [array for array in model.parameters() if array.is_floating_point()]
+
+
 def native_arrays(model: nn.Module) -> dict[str, torch.Tensor]:
     """Returns `named_arrays` by path, without gradients; a parameter that is sharded among processes as its shard."""
     arrays = {path: array for path, array, _ in named_arrays(model)}

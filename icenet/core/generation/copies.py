@@ -52,9 +52,7 @@ class GenerationCopy:
                 prepared.add(id(copied))
                 copied.prepare_generation(original, model.compute_dtype)
         copy.eval()
-        is_cast = any(
-            array.dtype != model.compute_dtype for _, array, is_trainable in tree.named_arrays(model) if is_trainable
-        )
+        is_cast = any(array.dtype != model.compute_dtype for array in tree.parameters(model))
         if not model.training and not is_cast:
             # joining has changed the addresses
             self._copy, self._settings, self._snapshot = copy, settings, snapshot_type(model, copy)

@@ -102,6 +102,21 @@ def test_a_changed_weight_changes_what_is_generated(backend: str, how: str, name
     assert second == expected[3:] and second != first
 
 
+@both_backends
+@pytest.mark.parametrize("how", ["in place", "item", "another"])
+def test_a_changed_weight_that_is_frozen_and_cast_changes_the_copy(backend: str, how: str) -> None:
+    model = build(backend)
+    model.compute_dtype = mx.bfloat16 if backend == "mlx" else torch.bfloat16
+    model.freeze() if backend == "mlx" else model.requires_grad_(False)
+    model.for_generation()
+    add_one(backend, model.blocks[0].attention.out_proj, how)
+    cast = model.for_generation().blocks[0].attention.out_proj.weight
+    assert cast.dtype == model.compute_dtype
+    exact = plain(model.blocks[0].attention.out_proj.weight)
+    found = plain(cast.astype(mx.float32) if backend == "mlx" else cast.float())
+    assert np.all(np.abs(found - exact) <= 2.0**-8 * np.abs(exact))
+
+
 @pytest.mark.parametrize("how", ["in place", "item", "another"])
 @pytest.mark.parametrize("name", ["q_proj", "out_proj"])
 def test_a_change_is_noticed_on_cuda(how: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
