@@ -251,6 +251,18 @@ def test_weights_of_layers_with_other_parameters_are_compared() -> None:
     assert compare(ours, theirs, x, copy_weights=True).passed
 
 
+@pytest.mark.parametrize(
+    ("options", "parts"), [({"bidirectional": True}, "2 directions"), ({"num_layers": 2}, "2 layers")]
+)
+def test_a_recurrent_layer_of_several_parts_needs_its_parameters(options: dict[str, Any], parts: str) -> None:
+    theirs = TorchNet(lambda m, x: m.gru(x)[0], gru=T.GRU(5, 6, batch_first=True, **options))
+    report = compare(Net(lambda m, x: m.gru(x), gru=M.GRU(5, 6)), theirs, draw(2, 4, 5))
+    assert report.culprit == "gru" and report.failed_stage is not None and report.failed_stage.name == "structure"
+    assert parts in report.verdict and "icenet port writes" in report.notes[-1]
+    within = Net(lambda m, x: m.gru(x), gru=Net(lambda m, x: x, fw=M.GRU(5, 6)))
+    assert any(parts in note for note in compare(within, theirs, draw(2, 4, 5)).notes)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_the_sum_of_two_biases_is_rounded_once_in_a_and_twice_in_b(dtype: str) -> None:
     ours, theirs, x = last_state()

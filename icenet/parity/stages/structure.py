@@ -94,9 +94,30 @@ def compare_parameters(c: Comparison, stage: Stage, inputs: Inputs) -> None:
             c.fail(stage, path, note=note)
             c.report.cause = c.report.cause or _cause_of_shapes(c, path, ours, *shapes)
         stage.rows.append(Row(path, name, shapes[1], status, math.inf if note else 0.0, note=note))
+    for path in sorted(c.different):
+        if parts := _parts_of_recurrence(c, path):
+            note = f"b has {parts}, the layer of a one of each"
+            stage.rows.append(Row(path, "", status=states.DIFFERS, ratio=math.inf, note=note))
+            c.fail(stage, path, note=note)
     if stage.status == states.FAILED:
+        if parts := _parts_of_recurrence(c, c.report.culprit or ""):
+            c.report.notes.append(
+                f"{c.report.culprit}: b has {parts}. Such a layer is compared with a module of the same parameters "
+                "(weight_ih_l0, weight_hh_l0 and so on, as icenet port writes), and layers of mlx.nn with modules of "
+                "PyTorch that have one layer and one direction"
+            )
         raise StageFailed
     weights.copy_weights(c)
+
+
+def _parts_of_recurrence(c: Comparison, path: str) -> str:
+    """Returns how many layers and directions a recurrent layer of `b` has, or an empty text if it is one of each."""
+    steps = [name for name in c.b.shapes if name.startswith(f"{path}.weight_hh_l" if path else "weight_hh_l")]
+    if len(steps) < 2 or c.b.kinds.get(path) != "native_recurrent":
+        return ""
+    directions = 2 if any(name.endswith("_reverse") for name in steps) else 1
+    layers = len(steps) // directions
+    return f"{layers} layer{'s' * (layers > 1)} and {directions} direction{'s' * (directions > 1)}"
 
 
 def _cause_of_shapes(c: Comparison, path: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
