@@ -168,6 +168,8 @@ class ModuleComparison(Comparison):
                 except ModuleError as error:
                     failure = failure or error
                     continue
+                finally:
+                    self.store.free()
                 found.append(inputs)
                 break
             else:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import random
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import icenet.blas
@@ -24,10 +20,9 @@ from pairs import FAULTS, PAIRS, Fault, draw, with_equal_weights
 from random_pairs import make
 
 import icenet
-from icenet.core.errors import FileError, UsageError
+from icenet.core.errors import UsageError
 from icenet.core.models.modules import get_weights
 from icenet.parity import Report, compare
-from icenet.parity.calls.events import Store
 from icenet.parity.results.status import ALL_STAGES
 from icenet.parity.trace import Value
 from icenet_torch.tools.calls import evaluate
@@ -486,19 +481,3 @@ def test_wrong_options_are_one_line(inputs: Any, options: dict[str, Any], words:
     with pytest.raises(UsageError, match=words) as caught:
         compare(*blocks(), inputs, **options)
     assert "\n" not in str(caught.value)
-
-
-def test_a_full_disk_is_one_line_and_no_difference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Arrays are written while the modules are called, whose own errors are a result of the comparison."""
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Store.__init__, "__defaults__", (0,))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    twins = icenet.from_torch(theirs := T.Linear(3, 2), M.Linear(3, 2)), theirs
-    assert compare(*twins, draw(4, 3)).passed
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(FileError, match=r"no space left.*TMPDIR"):
-        compare(*twins, draw(4, 3))
-    assert not list(tmp_path.iterdir())

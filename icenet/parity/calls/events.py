@@ -7,17 +7,21 @@ their framework. Above a limit they are on disk.
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from icenet.core.errors import FileError
+from icenet.parity.calls.array_files import ArrayFiles
 from icenet.parity.trace import Value
+
+Array = npt.NDArray[Any]
 
 MEMORY_LIMIT = 2 << 30
 """Bytes of the arrays of a comparison that are held in memory; the others are in files."""
@@ -104,7 +108,7 @@ class Run:
 
 
 class Store:
-    """Keeps arrays in memory, and above a limit in temporary files, which are deleted with the store.
+    """Keeps arrays in memory, and above a limit in temporary files. Equal arrays are in the files once.
 
     Attributes:
         runs: The runs whose arrays it keeps.
@@ -113,8 +117,9 @@ class Store:
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self._limit, self._used = limit, 0
         self.runs: list[Run] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._count = 0
+        self._files = ArrayFiles()
+        self._held: weakref.WeakValueDictionary[tuple[int, int], Array] = weakref.WeakValueDictionary()
+        """The arrays in memory, by place and size. Arrays of MLX that a module passes on share their memory."""
 
     def keep(self, value: Value) -> Value:
         """Returns the value, its array in memory or in a file.
@@ -122,33 +127,70 @@ class Store:
         Raises:
             FileError: The file cannot be written.
         """
-        self._used += value.array.nbytes
-        if self._used <= self._limit or value.array.size == 0:
+        array, place = value.array, _place(value.array)
+        if array.size == 0 or place in self._held:
+            return value
+        if self._used + array.nbytes <= self._limit:
+            self._used += array.nbytes
+            self._held[place] = array
             return value
         try:
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="icenet-parity-")
-            path = Path(self._folder.name) / f"{self._count}.npy"
-            self._count += 1
-            np.save(path, value.array)
-            return Value(np.load(path, mmap_mode="r"), value.dtype)
+            return Value(self._files.write(array), value.dtype)
         except OSError as error:  # not of the user's module, in whose call this may be
-            reason = (error.strerror or "no space left on device").lower()  # numpy raises one for a short write
-            raise FileError(
-                f"{tempfile.gettempdir()}: cannot write the arrays of a comparison ({reason}); set TMPDIR to a "
-                "folder with more space, or compare a smaller batch"
-            ) from None
+            reason = (error.strerror or "no space left on device").lower()
+            raise _no_space(f"cannot write the arrays of a comparison ({reason})") from None
 
-    def close(self) -> None:
-        """Deletes the files, and the arrays of the runs: their events refer to each other, so nothing else would."""
+    def check_space(self, run: Run, times: int) -> None:
+        """Checks that the arrays which follow a run fit.
+
+        Args:
+            run: The run.
+            times: How much larger than its arrays those that follow are together.
+
+        Raises:
+            FileError: The disk has too little space for them.
+        """
+        sizes = {
+            _place(item.array): item.array.nbytes
+            for event in run.events
+            for item in (*event.arguments, *event.outputs, *event.gradients)
+            if item is not None
+        }
+        needed = times * sum(sizes.values()) - max(self._limit - self._used, 0)
+        if needed <= 0:
+            return
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if needed > free:
+            raise _no_space(
+                f"the comparison needs {needed / 1e9:.2g} GB more for its arrays, {free / 1e9:.2g} are free"
+            )
+
+    def free(self, kept: Sequence[Run] = ()) -> None:
+        """Deletes the arrays of all runs but some. Their events refer to each other, so nothing else would."""
+        ids = set(map(id, kept))
         for run in self.runs:
-            for event in run.events:
+            for event in run.events if id(run) not in ids else ():
                 event.parent = None
                 for items in (event.children, event.arguments, event.outputs, event.gradients):
                     items.clear()
-        self.runs.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self.runs = [run for run in self.runs if id(run) in ids]
+        self._used = sum(array.nbytes for array in self._held.values())
+
+    def close(self) -> None:
+        """Deletes all arrays."""
+        self.free()
+        self._files.close()
+
+
+def _place(array: Array) -> tuple[int, int]:
+    """Returns where an array is in memory, and its size."""
+    return array.__array_interface__["data"][0], array.nbytes
+
+
+def _no_space(problem: str) -> FileError:
+    return FileError(
+        f"{tempfile.gettempdir()}: {problem}; set TMPDIR to a folder with more space, or compare a smaller batch"
+    )
 
 
 class Recorder:
@@ -222,8 +264,8 @@ class Recorder:
             self._known[version] = weakref.ref(array), taken
         return taken
 
-    def finish(self) -> list[Event]:
-        """Returns the events with numpy arrays, after the computation."""
+    def finish(self) -> None:
+        """Turns the arrays of the events into numpy, after the computation."""
         self._known.clear()
         for event in self.events:
             for items in (event.arguments, event.outputs, event.gradients):
@@ -231,7 +273,6 @@ class Recorder:
                     item if item is None or isinstance(item, Value) else self.store.keep(self.tools.value(item))
                     for item in items
                 ]
-        return self.events
 
 
 # ---- structures of arrays -----------------------------------------------------------------------------------

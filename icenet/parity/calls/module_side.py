@@ -48,6 +48,8 @@ class ModuleSide(ModuleCopy):
         inner: bool = True,
     ) -> Run:
         recorder = Recorder(self.tools, store, cotangent)
+        run = Run(recorder.events)
+        store.runs.append(run)  # also if it fails
         perturb = self.perturbation
         if perturb is not None:
             inputs = [perturb(item, "input", index) for index, item in enumerate(inputs)]
@@ -87,13 +89,13 @@ class ModuleSide(ModuleCopy):
                 if cotangent:  # the arrays of a run with gradients cannot be read
                     is_late = bool(recorder.events) and recorder.events[0].is_complete
                     raise ModuleError(self, failed, error, Run([]), is_late) from error
-                raise ModuleError(self, failed, error, Run(recorder.finish())) from error
-            events = recorder.finish()
+                recorder.finish()
+                raise ModuleError(self, failed, error, run) from error
+            recorder.finish()
             self.drew = randomness.generator_states(self.nn) != states
-        run = Run(events, outputs[0] if cotangent else None, gradients)
+        run.loss, run.gradients = outputs[0] if cotangent else None, gradients
         self.ran_backward = self.ran_backward or bool(cotangent)
         self._run = run if inner else before
-        store.runs.append(run)
         return run
 
     def _loss(self, output: Any, loss: Any, targets: Targets | None) -> Any:

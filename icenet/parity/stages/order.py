@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from icenet.parity.calls import larger, replays, runs
+from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairing import pair_calls
+from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.run_gradients import RunGradients
 from icenet.parity.calls.runs import run_training
 from icenet.parity.calls.sides import ModuleError
@@ -35,6 +37,7 @@ def run_stages(c: Comparison, given: list[Inputs]) -> Report:
                 if index == 0:
                     of_first = c.inputs_a, c.inputs_b, c.targets_a, c.targets_b
             c.inputs_a, c.inputs_b, c.targets_a, c.targets_b = of_first
+            c.store.free()
             if c.wants("optimizer") or c.wants("training"):
                 training.compare_training(c, given[0])
             c.add_notes(unequal_numbers(c))
@@ -58,6 +61,7 @@ def run_stages(c: Comparison, given: list[Inputs]) -> Report:
 
 
 def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
+    c.store.free()
     for side in (c.a, c.b, c.reference):
         side.loss_scale = 1.0
     with c.stage("structure") as stage:
@@ -91,12 +95,15 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
             c.add_notes(notes)
         if c.wants("gradients"):
             pairs, three = runs.in_range(c, inputs, pairs, three)
+        _free(c, pairs, three)
         if first:
             c.first_runs = [(float(np.asarray(run.loss.array)), run.gradients) if run.loss else None for run in three]
             c.gradients = {name: np.asarray(item.array) for name, item in three[2].gradients.items()}
         has_gradients = c.wants("gradients") and c.backward_error is None
         backward = RunGradients(c, pairs, three) if has_gradients else None
-        found = replays.replay_all(c, pairs, backward.undecided() if backward else ())
+        undecided = backward.undecided() if backward else ()
+        _free(c, pairs, three)
+        found = replays.replay_all(c, pairs, undecided)
         if first and not depends and _agree(found):
             found |= larger.replay_larger(c, pairs)
         forward.judge_forward(c, stage, pairs, found, "in training mode" if depends else "")
@@ -106,6 +113,12 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
         gradients.judge_loss(c, stage, pairs, three)
     with c.stage("gradients") as stage:
         gradients.judge_gradients(c, stage, backward, found)
+
+
+def _free(c: Comparison, pairs: list[Pair], three: tuple[Run, Run, Run]) -> None:
+    """Deletes the arrays of the runs that are not read again: all but those of the calls, and of the gradients."""
+    read = [pairs[0].a, pairs[0].b, pairs[0].noise, *(run.events[0] for run in three)]
+    c.store.free([run for run in c.store.runs if any(event is run.events[0] for event in read if run.events)])
 
 
 def _agree(found: Mapping[int, Mapping[str, Judgement]]) -> bool:
