@@ -174,9 +174,10 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
         if key not in constants and is_constant and all(isinstance(item, ast.expr) for item in column):
             choices[key] = list({ast.dump(item): item for item in column}.values())
     calls.not_none[definition.name] = not_none - stored - inner_names
-    is_floating = known and all(kind.category in ("floating", kinds.NUMBER) for kind in known.values())
+    categories = [known[key].category if key in known else None for key in parameters if key not in constants]
     ones = {key for key, value in constants.items() if ast.unparse(value) in ("1", "1.0")}
-    factors = ones if is_floating else set()  # 1.0 * x may be another dtype than x
+    # 1.0 * x is another dtype than x if x is an integer, which one of unknown kind may be
+    factors = ones if all(category in ("floating", kinds.NUMBER) for category in categories) else set()
     Folder(constants, not_none - inner_names, definition, choices=choices, factors=factors).fold()
     used = {item.id for item in ast.walk(definition) if isinstance(item, ast.Name)}
     removed = [key for key in constants if key not in used]
