@@ -117,6 +117,14 @@ FAULTS: dict[str, list[Fault]] = {
             "if not is_cast:",
             ["core/generation/test_generation_copies.py::test_a_model_in_training_keeps_no_copy"],
         ),
+        Fault(
+            "a copy for generation is kept when its weights are cast",
+            "if not model.training and not is_cast:",
+            "if not model.training:",
+            [
+                "core/generation/test_generation_copies.py::test_a_changed_weight_that_is_frozen_and_cast_changes_the_copy"
+            ],
+        ),
     ],
     "icenet/core/generation/decoder.py": [
         Fault(

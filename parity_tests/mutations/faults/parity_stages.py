@@ -13,6 +13,22 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_compare_idioms.py::test_only_a_module_whose_call_makes_the_difference_is_a_cause"],
         ),
     ],
+    "icenet/parity/causes/constants.py": [
+        Fault(
+            "exchanged parameters are not tried",
+            "with_weights(trial, {first: y, second: x})",
+            "with_weights(trial, {first: x, second: y})",
+            ["parity/test_value_causes.py::test_held_arrays"],
+        ),
+    ],
+    "icenet/parity/causes/norms.py": [
+        Fault(
+            "norms over all heads are tried over one axis",
+            "gain * normed(inner, (axis, last)) + bias",
+            "gain * normed(inner, (axis,)) + bias",
+            ["parity/test_norm_causes.py::test_norms_of_queries_and_keys"],
+        ),
+    ],
     "icenet/parity/causes/numbers.py": [
         Fault(
             "a number that was tried as a cause keeps its new value",

@@ -21,6 +21,14 @@ FAULTS: dict[str, list[Fault]] = {
             ["porting/test_idioms.py::test_a_port_has_the_signature_of_the_original"],
         ),
     ],
+    "icenet/porting/functions/digits.py": [
+        Fault(
+            "rounding to a quantization has a gradient above its range",
+            "inside = (q >= low) & (q <= high)",
+            "inside = q >= low",
+            ["porting/test_quantization.py::test_values_are_rounded_and_gradients_pass_within_the_range"],
+        ),
+    ],
     "icenet/porting/functions/indexing.py": [
         Fault(
             "a factor that is written to a place is in its own gradient",
@@ -133,12 +141,28 @@ FAULTS: dict[str, list[Fault]] = {
             ["porting/test_idioms.py::test_layers_with_dropout_between_them_are_compared_in_training_mode"],
         ),
     ],
+    "icenet_torch/porting/sizes.py": [
+        Fault(
+            "the root of a size is that of the example",
+            "is_open = isinstance(value, (torch.SymInt, torch.SymFloat))",
+            "is_open = False",
+            ["porting/test_sizes.py::test_the_root_of_a_size_is_open"],
+        ),
+    ],
     "icenet_torch/porting/traceable.py": [
         Fault(
             "a batch norm without momentum keeps its first batch",
             "factor * (mean - self.running_mean)",
             "0.1 * (mean - self.running_mean)",
             ["porting/test_idioms.py::test_a_batch_norm_without_momentum_averages_its_batches"],
+        ),
+    ],
+    "icenet_torch/porting/vectorized.py": [
+        Fault(
+            "arrays that a function of vmap has from its surroundings are constants",
+            "make_fx(flat)(*tensors, *enclosed)",
+            "make_fx(flat)(*tensors)",
+            ["porting/test_vectorized.py::test_an_ensemble_of_networks_is_one_product_of_stacked_weights"],
         ),
     ],
 }

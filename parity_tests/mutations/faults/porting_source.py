@@ -53,6 +53,20 @@ FAULTS: dict[str, list[Fault]] = {
             ["porting/test_readable.py::test_a_second_name_is_that_of_the_value_and_of_its_function"],
         ),
     ],
+    "icenet/core/porting/source/sequences.py": [
+        Fault(
+            "a function of a port names a class that the port lacks",
+            "if _is_sequence(node, kinds):  # the whole",
+            "if _is_sequence(node, {members[0].kind}):  # the whole",
+            ["porting/test_sequences.py::test_a_function_holds_sequences_of_other_classes"],
+        ),
+        Fault(
+            "the stride of a pool has the default of a convolution",
+            ' and "Pool" not in node.func.attr',
+            "",
+            ["porting/test_sequences.py::test_a_function_must_save_layers"],
+        ),
+    ],
     "icenet/core/porting/source/simplify.py": [
         Fault(
             "a number of a port is the logarithm of one near it",
@@ -99,6 +113,14 @@ FAULTS: dict[str, list[Fault]] = {
             "return NOT_NONE if is_given else _UNKNOWN",
             "return NOT_NONE",
             ["porting/test_source.py::test_a_parameter_that_may_be_none_keeps_its_branch"],
+        ),
+    ],
+    "icenet/core/porting/source/tidy.py": [
+        Fault(
+            "helper functions of a port keep variables that nothing reads",
+            "        if not dead:\n            return\n",
+            "        return\n",
+            ["porting/test_helper_source.py::test_helpers_have_no_dead_code"],
         ),
     ],
     "icenet/core/porting/source/turns.py": [

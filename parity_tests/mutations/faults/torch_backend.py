@@ -153,4 +153,12 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_causes.py::test_a_missing_cast"],
         ),
     ],
+    "icenet_torch/tools/variants/numbers.py": [
+        Fault(
+            "a number of a call is replaced by any whole one",
+            "float(new).is_integer()",
+            "new == int(new)",
+            ["parity/test_value_causes.py::test_a_number_may_be_replaced_by_an_infinite_one"],
+        ),
+    ],
 }

@@ -77,6 +77,14 @@ FAULTS: dict[str, list[Fault]] = {
             ["models/test_models.py::test_checkpointing_updates_buffers_once"],
         ),
     ],
+    "icenet_torch/nn/cpu_products.py": [
+        Fault(
+            "products without a backward pass are used where there is one",
+            "or not on_cpu(x) or torch.is_grad_enabled():",
+            "or not on_cpu(x):",
+            ["models/test_cpu_products.py::test_other_products_of_half_precision_are_cast"],
+        ),
+    ],
     "icenet_torch/nn/dropout.py": [
         Fault(
             "an input that may have channels first is taken for one that has not",
@@ -255,6 +263,14 @@ FAULTS: dict[str, list[Fault]] = {
             "source.clone() if is_view else source",
             "source",
             ["core/weights/test_arrays.py::test_views_of_a_module_of_torch_are_its_new_weights"],
+        ),
+        Fault(
+            "parameters that are frozen do not count as cast",
+            "for array in model.parameters() if array.is_floating_point()]",
+            "for array in model.parameters() if array.requires_grad]",
+            [
+                "core/generation/test_generation_copies.py::test_a_changed_weight_that_is_frozen_and_cast_changes_the_copy"
+            ],
         ),
     ],
 }
