@@ -32,6 +32,15 @@ def test_amd_processors(text: str | None, is_amd: bool, has_avx512: bool, monkey
     assert (processor.is_amd(), processor.is_amd_with_avx512()) == (is_amd, has_avx512)
 
 
+@linux
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("avx512f avx512_bf16", True), ("amx_bf16 amx_tile", True), ("avx512f bf16", False)]
+)
+def test_processors_with_products_of_bf16(flags: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor.Path, "read_text", lambda *args, **options: f"flags\t\t: fpu {flags}\n")
+    assert processor.multiplies_bf16() == expected
+
+
 def test_systems_without_a_description_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor.sys, "platform", "win32")
     monkeypatch.setattr(processor.platform, "processor", lambda: "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD")

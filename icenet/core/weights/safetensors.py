@@ -286,4 +286,5 @@ def map_of(array: Array) -> FileMap | None:
 
 
 def offset(array: Array, data: mmap.mmap) -> int:
+    """Returns the byte of the memory map `data` at which an array of `view` begins."""
     return array.ctypes.data - np.frombuffer(data, np.uint8, 1).ctypes.data

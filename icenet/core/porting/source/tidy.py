@@ -1,4 +1,4 @@
-"""Helper functions from which branches were removed: without what nothing reads, and without those of a few words."""
+"""Helper functions of a port without what nothing reads, and without functions of one expression."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _remove_unread(definition: ast.FunctionDef) -> None:
 
 
 def inline(trees: dict[str, ast.AST], others: Iterable[ast.AST]) -> set[str]:
-    """Writes the private functions that are one short expression where they are called.
+    """Writes the private functions that are one expression where they are called.
 
     Args:
         trees: The functions by name, changed in place.
