@@ -14,7 +14,7 @@ import numpy as np
 from icenet.commands.parity import progress_bar
 from icenet.core import backends, weights
 from icenet.core.config import user_code
-from icenet.core.errors import DataError, UsageError
+from icenet.core.errors import DataError, UsageError, WeightsError
 from icenet.core.models import modules
 from icenet.core.report.console import new_console
 from icenet.parity import ALL_STAGES, Report, compare, read_trace, record
@@ -176,10 +176,13 @@ def set_weights(module: Any, file: Path, rename: Mapping[str, str] | None = None
         WeightsError: The weights do not fit.
     """
     values = weights.read(file)
-    if backends.backend_of(module) == "mlx":
-        modules.from_torch(values, module, rename)
-    else:
-        modules.set_weights(module, values)
+    try:
+        if backends.backend_of(module) == "mlx":
+            modules.from_torch(values, module, rename)
+        else:
+            modules.set_weights(module, values)
+    except WeightsError as error:
+        raise WeightsError(f"{file}: {str(error).removeprefix('from_torch: nothing is copied; ')}") from None
 
 
 def read_inputs(file: Path) -> Any:

@@ -40,7 +40,7 @@ def instance(made: Any, target: str) -> nn.Module:
         )
     module = user_code.call(made, target)
     if not isinstance(module, nn.Module):
-        raise UsageError(f"{target}: returns a {type(module).__name__}, not a torch.nn.Module")
+        raise UsageError(f"{target}: returns an object of {type(module).__name__}, which is no torch.nn.Module")
     return module
 
 

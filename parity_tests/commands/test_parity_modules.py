@@ -190,7 +190,11 @@ ERRORS = [
     ("parity mine.py:Net ref.py:Net --input wrong_name.npz --copy-weights", USAGE, ["'y'"]),
     ("parity mine.py:Net ref.py:Net --weights absent.safetensors", USAGE, ["absent.safetensors"]),
     ("parity mine.py:Net ref.py:Net --weights text.npz", FAILURE, ["text.npz"]),
-    ("parity mine.py:Net ref.py:Net --weights others.safetensors", FAILURE, ["fc1.weight"]),
+    (
+        "parity mine.py:Net ref.py:Net --weights others.safetensors",
+        FAILURE,
+        ["others.safetensors: there", "fc1.weight"],
+    ),
     ("parity mine.py:Net ref.py:Net --rename enter", USAGE, ["'enter'", "A=B"]),
     ("parity mine.py:Net ref.py:Net --rename enter=fc1", USAGE, ["rename", "'enter'"]),
     ("parity mine.py:Net ref.py:Net --stages forwards", USAGE, ["'forwards'", "forward"]),
