@@ -136,7 +136,7 @@ def _program(
                 losses.whole_losses(),
                 whole.whole_functions(),
                 sizes.open_sizes(),
-                sizes.open_lengths(module),
+                sizes.open_names(module),
                 vectorized.vectorized(),
             ):
                 warnings.simplefilter("ignore")

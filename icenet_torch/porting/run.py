@@ -364,6 +364,7 @@ def guards(program: Any) -> list[tuple[str, dict[str, tuple[tuple[int, int], ...
         symbols = sorted(kept.free_symbols, key=lambda symbol: table.get(symbol, []))
         if symbols and all(symbol in table for symbol in symbols):
             text = PythonPrinter().doprint(kept).replace("torch.sym_float", "float")
+            text = text.replace("torch._sym_", "math.")  # sqrt, log2
             found[text] = {str(symbol): tuple(table[symbol]) for symbol in symbols}
     return list(found.items())
 

@@ -53,16 +53,22 @@ _SQRT = math.sqrt
 
 
 @contextlib.contextmanager
-def open_lengths(module: nn.Module) -> Iterator[None]:
-    """Keeps `len(x)` of a tensor open in the files of a module's classes while the context is open."""
-    files = {id(names): names for names in map(_names, module.modules()) if names is not None and "len" not in names}
+def open_names(module: nn.Module) -> Iterator[None]:
+    """Keeps `len(x)` of a tensor, and `sqrt` of `from math import sqrt`, open in the files of a module's classes."""
+    files = {id(names): names for names in map(_names, module.modules()) if names is not None}
+    changed = []
     for names in files.values():
-        names["len"] = _len
+        opened: dict[str, Any] = {name: _sqrt for name, value in names.items() if value is _SQRT}
+        opened |= {} if "len" in names else {"len": _len}
+        changed.append((names, opened.keys(), {name: names[name] for name in opened if name in names}))
+        names.update(opened)
     try:
         yield
     finally:
-        for names in files.values():
-            del names["len"]
+        for names, opened_names, before in changed:
+            for name in opened_names:
+                del names[name]
+            names.update(before)
 
 
 def _names(module: nn.Module) -> dict[str, Any] | None:

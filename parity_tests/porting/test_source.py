@@ -240,7 +240,7 @@ def test_a_sequence_is_called_as_a_whole_or_by_its_layers() -> None:
         ("y = x.swapaxes(1, 2).swapaxes(2, 1)", "y = x"),
         ("y = x.swapaxes(1, 2).swapaxes(1, 3)", "y = x.swapaxes(1, 2).swapaxes(1, 3)"),
         ("y = x[:, 0][:, None]", "y = x[:, 0, None]"),
-        ("y = x[0][None]", "y = x[0, None]"),
+        ("y = x[0][None]", "y = x[0][None]"),  # x may be a tuple
         ("y = x[:, 1:3, 0][:, :, None]", "y = x[:, 1:3, 0, None]"),
         ("y = x[mask][:, None]", "y = x[mask][:, None]"),
         ("y = f('it\\'s', 'b')", 'y = f("it\'s", "b")'),
@@ -254,7 +254,7 @@ def test_an_expression_is_simple(code: str, expected: str) -> None:
 
 def test_a_simple_index_reads_the_same_elements() -> None:
     names = {"x": mx.arange(120).reshape(2, 3, 4, 5)}
-    for code in ("x[:, 0][:, None]", "x[0][None]", "x[:, 1:3, 0][:, :, None]", "x[:, :, 1][None, :, :, None]"):
+    for code in ("x[:, 0][:, None]", "x[:, 1:3, 0][:, :, None]", "x[:, :, 1][None, :, :, None]"):
         joined = text(simplified(code))
         assert "][" not in joined
         np.testing.assert_array_equal(np.array(eval(joined, names)), np.array(eval(code, names)))

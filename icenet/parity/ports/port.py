@@ -21,6 +21,7 @@ from icenet.core.porting.build import Plan
 from icenet.core.porting.names import optimizer_notes
 from icenet.core.porting.places import as_dict
 from icenet.core.porting.record import Graph, Tensor, refs
+from icenet.core.porting.source.lines import wrapped
 from icenet.parity.ports.inputs import arrays_of
 from icenet.parity.ports.proof import locate, prove
 from icenet.parity.ports.report import PortReport, limit_text
@@ -118,8 +119,8 @@ class Port:
         )
 
 
-_NUMBERED = re.compile(r"['\"]\d+['\"]: ")
-"""A dict of layers with numbers as names, which `load_weights` takes for a list."""
+_NUMBERED = re.compile(r"['\"]\d+['\"](: |\] = )")
+"""Layers with numbers as names, of a dict or of a class, which `load_weights` takes for a list."""
 _LOADED = """    model.load_weights(str(folder / "weights.safetensors"))"""
 _LOADED_BY_NAME = """    for name, array in mx.load(str(folder / "weights.safetensors")).items():
         owner, (*path, last) = model, name.split(".")
@@ -133,6 +134,7 @@ def _file(port: Port) -> str:
     zeros = [f"mx.zeros({tuple(array.shape)}, mx.{_mlx(array)})" for array in port.inputs]
     names = _parameters(port.source, port.plan.class_name)
     given = signature.call_text(port.plan.graph.signature, port.plan.graph.inputs, zeros, names)
+    result = "\n".join(wrapped(f"result = model({given})", 4))
     source = port.source.replace("import math\n\n", "", 1)
     standard = (
         "import math\nfrom pathlib import Path\n\n" if source != port.source else "from pathlib import Path\n\n"
@@ -154,7 +156,8 @@ def load(folder=None):
 
 if __name__ == "__main__":
     model = load()
-    print(tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, mx.array) else x, model({given})))
+{result}
+    print(tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, mx.array) else x, result))
 '''
 
 
@@ -219,6 +222,10 @@ def port(
         return plan, model, prove(checked, proven, module, program, arrays, named, progress, accelerated)
 
     plan, model, report = attempt(False)
+    if not report.passed and dynamic is None and any(item.shape[:1] == (1,) for item in arrays_of((arrays, named))):
+        # a batch of 1 may be computed in another way than larger ones: `x.squeeze(0)`
+        graph, train, program, notes = _export(exporter, module, args, kwargs, None, widened=False)
+        plan, model, report = attempt(False)
     if any(check.what == "gradients" and math.isinf(check.ratio) for check in report.checks):
         others = attempt(True)
         if others[2].passed:
@@ -309,11 +316,12 @@ def check(
 
 
 def _export(
-    exporter: Any, module: Any, args: Any, kwargs: Any, dynamic: Any
+    exporter: Any, module: Any, args: Any, kwargs: Any, dynamic: Any, *, widened: bool = True
 ) -> tuple[Graph, Graph | None, Any, list[str]]:
     examples = backends.module("torch", "porting.inputs")
     examples.check_arguments(module, args, kwargs)
-    wide_args, wide_kwargs = examples.widened(args, kwargs) if dynamic is None else (args, kwargs)
+    is_open = dynamic is None and widened
+    wide_args, wide_kwargs = examples.widened(args, kwargs) if is_open else (args, kwargs)
     shapes = "auto" if dynamic is None else dynamic
     try:
         graph, program, shapes = exporter.export(module, wide_args, wide_kwargs, shapes, False)

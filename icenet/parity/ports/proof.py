@@ -168,6 +168,10 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
+_LARGEST = 2**20
+"""Elements of inputs that are tried only because a module may take some sizes alone."""
+
+
 def _try_fixed_sizes(plan: Plan, model: Any, exact: Any, single: Any, example: Arguments, report: PortReport) -> None:
     """Tries other sizes in the dimensions that the graph has fixed, and compares what both serve.
 
@@ -183,8 +187,11 @@ def _try_fixed_sizes(plan: Plan, model: Any, exact: Any, single: Any, example: A
     for size, places in same.items():
         tries = [places, *([place] for place in places)] if len(places) > 1 else [places]
         for chosen in tries:
-            given = with_sizes(example, dict.fromkeys(chosen, size + (32 if size % 32 == 0 else 1)))
-            if not _runs(single, given):  # the module does not have this size
+            near = with_sizes(example, dict.fromkeys(chosen, size + (32 if size % 32 == 0 else 1)))
+            far = with_sizes(example, dict.fromkeys(chosen, 4 * size))  # of which an integer can be the square root
+            tries_of = (near, far) if sum(array.size for array in arrays_of(far)) <= _LARGEST else (near,)
+            given = next((item for item in tries_of if _runs(single, item)), None)
+            if given is None:  # the module does not have this size
                 continue
             if agreed := _agreed(_Pair(plan, model, exact, single, given, False)):
                 report.checks += agreed

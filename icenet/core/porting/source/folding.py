@@ -93,6 +93,11 @@ class Folder(ast.NodeTransformer):
             self.called.setdefault(node.func.id, []).append((given, named))
         return self.generic_visit(node)
 
+    def visit_Compare(self, node: ast.Compare) -> Any:
+        """Writes a comparison of constants as its result: `mode == "amax"` that a call of another helper gives on."""
+        value = self.evaluated(node, {})
+        return self.generic_visit(node) if value is None else ast.Constant(value)
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         outer, self.kinds = self.kinds, {}  # it may have arguments of the same names, and be called later
         self.generic_visit(node)

@@ -146,7 +146,7 @@ def _comprehension(text: str) -> list[str] | None:
     return [text[: end - 1].strip(), text[end - 1 :].strip()]
 
 
-_OPERATORS = ((" if ", " else "), (" or ",), (" and ",), (" | ",), (" & ",), (" + ", " - "))
+_OPERATORS = ((" if ", " else "), (" or ",), (" and ",), (" | ",), (" & ",), (" + ", " - "), (" * ", " / ", " @ "))
 """Operators at which a long expression is split, those that bind least first."""
 
 

@@ -113,7 +113,7 @@ def _singular(text: str) -> str:
     name = re.sub(r"\W", "", text.rpartition(".")[2]) or "layer"
     if name.endswith("ies"):
         return name[:-3] + "y"
-    if name.endswith("s") and not name.endswith("ss"):
+    if name.endswith("s") and not name.endswith("ss") and name != "s":
         return name[:-1]
     return (
         "layer"

@@ -176,7 +176,8 @@ class _Simplify(ast.NodeTransformer):
             return node
         first, second = _indices(node.value), _indices(node)
         is_plain = all(isinstance(item, ast.Slice) or _is_integer(item) for item in first)
-        if not is_plain or not all(_is_whole(item) or _is_new_axis(item) for item in second):
+        is_part = not isinstance(node.value.slice, (ast.Tuple, ast.Slice))  # x[0] may be an element of a tuple
+        if not is_plain or is_part or not all(_is_whole(item) or _is_new_axis(item) for item in second):
             return node
         joined: list[ast.expr] = []
         for item in first:

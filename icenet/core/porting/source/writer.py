@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import keyword
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -246,19 +247,36 @@ class _Writer:
                 init.append(f"{self.target(self.structure.names.get(child, name))} = {self.build(child, bodies)}")
         for name in module.children:
             child = f"{path}.{name}" if path else name
-            if child in self.layers and self.is_needed(child):
+            if self.is_needed(child):
                 attribute = self.target(self.structure.names.get(child, name))
-                for inner in ("", ".out_proj"):
-                    locked = [
-                        array.path.rpartition(".")[2]
-                        for array in self.structure.arrays_by_owner.get(child + inner, [])
-                        if array.kind == "parameter" and not array.is_trainable
-                    ]
+                arrays = self.structure.arrays_by_owner.get(child, [])
+                if child not in self.layers and self.structure.is_container(child) and arrays:  # of parameters
+                    frozen += [self.structure.names.get(child, name)] * (
+                        len(self.frozen_arrays(child)) == len(arrays)
+                    )
+                for owner, inner in self.layers_in(child, attribute):
+                    locked = self.frozen_arrays(inner)
                     if locked:
-                        init.append(f"{attribute}{inner}.freeze(keys={locked!r}, recurse=False)")
+                        init.append(f"{owner}.freeze(keys={locked!r}, recurse=False)")
         if frozen:
             init.append(f"self.freeze(keys={frozen!r}, recurse=False)")
         return self.instance_of(module, init, bodies.get(path, []))
+
+    def layers_in(self, path: str, text: str) -> Iterator[tuple[str, str]]:
+        """Yields the layers at a path, or in the lists there: the source of each, and the path of its arrays."""
+        if path in self.layers:
+            yield from ((text, path), (f"{text}.out_proj", f"{path}.out_proj"))
+        elif path and self.structure.is_container(path):
+            is_dense = self.structure.is_dense(path)
+            for name in self.structure.modules[path].children:
+                yield from self.layers_in(f"{path}.{name}", f"{text}[{name if is_dense else repr(name)}]")
+
+    def frozen_arrays(self, path: str) -> list[str]:
+        """Returns the names of the parameters of a layer that are not trained."""
+        arrays = self.structure.arrays_by_owner.get(path, [])
+        return [
+            array.path.rpartition(".")[2] for array in arrays if array.kind == "parameter" and not array.is_trainable
+        ]
 
     @staticmethod
     def target(name: str) -> str:
