@@ -167,7 +167,8 @@ def judge(
     rounding = float(half_ulp(sizes.largest, stored))  # of the largest value; of the others it is smaller
     floors = [max(rounding, size, floor) for size, floor in zip(sizes.sampled, least, strict=True)]
     if sizes.noise[0] < floors[0]:
-        floors[0] = max(_rounding_rms(r, stored), sizes.sampled[0], least[0])
+        is_larger = sizes.noise[0] >= _largest_rounding(sizes.scale, stored)
+        floors[0] = max(0.0 if is_larger else _rounding_rms(r, stored), sizes.sampled[0], least[0])
     ratios = [e / max(n, floor) for e, n, floor in zip(sizes.error, sizes.noise, floors, strict=True)]
     decisive = 0 if ratios[0] >= ratios[1] else 1
     return Judgement(
@@ -217,6 +218,11 @@ def _measure(
             peaks[2] = max(peaks[2], peak(x))
     pairs = [(math.sqrt(total / max(r.size, 1)), peak) for total, peak in zip(squares, peaks, strict=True)]
     return _Sizes(pairs[0], pairs[1], pairs[2], math.sqrt(scale / max(r.size, 1)), largest)
+
+
+def _largest_rounding(scale: float, stored: str) -> float:
+    """Returns an upper bound of `_rounding_rms`, given the root mean square of the values."""
+    return float(half_ulp(1.0, stored) * scale + half_ulp(0.0, stored))
 
 
 def _rounding_rms(r: npt.NDArray[Any], stored: str) -> float:

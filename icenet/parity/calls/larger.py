@@ -29,6 +29,8 @@ from icenet.parity.yardstick import Judgement
 
 LARGEST = 48.0
 """Bound of the values. Exponentials of them do not overflow in fp32."""
+_SMALL = 1 << 14
+"""Number of values above which independent ones reach each part of the range."""
 _UNIT = 1e-2
 """Largest distance from 1 of the squared norm of unit vectors, or of the sum of probabilities, in half precision."""
 _REMARK = f"at inputs of up to {LARGEST:g}, which reach bounds that those of the run do not"
@@ -126,7 +128,7 @@ def _larger(c: Comparison, pair: Pair, signs: str) -> list[Value]:
     """Returns random inputs of a replay, uniform up to LARGEST; masks, unit vectors and others as they are.
 
     They have any sign, those of the run, or are below -LARGEST / 2 (`signs`: "any", "run", "negative").
-    An array of n values has one in each n-th part of the range, so that small arrays reach bounds, too.
+    A small array of n values has one in each n-th part of the range, so that it reaches bounds, too.
     """
     found = []
     for index, item in enumerate(pair.inputs("b")):
@@ -135,8 +137,11 @@ def _larger(c: Comparison, pair: Pair, signs: str) -> list[Value]:
             continue
         key = zlib.crc32(f"{c.seed} larger {pair.key} {index}".encode())
         generator = np.random.Generator(np.random.SFC64(key))
-        places = generator.permutation(item.array.size).reshape(item.array.shape)
-        drawn = (places + generator.random(item.array.shape, np.float32)) / max(item.array.size, 1)
+        shape, size = item.array.shape, item.array.size
+        places = generator.permutation(size).reshape(shape) if size <= _SMALL else None
+        drawn: npt.NDArray[Any] = generator.random(shape, np.float32)
+        if places is not None:
+            drawn = (places + drawn) / max(size, 1)
         # nearer to 0, the terms of a GELU cancel, and a SiLU is rounded to 0 or not
         values = {"any": 2 * drawn - 1, "run": np.sign(item.array) * drawn, "negative": -(1 + drawn) / 2}[signs]
         found.append(replace(item, array=np.asarray(LARGEST * values, np.float32)))
