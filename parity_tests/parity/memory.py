@@ -1,6 +1,6 @@
 """Measures the memory and the disk that a comparison takes on Linux: `python parity_tests/parity/memory.py --help`.
 
-The modules are MLPs with residual connections. A block has 24 MB of outputs in fp32.
+The modules are MLPs with residual connections. A block has 25 MB of outputs in fp32.
 """
 
 from __future__ import annotations
