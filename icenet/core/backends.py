@@ -16,6 +16,7 @@ from icenet.core import blas as blas_library
 from icenet.core.config import Config, custom
 from icenet.core.errors import BackendError, IceNetError, UsageError
 from icenet.core.garbage_collection import without_garbage_collection
+from icenet.core.interrupts import interrupt_deferred
 
 if TYPE_CHECKING:
     from icenet.core.engine import Engine
@@ -99,7 +100,7 @@ def _import(name: str, blas: str = "auto") -> None:
         if name == "mlx":
             blas_library.load(blas)
         if framework not in sys.modules:
-            with without_garbage_collection():
+            with without_garbage_collection(), interrupt_deferred():  # torch's start ends the process otherwise
                 importlib.import_module(framework)
     except (ImportError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -25,7 +25,15 @@ from source_tree import (
 import icenet
 
 LAYERS = [
-    ["core.errors", "core.garbage_collection", "core.threads", "core.processor", "core.allocator", "core.dtypes"],
+    [
+        "core.errors",
+        "core.garbage_collection",
+        "core.interrupts",
+        "core.threads",
+        "core.processor",
+        "core.allocator",
+        "core.dtypes",
+    ],
     ["core.rng", "core.files", "core.listing", "core.blas"],
     ["core.config", "core.tokenizers", "core.porting"],
     ["core.report"],
