@@ -57,6 +57,14 @@ FAULTS: dict[str, list[Fault]] = {
             ["core/test_files.py::test_a_file_system_that_cannot_flush_a_folder"],
         ),
     ],
+    "icenet/core/interrupts.py": [
+        Fault(
+            "a Ctrl-C during an import is dropped",
+            "    if requests:\n        raise KeyboardInterrupt",
+            "",
+            ["core/test_interrupts.py::test_ctrl_c_is_raised_at_the_end_of_the_block"],
+        ),
+    ],
     "icenet/core/listing.py": [
         Fault(
             "the folder of a run is a part of a text",
