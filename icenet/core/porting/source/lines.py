@@ -6,6 +6,7 @@ import ast
 import itertools
 import keyword
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,19 +116,26 @@ def lists(line: str) -> str:
     return f"{target}{sequence}[{', '.join(texts)}]{')' * bool(sequence)}"
 
 
-def split(text: str) -> list[str]:
-    """Splits at the commas that are within no brackets or strings."""
-    parts, depth, start, quote = [], 0, 0, ""
+def _outside_strings(text: str) -> Iterator[tuple[int, str, int]]:
+    """Yields each character that is in no string: its place, itself, and the number of brackets around it."""
+    depth, quote = 0, ""
     for index, letter in enumerate(text):
         if quote:
             quote = "" if letter == quote else quote
-        elif letter in "\"'":
+            continue
+        if letter in "\"'":
             quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-        elif letter == "," and depth == 0:
+            continue
+        depth -= letter in ")]}"
+        yield index, letter, depth
+        depth += letter in "([{"
+
+
+def split(text: str) -> list[str]:
+    """Splits at the commas that are within no brackets or strings."""
+    parts, start = [], 0
+    for index, letter, depth in _outside_strings(text):
+        if letter == "," and depth == 0:
             parts.append(text[start:index].strip())
             start = index + 1
     rest = text[start:].strip()
@@ -158,18 +166,8 @@ def _operands(code: str) -> tuple[str, list[str]]:
     match = re.match(r"(?:[\w.,\s]+ = |return )(?=\S)", code)
     if match is None:
         return "", []
-    value, outer, depth, quote = code[match.end() :], [], 0, ""
-    for index, letter in enumerate(value):
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "\"'":
-            quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-        elif depth == 0:
-            outer.append(index)
+    value = code[match.end() :]
+    outer = [index for index, _, depth in _outside_strings(value) if depth == 0]
     for operators in _OPERATORS:
         places = [index for index in outer if any(value.startswith(item, index) for item in operators)]
         if places and "," not in [value[index] for index in outer] and not value.startswith("lambda "):
@@ -187,24 +185,15 @@ def wrapped(code: str, indent: int) -> list[str]:
     if operands:
         inside = [part for operand in operands for part in wrapped(operand, indent + 4)]
         return [f"{' ' * indent}{head}(", *inside, " " * indent + ")"]
-    best = None
-    depth, start, quote = 0, 0, ""
-    for index, letter in enumerate(code):
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "\"'":
-            quote = letter
-        elif letter in "([{":
-            if depth == 0:
-                start = index
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-            if depth == 0 and index - start > 2 and (best is None or index - start >= best[1] - best[0]):
-                best = (start, index)
-    if best is None:
-        return [line]
+    best, start = (0, 2), 0
+    for index, letter, depth in _outside_strings(code):
+        if depth == 0 and letter in "([{":
+            start = index
+        elif depth == 0 and letter in ")]}" and index - start > 2 and index - start >= best[1] - best[0]:
+            best = (start, index)
     start, end = best
+    if end - start <= 2:  # no bracket has anything to split
+        return [line]
     inner = split(code[start + 1 : end])
     parts = _comprehension(code[start + 1 : end])
     if parts is not None:
