@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import icenet._deprecated  # noqa: F401  (old module names)
 from icenet.core.errors import IceNetError
-from icenet.core.garbage_collection import without_garbage_collection
+from icenet.core.importing import without_garbage_collection
 
 if TYPE_CHECKING:
     from icenet.core.config import Config

@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     written is a failure, except if its reader, such as head, has exited: then the command ends without a message.
     """
     if arguments is None and sys.argv[1:2] == ["convert"]:  # the whole process converts
-        from icenet.core import blas
+        from icenet.core.host import blas
 
         blas.skip()
     show_warning = warnings.showwarning

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import click
 
 from icenet.core.dtypes import FLOAT_DTYPES
-from icenet.core.garbage_collection import without_garbage_collection
+from icenet.core.importing import without_garbage_collection
 from icenet.core.report import streams
 
 _OTHER_WORDS = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from icenet.core import backends, threads
+from icenet.core import backends
+from icenet.core.host import threads
 
 
 def choose_num_threads(backend: str, rows: int, width: int) -> None:

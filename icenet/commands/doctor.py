@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icenet.commands import isolated
-from icenet.core import processor
+from icenet.core.host import processor
+from icenet.core.host.threads import usable_cores
 from icenet.core.report.console import new_console
-from icenet.core.threads import usable_cores
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from icenet.core import blas as blas_library
 from icenet.core.config import Config, custom
 from icenet.core.errors import BackendError, IceNetError, UsageError
-from icenet.core.garbage_collection import without_garbage_collection
-from icenet.core.interrupts import interrupt_deferred
+from icenet.core.host import blas as blas_library
+from icenet.core.importing import interrupt_deferred, without_garbage_collection
 
 if TYPE_CHECKING:
     from icenet.core.engine import Engine

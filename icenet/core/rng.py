@@ -16,7 +16,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from icenet.core.threads import for_ranges
+from icenet.core.host.threads import for_ranges
 
 Words = NDArray[np.uint32]
 

@@ -14,11 +14,11 @@ from mlx.utils import tree_map
 
 from icenet import nn as ops
 from icenet.core import engine
-from icenet.core.allocator import keep_freed_memory
 from icenet.core.config import Config
 from icenet.core.config.custom import is_custom
 from icenet.core.engine import Batch, call_model
 from icenet.core.errors import BackendError
+from icenet.core.host.allocator import keep_freed_memory
 from icenet.core.weights import layout
 from icenet.engine import distributed
 from icenet.engine.build import build_model

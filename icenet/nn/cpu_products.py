@@ -26,7 +26,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
-from icenet.core import blas, processor
+from icenet.core.host import blas, processor
 from icenet.nn.arrays import Array, is_half, on_cpu
 
 _MIN_WEIGHT, _MIN_WEIGHT_OF_ONE_THREAD = 2**19, 2**20

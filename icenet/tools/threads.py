@@ -6,7 +6,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
-from icenet.core import blas, threads
+from icenet.core.host import blas, threads
 
 
 def num_threads() -> int | None:

@@ -30,7 +30,7 @@ from functools import lru_cache
 
 import torch
 
-from icenet.core import processor
+from icenet.core.host import processor
 from icenet_torch.nn.arrays import Array, on_cpu
 
 HAS_FUNCTIONS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from icenet.core import threads
+from icenet.core.host import threads
 
 
 def num_threads() -> int | None:

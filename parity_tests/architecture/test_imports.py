@@ -25,16 +25,8 @@ from source_tree import (
 import icenet
 
 LAYERS = [
-    [
-        "core.errors",
-        "core.garbage_collection",
-        "core.interrupts",
-        "core.threads",
-        "core.processor",
-        "core.allocator",
-        "core.dtypes",
-    ],
-    ["core.rng", "core.files", "core.listing", "core.blas"],
+    ["core.errors", "core.importing", "core.dtypes", "core.host"],
+    ["core.rng", "core.files", "core.listing"],
     ["core.config", "core.tokenizers", "core.porting"],
     ["core.report"],
     ["core.backends"],

@@ -23,9 +23,10 @@ import icenet.models
 import icenet.nn
 import icenet_torch.models
 import icenet_torch.nn
-from icenet.core import rng, threads
+from icenet.core import rng
 from icenet.core.config import ModelConfig
 from icenet.core.errors import WeightsError
+from icenet.core.host import threads
 from icenet.core.models import init
 
 CHUNK = 1 << 16  # numpy and PyTorch draw this many words at a time; sizes around it are tested

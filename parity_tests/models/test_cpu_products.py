@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from icenet import nn as mlx_ops
-from icenet.core import blas
 from icenet.core.config import TransformerConfig
+from icenet.core.host import blas
 from icenet.models import TransformerModel as MLXTransformerModel
 from icenet.nn import cpu_products as mlx_products
 from icenet.nn.linear import linear as mlx_linear

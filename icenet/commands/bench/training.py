@@ -20,7 +20,7 @@ from icenet.commands.doctor import system_facts
 from icenet.core import backends
 from icenet.core.config import Config, cnn_plan
 from icenet.core.errors import IceNetError, UsageError
-from icenet.core.threads import usable_cores
+from icenet.core.host.threads import usable_cores
 from icenet.core.training.signals import Stopped
 
 MAX_STEPS = 50

@@ -25,8 +25,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from icenet.core import blas
 from icenet.core.errors import IceNetError, UsageError
+from icenet.core.host import blas
 
 _PREFIX = "icenet_custom_"
 """Beginning of the names of these packages in `sys.modules`."""

@@ -18,7 +18,7 @@ from icenet.core.families.family import OF_TRAINING, Family, same_value
 from icenet.core.families.gguf import ARCHITECTURES, Architecture, read
 from icenet.core.families.gguf_rotary import LLAMA3_KEYS, LONG_ROPE, ROPE_FREQUENCIES, llama3_factors
 from icenet.core.families.weights import ExportedWeights
-from icenet.core.threads import for_ranges
+from icenet.core.host.threads import for_ranges
 from icenet.core.weights.copying import MOST_THREADS, copy_to
 from icenet.core.weights.files import Array
 from icenet.core.weights.gguf import DEFAULT_ALIGNMENT, package

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icenet.core.threads import for_ranges
+from icenet.core.host.threads import for_ranges
 
 Array = npt.NDArray[Any]
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from icenet.core.errors import UsageError, WeightsError
-from icenet.core.threads import for_ranges
+from icenet.core.host.threads import for_ranges
 from icenet.core.weights.files import Array
 from icenet.core.weights.safetensors import Spec, spec_of
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from icenet.core.errors import WeightsError
-from icenet.core.threads import for_ranges
+from icenet.core.host.threads import for_ranges
 from icenet.core.weights import formats
 from icenet.core.weights.copying import MOST_THREADS, PART
 

@@ -328,7 +328,7 @@ def test_a_file_does_not_depend_on_the_parts_that_threads_convert(
     """Permuted, transposed, stacked, changed and joined tensors."""
     arrays = {path: array.astype(bfloat16) for path, array in random_tensors(CASES[name]).items()}
     source = hugging_face_folder(tmp_path / "in", CASES[name], arrays)
-    monkeypatch.setattr("icenet.core.threads.usable_cores", lambda: 3)
+    monkeypatch.setattr("icenet.core.host.threads.usable_cores", lambda: 3)
     contents = []
     for values in (1 << 16, 100):
         monkeypatch.setattr("icenet.core.families.gguf_export._VALUES", values)

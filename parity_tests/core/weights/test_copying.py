@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from icenet.core import threads
+from icenet.core.host import threads
 from icenet.core.weights import copying
 
 SHAPES = [(), (0, 3), (3, 0), (1, 5), (7,), (5, 33), (70, 9), (2, 3, 4), (3, 1, 4, 2)]

@@ -10,7 +10,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a program that calls main gets MLX's own BLAS",
             'arguments is None and sys.argv[1:2] == ["convert"]',
             '"convert" in (arguments or sys.argv)',
-            ["core/test_blas.py::test_a_program_without_products_loads_no_library"],
+            ["core/host/test_blas.py::test_a_program_without_products_loads_no_library"],
         ),
     ],
     "icenet/commands/bench/common.py": [

@@ -1,32 +1,10 @@
-"""Faults in icenet/core, icenet/core/distributed and icenet/core/report."""
+"""Faults in icenet/core and its folders distributed, host and report."""
 
 from __future__ import annotations
 
 from faults.fault import Fault
 
 FAULTS: dict[str, list[Fault]] = {
-    "icenet/core/allocator.py": [
-        Fault(
-            "freed memory goes back to the system, although a threshold is set",
-            " and library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)",
-            "",
-            ["core/test_allocator.py::test_freed_memory_is_kept_unless_users_set_the_allocator"],
-        ),
-        Fault(
-            "variables with which users set the allocator are replaced",
-            " or any(os.environ.get(name) for name in VARIABLES)",
-            "",
-            ["core/test_allocator.py::test_freed_memory_is_kept_unless_users_set_the_allocator"],
-        ),
-    ],
-    "icenet/core/blas.py": [
-        Fault(
-            "the BLAS of a config is not used",
-            "_load(variable or choice, ",
-            '_load(variable or "auto", ',
-            ["core/test_blas.py::test_a_config_chooses_without_the_environment"],
-        ),
-    ],
     "icenet/core/distributed/processes.py": [
         Fault(
             "every process has the first shard",
@@ -57,12 +35,42 @@ FAULTS: dict[str, list[Fault]] = {
             ["core/test_files.py::test_a_file_system_that_cannot_flush_a_folder"],
         ),
     ],
-    "icenet/core/interrupts.py": [
+    "icenet/core/host/allocator.py": [
+        Fault(
+            "freed memory goes back to the system, although a threshold is set",
+            " and library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)",
+            "",
+            ["core/host/test_allocator.py::test_freed_memory_is_kept_unless_users_set_the_allocator"],
+        ),
+        Fault(
+            "variables with which users set the allocator are replaced",
+            " or any(os.environ.get(name) for name in VARIABLES)",
+            "",
+            ["core/host/test_allocator.py::test_freed_memory_is_kept_unless_users_set_the_allocator"],
+        ),
+    ],
+    "icenet/core/host/blas.py": [
+        Fault(
+            "the BLAS of a config is not used",
+            "_load(variable or choice, ",
+            '_load(variable or "auto", ',
+            ["core/host/test_blas.py::test_a_config_chooses_without_the_environment"],
+        ),
+    ],
+    "icenet/core/host/threads.py": [
+        Fault(
+            "more threads are chosen although they are slower",
+            "together < 0.8 * alone",
+            "together < 80 * alone",
+            ["core/host/test_threads.py::test_more_threads_are_chosen_where_they_are_faster"],
+        ),
+    ],
+    "icenet/core/importing.py": [
         Fault(
             "a Ctrl-C during an import is dropped",
             "    if requests:\n        raise KeyboardInterrupt",
             "",
-            ["core/test_interrupts.py::test_ctrl_c_is_raised_at_the_end_of_the_block"],
+            ["core/test_importing.py::test_ctrl_c_is_raised_at_the_end_of_the_block"],
         ),
     ],
     "icenet/core/listing.py": [
@@ -149,14 +157,6 @@ FAULTS: dict[str, list[Fault]] = {
             "Words = NDArray[np.uint32]\n",
             "Words = NDArray[np.uint32]\n\n\ndef _late() -> None:\n    from icenet.core.models import init\n",
             ["architecture/test_imports.py::test_there_is_no_import_cycle"],
-        ),
-    ],
-    "icenet/core/threads.py": [
-        Fault(
-            "more threads are chosen although they are slower",
-            "together < 0.8 * alone",
-            "together < 80 * alone",
-            ["core/test_threads.py::test_more_threads_are_chosen_where_they_are_faster"],
         ),
     ],
 }

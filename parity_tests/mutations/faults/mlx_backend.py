@@ -18,7 +18,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a training process of MLX gives freed memory back",
             "            keep_freed_memory()\n",
             "            pass\n",
-            ["core/test_allocator.py::test_training_of_mlx_on_a_cpu_keeps_it"],
+            ["core/host/test_allocator.py::test_training_of_mlx_on_a_cpu_keeps_it"],
         ),
         Fault(
             "gradients of one micro-batch are lost",

@@ -77,6 +77,8 @@ class Structure:
                 if array.path not in seen and array.kind != "constant":
                     seen.add(array.path)
                     self.arrays_by_owner.setdefault(array.path.rpartition(".")[0], []).append(array)
+        self._holders = {outer for path in (*self.arrays_by_owner, *layers) for outer in with_outer(path)}
+        """The modules with arrays or layers, in them or below."""
         self.constants: dict[str, Array] = {
             array.path: array
             for source in (graph, train)
@@ -191,10 +193,7 @@ class Structure:
 
     def has_arrays(self, path: str) -> bool:
         """Returns whether a module has arrays or layers, itself or below it."""
-        prefix = f"{path}." if path else ""
-        return any(owner == path or owner.startswith(prefix) for owner in self.arrays_by_owner) or any(
-            other == path or other.startswith(prefix) for other in self.layers
-        )
+        return path in self._holders
 
     def can_reach(self, path: str, array: str) -> bool:
         """Returns whether a module may read an array as an attribute of itself or of a module below it."""
@@ -312,6 +311,12 @@ def member(name: str) -> str:
     """Returns the source of a module's child or array after the module's own."""
     is_attribute = name.isidentifier() and not keyword.iskeyword(name) and name not in METHODS
     return f".{name}" if is_attribute else f"[{name!r}]"
+
+
+def with_outer(path: str) -> list[str]:
+    """Returns the path of a module and those of the modules around it, of which the outermost is empty."""
+    parts = path.split(".")
+    return ["", *(".".join(parts[:count]) for count in range(1, len(parts) + 1))]
 
 
 def join(path: str, name: str) -> str:

@@ -318,28 +318,34 @@ class Values:
 
     def updates_here(self, name: str, call: Call) -> bool:
         """Returns whether a call sets an array to a value."""
-        return any(value == name for _, value in self.updates_in(call, all_levels=True))
+        paths = self.set_to.get(name, ())
+        return any(self._sets(call, path, name) for path in paths)
 
-    def updates_in(self, call: Call, all_levels: bool = False) -> list[tuple[str, str]]:
+    def updates_in(self, call: Call) -> list[tuple[str, str]]:
         """Returns (path, value) of the arrays that a call sets: those whose value it computes itself."""
-        found = []
-        for path, value in self.graph.updates.items():
-            if not isinstance(value, Ref):
-                continue
-            inside = value.name in self.inside.get(call.entered, ())
-            reach = self.structure.can_reach(call.path, path)
-            deeper = any(
-                value.name in self.inside.get(inner.entered, ()) and self.structure.can_reach(inner.path, path)
-                for inner in call.calls()
-                if inner is not call and not self.structure.is_inlined(inner.path)
-            )
-            if (
-                reach
-                and (inside or (call is self.root and not deeper and value.name not in self.by_name))
-                and (all_levels or not deeper)
-            ):
-                found.append((path, value.name))
-        return found
+        return [
+            (path, name)
+            for name, paths in self.set_to.items()
+            for path in paths
+            if self._sets(call, path, name) and not self._set_deeper(call, path, name)
+        ]
+
+    def _sets(self, call: Call, path: str, name: str) -> bool:
+        """Returns whether an array is set to a value in a call, or in one within it."""
+        if name in self.inside.get(call.entered, ()):
+            return self.structure.can_reach(call.path, path)
+        is_given = call is self.root and name not in self.by_name
+        return is_given and not self._set_deeper(call, path, name)
+
+    def _set_deeper(self, call: Call, path: str, name: str) -> bool:
+        """Returns whether an array is set to a value by a call within another one."""
+        around = self.around.get(name, [])
+        entered = [inner.entered for inner in around]
+        deeper = around[entered.index(call.entered) + 1 :] if call.entered in entered else ()
+        return any(
+            self.structure.can_reach(inner.path, path) and not self.structure.is_inlined(inner.path)
+            for inner in deeper
+        )
 
     def has_effect(self, call: Call) -> bool:
         """Returns whether a call, or one in it, sets an array."""

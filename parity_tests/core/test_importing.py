@@ -1,13 +1,16 @@
-"""Ctrl-C during work that must not be cut."""
+"""The garbage collector and Ctrl-C during an import."""
 
 from __future__ import annotations
 
+import gc
 import signal
+import sys
 import threading
+import types
 
 import pytest
 
-from icenet.core.interrupts import interrupt_deferred
+from icenet.core.importing import interrupt_deferred, without_garbage_collection
 
 
 def test_ctrl_c_is_raised_at_the_end_of_the_block() -> None:
@@ -48,3 +51,24 @@ def test_other_handlers_and_threads_stay_as_they_are() -> None:
     thread.start()
     thread.join()
     assert calls == [signal.SIGINT, 0]
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_objects_of_an_import_are_not_collected_again_and_again(
+    is_enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in the oldest generation, and the collector is as it was, also after an error."""
+    gc.unfreeze()  # what conftest.py has frozen
+    before = gc.isenabled()
+    try:
+        (gc.enable if is_enabled else gc.disable)()
+        with pytest.raises(ImportError), without_garbage_collection():
+            assert not gc.isenabled()
+            made = [[] for _ in range(10)]
+            monkeypatch.setitem(sys.modules, "imported", types.ModuleType("imported"))
+            raise ImportError
+        assert gc.isenabled() == is_enabled and gc.get_freeze_count() == 0
+        oldest = {id(found) for found in gc.get_objects(generation=2)}
+        assert all(id(found) in oldest for found in made)
+    finally:
+        (gc.enable if before else gc.disable)()

@@ -18,12 +18,11 @@ import warnings
 from pathlib import Path
 
 import pytest
-from helpers import is_one_line
+from helpers import ROOT, is_one_line
 
 from icenet.cli.main import main
-from icenet.core import blas
+from icenet.core.host import blas
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
 X86 = platform.machine() == "x86_64"
 
@@ -186,7 +185,7 @@ def test_neither_framework_is_imported() -> None:
 def test_other_platforms_and_the_cuda_build_are_left_alone() -> None:
     code = """
 import os, sys
-import icenet.core.blas as blas
+import icenet.core.host.blas as blas
 blas._installed = lambda *names: "mlx-cpu" not in names
 platform = sys.platform
 for sys.platform, choice in (("darwin", "torch"), ("win32", "auto"), ("linux", "auto")):
@@ -278,7 +277,7 @@ def test_a_choice_against_a_preloaded_blas_is_an_error(tmp_path: Path) -> None:
 
 ABSENT = """
 import ctypes.util, os
-import icenet.core.blas as blas
+import icenet.core.host.blas as blas
 blas.OPENBLAS_NAMES, blas.sys.prefix = (), "/nowhere"
 ctypes.util.find_library = lambda name: None
 blas.importlib.util.find_spec = lambda name: None
@@ -318,7 +317,8 @@ def test_too_late_is_one_warning_with_the_remedy() -> None:
 
 RESOLVE = """
 import os
-from icenet.core import backends, blas
+from icenet.core import backends
+from icenet.core.host import blas
 backends.resolve("mlx", {choice!r})
 print(blas.status().name, blas.status().path, "ICENET_BLAS" in os.environ)
 """

@@ -8,13 +8,13 @@ import pytest
 from helpers import TINY_MODELS, python
 
 from icenet.core import backends
-from icenet.core.allocator import VARIABLES
 from icenet.core.config import Config
+from icenet.core.host.allocator import VARIABLES
 
 PROGRAM = """
 import ctypes, resource
 from icenet.core import backends
-from icenet.core.allocator import keep_freed_memory
+from icenet.core.host.allocator import keep_freed_memory
 
 keep_freed_memory()
 library = ctypes.CDLL(None)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import both_backends
 
-from icenet.core import backends, blas, threads
+from icenet.core import backends
+from icenet.core.host import blas, threads
 
 
 @pytest.mark.parametrize(

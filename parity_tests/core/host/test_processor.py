@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from icenet.core import processor
+from icenet.core.host import processor
 
 AVX512 = "avx512f avx512dq avx512bw avx512vl"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo exists on Linux")
