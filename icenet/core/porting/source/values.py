@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -44,6 +45,9 @@ class Values:
         self._parameters: dict[str, list[tuple[str, str]]] = {}
         self._returns: dict[str, list[str]] = {}
         self.inside: dict[str, set[str]] = {}
+        self.around: dict[str, tuple[Call, ...]] = {}
+        """The calls around each operation, outermost first."""
+        self._updates = [(path, ref.name) for path, ref in graph.updates.items() if isinstance(ref, Ref)]
         self.part_names: dict[str, str] = {}
         """The names of values that are parts of an argument which some module takes apart."""
         self.analyse(self.root)
@@ -52,7 +56,7 @@ class Values:
     def prune(self) -> None:
         """Removes operations that nothing depends on."""
         needed: set[str] = set()
-        pending = [*refs(self.graph.output_tree), *refs(self.graph.updates)]
+        pending = [*self.graph.results()]
         results: dict[tuple[str, str], list[list[str]]] = {}
         for call in self.root.calls():
             results.setdefault(self.structure.role_of(call.path), []).append(list(refs(call.results)))
@@ -81,15 +85,17 @@ class Values:
         """Finds where each value is used, and from that what each call takes and returns."""
         order: list[tuple[str, tuple[str, ...]]] = []
 
-        def walk(item: Call, stack: tuple[str, ...]) -> None:
-            stack = (*stack, item.entered)
+        def walk(item: Call, around: tuple[Call, ...]) -> None:
+            around = (*around, item)
+            stack = tuple(outer.entered for outer in around)
             for inner in item.items:
                 if isinstance(inner, Node):
+                    self.around[inner.name] = around
                     order.extend((name, stack) for name in refs(inner.args))
                     for entered in stack:
                         self.inside.setdefault(entered, set()).add(inner.name)
                 else:
-                    walk(inner, stack)
+                    walk(inner, around)
 
         walk(call, ())
         for name in refs(self.graph.output_tree):
@@ -318,33 +324,28 @@ class Values:
 
     def updates_here(self, name: str, call: Call) -> bool:
         """Returns whether a call sets an array to a value."""
-        paths = self.set_to.get(name, ())
-        return any(self._sets(call, path, name) for path in paths)
+        return any(value == name and self._sets(call, path, value) for path, value in self._updates)
 
     def updates_in(self, call: Call) -> list[tuple[str, str]]:
         """Returns (path, value) of the arrays that a call sets: those whose value it computes itself."""
         return [
-            (path, name)
-            for name, paths in self.set_to.items()
-            for path in paths
-            if self._sets(call, path, name) and not self._set_deeper(call, path, name)
+            (path, value)
+            for path, value in self._updates
+            if self._sets(call, path, value) and not self._is_set_deeper(call, path, value)
         ]
 
-    def _sets(self, call: Call, path: str, name: str) -> bool:
-        """Returns whether an array is set to a value in a call, or in one within it."""
-        if name in self.inside.get(call.entered, ()):
+    def _sets(self, call: Call, path: str, value: str) -> bool:
+        """Returns whether a call, or one in it, sets an array to a value."""
+        if value in self.inside.get(call.entered, ()):
             return self.structure.can_reach(call.path, path)
-        is_given = call is self.root and name not in self.by_name
-        return is_given and not self._set_deeper(call, path, name)
+        return call is self.root and value not in self.by_name
 
-    def _set_deeper(self, call: Call, path: str, name: str) -> bool:
-        """Returns whether an array is set to a value by a call within another one."""
-        around = self.around.get(name, [])
-        entered = [inner.entered for inner in around]
-        deeper = around[entered.index(call.entered) + 1 :] if call.entered in entered else ()
+    def _is_set_deeper(self, call: Call, path: str, value: str) -> bool:
+        """Returns whether a call within another one sets an array to a value."""
+        inwards = itertools.dropwhile(lambda outer: outer is not call, self.around.get(value, ()))
         return any(
-            self.structure.can_reach(inner.path, path) and not self.structure.is_inlined(inner.path)
-            for inner in deeper
+            not self.structure.is_inlined(inner.path) and self.structure.can_reach(inner.path, path)
+            for inner in itertools.islice(inwards, 1, None)
         )
 
     def has_effect(self, call: Call) -> bool:
