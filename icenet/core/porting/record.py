@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -178,6 +178,14 @@ class Graph:
     shared_modules: dict[str, str] = field(default_factory=dict)
     """The first path of each further path of a module."""
 
+    def values(self) -> dict[str, Any]:
+        """Returns shape and dtype of every value: inputs, arrays and results of operations."""
+        return {**self.tensors, **{node.name: node.out for node in self.nodes}}
+
+    def results(self) -> set[str]:
+        """Returns the names of the values that the module returns or that its arrays have after the call."""
+        return {*refs(self.output_tree), *refs(self.updates)}
+
 
 WHOLE = ("layer", "recurrent", "attention")
 """The operations that are the call of a whole module."""
@@ -206,6 +214,15 @@ def with_nodes(graph: Graph, nodes: list[Node], current: Callable[[Ref], Any]) -
     """
     outputs, updates = map_refs(graph.output_tree, current), map_refs(graph.updates, current)
     return replace(graph, nodes=nodes, output_tree=outputs, updates=updates)
+
+
+def users_of(nodes: Iterable[Node]) -> dict[str, list[Node]]:
+    """Returns the nodes that read each value, in their order. A value that none reads is absent."""
+    users: dict[str, list[Node]] = {}
+    for node in nodes:
+        for name in dict.fromkeys(refs(node.args)):
+            users.setdefault(name, []).append(node)
+    return users
 
 
 def refs(value: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from icenet.core.porting.graph.calls import Call
 from icenet.core.porting.layers.mlx_layers import Layer
-from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs, users_of
 
 _POINTS = np.array([-7.3, -2.9, -1.0, -0.31, 0.013, 0.57, 1.4, 3.1, 6.7])
 """Inputs at which formulas are compared."""
@@ -58,14 +58,9 @@ def with_activations(graph: Graph) -> Graph:
     A formula is known by its values, as there are many ways to write one. It is left as it is if a part of it is used
     elsewhere or is the result of a module.
     """
-    tensors = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
+    tensors = graph.values()
     by_name = {node.name: node for node in graph.nodes}
-    users: dict[str, set[str]] = {}
-    for node in graph.nodes:
-        for name in refs(node.args):
-            users.setdefault(name, set()).add(node.name)
-    for name in (*refs(graph.output_tree), *refs(graph.updates)):
-        users.setdefault(name, set()).add("")
+    users, results = users_of(graph.nodes), graph.results()
     found: dict[str, Node] = {}
     removed: set[str] = set()
     for node in reversed(graph.nodes):
@@ -73,7 +68,10 @@ def with_activations(graph: Graph) -> Graph:
             continue
         for x, inner in _parts(node, by_name):
             within = inner - {node.name}
-            if tensors.get(x) != node.out or any(users[name] - inner for name in within):
+            is_used_elsewhere = within & results or any(
+                user.name not in inner for name in within for user in users[name]
+            )
+            if tensors.get(x) != node.out or is_used_elsewhere:
                 continue
             values = _value(node.name, by_name, inner, {})
             known = next((item for item in _KNOWN if np.allclose(values, item[2], rtol=1e-9, atol=0)), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, with_nodes
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, map_refs, refs, with_nodes
 
 SAME = frozenset(
     [
@@ -235,7 +235,7 @@ def without_copies(graph: Graph) -> Graph:
 
     An export takes the result of `x.to(dtype)` for x in all that follows, also outside of the module that calls it.
     """
-    tensors = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
+    tensors = graph.values()
     same: dict[str, Ref] = {}
 
     def given(ref: Ref) -> Ref:
@@ -294,9 +294,7 @@ def is_whole(node: Node, tensors: dict[str, Any]) -> bool:
 def used_values(graph: Graph) -> set[str]:
     """Returns the names of the values that the outputs and updates depend on."""
     needed: set[str] = set()
-    from icenet.core.porting.record import refs
-
-    pending = [*refs(graph.output_tree), *refs(graph.updates)]
+    pending = [*graph.results()]
     by_name = {node.name: node for node in graph.nodes}
     while pending:
         name = pending.pop()

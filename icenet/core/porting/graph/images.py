@@ -7,7 +7,7 @@ from typing import Any
 
 from icenet.core.porting.graph.layout_operations import ALONG, ELEMENTWISE, IMAGE_OPS
 from icenet.core.porting.layers.mlx_layers import Layer
-from icenet.core.porting.record import Node, Tensor, refs
+from icenet.core.porting.record import Node, Tensor, refs, users_of
 
 
 class Images:
@@ -21,11 +21,7 @@ class Images:
 
     def __init__(self, nodes: Sequence[Node], layers: dict[str, Layer], tensors: dict[str, Any]) -> None:
         self.layers, self.tensors = layers, tensors
-        self.users: dict[str, list[Node]] = {}
-        """The operations that read each value."""
-        for node in nodes:
-            for name in dict.fromkeys(refs(node.args)):
-                self.users.setdefault(name, []).append(node)
+        self.users = users_of(nodes)
         self._ending: set[str] = set()
         self._meeting: set[str] = set()
         for node in reversed(nodes):  # what reads a value comes after it

@@ -29,7 +29,7 @@ _WITHOUT_GRADIENT = ("detach", "item", "argmax", "argmin", "argsort", "zeros_lik
 
 def detached_indices(graph: Graph) -> Graph:
     """Returns a graph in which integers and booleans that are indices have no gradient."""
-    tensors = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
+    tensors = graph.values()
     places = _places(graph, tensors)
     follows = {name for name, array in graph.arrays.items() if array.kind == "parameter"}
     follows |= {ref.name for ref in graph.inputs}

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from icenet.core.porting.graph.calls import Call
 from icenet.core.porting.graph.orders import axes_of
 from icenet.core.porting.layers.mlx_layers import Layer
-from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs
+from icenet.core.porting.record import Graph, Node, Ref, Tensor, refs, users_of
 
 
 def with_rms_norms(graph: Graph) -> Graph:
@@ -29,14 +28,9 @@ def with_rms_norms(graph: Graph) -> Graph:
 class _Norms:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.tensors: dict[str, Any] = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
+        self.tensors = graph.values()
         self.by_name = {node.name: node for node in graph.nodes}
-        self.users: dict[str, list[str]] = {}
-        for node in graph.nodes:
-            for name in dict.fromkeys(refs(node.args)):
-                self.users.setdefault(name, []).append(node.name)
-        for name in (*refs(graph.output_tree), *refs(graph.updates)):
-            self.users.setdefault(name, []).append("")
+        self.users, self.results = users_of(graph.nodes), graph.results()
 
     def nodes(self) -> Iterator[Node]:
         made: dict[str, Node] = {}
@@ -46,7 +40,8 @@ class _Norms:
             if found is None:
                 continue
             norm, parts = found
-            if any(not parts.issuperset(self.users[name]) for name in parts - {node.name}):
+            within = parts - {node.name}
+            if within & self.results or any(user.name not in parts for name in within for user in self.users[name]):
                 continue
             weighted = self.weighted(norm)
             made[weighted.name] = weighted
@@ -113,7 +108,7 @@ class _Norms:
     def weighted(self, norm: Node) -> Node:
         """Returns a norm with the weight by which alone it is multiplied, or as it is."""
         users = self.users.get(norm.name, [])
-        node = self.by_name.get(users[0]) if len(users) == 1 else None
+        node = users[0] if len(users) == 1 and norm.name not in self.results else None
         if node is None or node.base != "mul" or node.out != norm.out:
             return norm
         for x, weight in _factors(node):

@@ -48,7 +48,7 @@ class Orders:
 
     def __init__(self, graph: Graph, layers: dict[str, Layer], nhwc: bool) -> None:
         self.graph, self.layers, self.nhwc = graph, layers, nhwc
-        self.tensors: dict[str, Any] = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
+        self.tensors = graph.values()
         self.order: dict[str, Order] = {}
         self.alias: dict[str, str] = {}
         self.nodes: list[Node] = []

@@ -26,7 +26,7 @@ def with_passed_values(graphs: list[Graph]) -> list[Graph]:
 
 
 def _renamed(graph: Graph, computing: set[str]) -> Graph:
-    tensors: dict[str, Any] = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
+    tensors = graph.values()
     names: dict[str, str] = {}
     nodes: list[Node] = []
     entered: list[Node] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from icenet.core.porting.graph.functional import is_whole, used_values
-from icenet.core.porting.record import Dtype, Graph, Node, Ref, Tensor, map_refs, refs, with_nodes
+from icenet.core.porting.record import Dtype, Graph, Node, Ref, Tensor, map_refs, refs, users_of, with_nodes
 
 _ANDS = ("__and__", "bitwise_and", "logical_and")
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
@@ -30,14 +30,10 @@ class _Range:
 
 def with_plain_masks(graph: Graph) -> Graph:
     """Returns a graph whose masks are read without indices of whole ranges and without parts that are always true."""
-    tensors: dict[str, Any] = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
-    users: dict[str, list[Node]] = {}
+    tensors = graph.values()
     used = used_values(graph)
-    for node in graph.nodes:
-        if node.op not in _NAMES_ONLY and node.name in used:
-            for name in refs(node.args):
-                users.setdefault(name, []).append(node)
-    results = {*refs(graph.output_tree), *refs(graph.updates)}
+    users = users_of(node for node in graph.nodes if node.op not in _NAMES_ONLY and node.name in used)
+    results = graph.results()
     ranges: dict[str, _Range] = {}
     true: set[str] = set()
     same: dict[str, Ref] = {}
@@ -90,12 +86,9 @@ def _with_low_comparisons(graph: Graph, ranges: dict[str, _Range]) -> Graph:
 
     `arange(T)[None, None, None] <= arange(T)[None, None, :, None]` is `arange(T) <= arange(T)[:, None]` there.
     """
-    tensors: dict[str, Any] = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
-    users: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        for name in refs(node.args):
-            users.setdefault(name, []).append(node)
-    results = {*refs(graph.output_tree), *refs(graph.updates)}
+    tensors = graph.values()
+    users = users_of(graph.nodes)
+    results = graph.results()
     nodes: list[Node] = []
     for node in graph.nodes:
         pair = [node.args.get("self"), node.args.get("other")]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from icenet.core.porting.graph.functional import used_values
-from icenet.core.porting.record import Dtype, Graph, Node, Tensor, refs
+from icenet.core.porting.record import Dtype, Graph, Node, Tensor, refs, users_of
 
 _VIEWS = ("unsqueeze", "expand", "view", "reshape", "select", "slice", "permute", "transpose", "alias", "squeeze")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -21,13 +21,9 @@ def with_short_ranges(graph: Graph) -> Graph:
     As in `self.position_embedding(mx.arange(T))`. A range that is a result, or of which another integer is computed,
     keeps its dtype.
     """
-    users: dict[str, list[Node]] = {}
     used = used_values(graph)
-    for node in graph.nodes:
-        if node.op not in ("enter", "exit") and node.name in used:
-            for name in refs(node.args):
-                users.setdefault(name, []).append(node)
-    results = {*refs(graph.output_tree), *refs(graph.updates)}
+    users = users_of(node for node in graph.nodes if node.op not in ("enter", "exit") and node.name in used)
+    results = graph.results()
 
     def views(name: str) -> set[str] | None:
         """Returns a value and its views, None if the dtype of one of them matters."""

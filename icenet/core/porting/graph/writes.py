@@ -14,7 +14,7 @@ def joined_writes(graph: Graph) -> Graph:
 
     What an array has already is not written again.
     """
-    tensors = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
+    tensors = graph.values()
     by_name = {node.name: node for node in graph.nodes}
     uses = Counter(name for node in graph.nodes for name in refs(node.args))
     uses.update(refs([graph.output_tree, graph.updates]))

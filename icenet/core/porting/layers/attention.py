@@ -110,7 +110,7 @@ def call_of(
     inputs = [call.given.get(name) for name in ("query", "key", "value")]
     masks = {name: call.given[name] for name in _MASKS if call.given.get(name) is not None}
     results = list(refs(call.results))
-    outs = {**graph.tensors, **{node.name: node.out for node in graph.nodes}}
+    outs = graph.values()
     if any(not isinstance(value, Ref) for value in (*inputs, *masks.values())) or not results:
         return None
     if any(not isinstance(outs[name], Tensor) or outs[name].ndim != 3 for name in refs([*inputs, results[0]])):
