@@ -34,40 +34,29 @@ def find_norms(trial: Trial) -> str:
     if not paths:
         return ""
     names = " and ".join(relative(path, pair.path) for path in paths) if not is_own else ""
-    for number in range(_count(trial, paths)):
+    modules = {path: c.reference.modules[path] for path in paths}
+    number, most = 0, 1
+    while number < most:
         texts: list[str] = []
 
         def handle(path: str, original: Any, args: Any, kwargs: Any, number: int = number, texts: Any = texts) -> Any:
+            nonlocal most
             y = original(*args, **kwargs)
             x = next(iter((*args, *kwargs.values())))
-            found = list(_otherwise(_array(x), _array(y), _eps(c.reference.modules[path])))
+            found = list(_otherwise(_array(x), _array(y), _eps(modules[path])))
+            most = max(most, len(found))
             if len(found) <= number:
                 return y
             text, array = found[number]
             texts.append(text)
             return y.new_tensor(array)
 
-        modules = {path: c.reference.modules[path] for path in paths}
         with c.reference.tools.intercepting(modules, handle):
             new = trial.replay()
         if texts and new and trial.explains(new):
             return f"{names or 'the norm'} {'are' if ' and ' in names else 'is'} {texts[0]} in a"
+        number += 1
     return ""
-
-
-def _count(trial: Trial, paths: list[str]) -> int:
-    """Returns how many other ways there are for the first norm."""
-    counts = [0]
-
-    def handle(path: str, original: Any, args: Any, kwargs: Any) -> Any:
-        y = original(*args, **kwargs)
-        x = next(iter((*args, *kwargs.values())))
-        counts.append(len(list(_otherwise(_array(x), _array(y), _eps(trial.c.reference.modules[path])))))
-        return y
-
-    with trial.c.reference.tools.intercepting({p: trial.c.reference.modules[p] for p in paths}, handle):
-        trial.replay()
-    return max(counts)
 
 
 def _array(tensor: Any) -> Array:
