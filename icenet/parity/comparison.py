@@ -207,6 +207,12 @@ class ModuleComparison(Comparison):
         if self.options.get("suggest", True):
             search.set_cause(self, pair, judgements)
 
+    def gradients_agree(self, inputs: Inputs, a: Any, b: Any) -> bool:
+        options = {**self.options, "suggest": False, "copy_weights": True}
+        stages = ["structure", "forward", "loss", "gradients"]
+        other = ModuleComparison(a, b, stages, self.dtype, self.seed, 0, options)
+        return run_stages(other, [inputs]).passed
+
     # ---- the smallest input ---------------------------------------------------------------------------------
 
     def shrink(self, path: str) -> None:

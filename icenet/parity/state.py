@@ -205,6 +205,10 @@ class Comparison(ABC):
     def rate(self, names: Sequence[str], gradients: Mapping[str, Array]) -> float:
         """Returns the learning rate of the default optimizer."""
 
+    def gradients_agree(self, inputs: Inputs, a: Any, b: Any) -> bool:
+        """Returns whether two modules with the weights of a training step agree up to the stage `gradients`."""
+        return False
+
     @abstractmethod
     def suggest(self, pair: Pair, judgements: Mapping[str, Any]) -> None:
         """Sets the cause of the report, if a known one explains the difference of a call."""

@@ -17,7 +17,7 @@ from icenet.parity.calls import module_replays
 from icenet.parity.calls.events import Event, Recorder, Run, Store, arrays_of, rebuild
 from icenet.parity.calls.module_copy import ModuleCopy
 from icenet.parity.calls.pairs import Pair, Replay, Sample
-from icenet.parity.calls.sides import ModuleError, Side, Targets
+from icenet.parity.calls.sides import Follow, ModuleError, Side, Targets
 from icenet.parity.trace import Value
 
 Array = npt.NDArray[Any]
@@ -166,6 +166,7 @@ class ModuleSide(ModuleCopy):
         optimizer: Any,
         steps: int,
         first: tuple[float, Mapping[str, Value]] | None = None,
+        follow: Follow | None = None,
     ) -> list[float]:
         module, own = self.tools.detached(self.module), self.module
         made = self.tools.make_optimizer(module, optimizer, self.rate)
@@ -179,6 +180,7 @@ class ModuleSide(ModuleCopy):
                     value, gradients = first
                 losses.append(value)
                 if step < steps:
+                    gradients = follow(step, gradients) if follow is not None else gradients
                     arrays = {name: item.array for name, item in gradients.items()}
                     self._merge_biases(arrays)
                     self.tools.apply_gradients(module, made, arrays)

@@ -23,6 +23,9 @@ Array = npt.NDArray[Any]
 Targets = Callable[[Sequence[Any]], Sequence[Value]]
 """Returns the targets of the default loss, given the arrays that the module returns."""
 
+Follow = Callable[[int, Mapping[str, Value]], Mapping[str, Value]]
+"""Returns the gradients that a training step applies, given its number and those that it computed."""
+
 
 class Side(ABC):
     """A module in a role of a comparison.
@@ -92,6 +95,11 @@ class Side(ABC):
     def own_path(self, path: str) -> str | None:
         """Returns the path of a module of this side, by its path in the reference; None if it has none."""
         return self._back.get(path)
+
+    @property
+    def is_sequence_first(self) -> bool:
+        """Whether a layer takes [L, B, D], as the recurrent layers, attention and transformers of PyTorch may."""
+        return any(getattr(module, "batch_first", True) is False for module in self.modules.values())
 
     def mode(self, path: str) -> bool:
         """Returns whether the user's module at a path is in training mode."""
@@ -250,6 +258,7 @@ class Side(ABC):
         optimizer: Any,
         steps: int,
         first: tuple[float, Mapping[str, Value]] | None = None,
+        follow: Follow | None = None,
     ) -> list[float]:
         """Returns the losses before the first and after each training step.
 
@@ -258,6 +267,7 @@ class Side(ABC):
             optimizer: The optimizer of the user; None for SGD.
             steps: Number of steps.
             first: The loss and the gradients before the first step, if they are known.
+            follow: Called before each update, when the module has the weights of the step.
         """
 
     # ---- replays --------------------------------------------------------------------------------------------

@@ -180,6 +180,7 @@ class RecordedSide(Side):
         optimizer: Any,
         steps: int,
         first: Any = None,
+        follow: Any = None,
     ) -> list[float]:
         curves = self.trace.curves[self.has_one_bias and True in self.trace.curves]
         if self._nearby is None:
