@@ -22,8 +22,8 @@ FAULTS: dict[str, list[Fault]] = {
     "icenet/core/data/images/augment.py": [
         Fault(
             "a crop is off by one",
-            "image[:] = source[top : top + height, left : left + width]",
-            "image[:] = source[top : top + height, left + 1 : left + 1 + width]",
+            "crop = source[top : top + height, left : left + width]",
+            "crop = source[top : top + height, left + 1 : left + 1 + width]",
             ["core/data/test_images.py::test_augmentation"],
         ),
         Fault(

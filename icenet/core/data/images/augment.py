@@ -25,25 +25,26 @@ def augment(images: Pixels, indices: NDArray[np.int64], seed: int, epoch: int, *
     Returns:
         uint8 `[B, H, W, C]`.
     """
+    count, height, width, channels = images.shape
     keys = rng.fold(rng.key(seed, "augment", epoch)[None, :], indices)  # [B, 2]
+    corners = np.zeros((count, 2), int)  # top and left edge of each crop
+    mirrored = np.zeros(count, np.bool_)
     if padding:
-        images = _crop(images, rng.fold(keys, "crop"), padding)
+        edge = (padding, padding)
+        images = np.pad(images, ((0, 0), edge, edge, (0, 0)))
+        words = rng.fold(keys, "crop").astype(np.uint64)  # [B, 2]
+        corners = ((words * np.uint64(2 * padding + 1)) >> np.uint64(32)).astype(int)
     if flip:
         mirrored = rng.fold(keys, "flip")[:, 0] >= 2**31
-        images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-    return images
-
-
-def _crop(images: Pixels, words: rng.Words, padding: int) -> Pixels:
-    """Crops each image at its own offset, from 0 to 2 * padding on each axis, drawn from `words`, uint32 `[B, 2]`."""
-    edge = (padding, padding)
-    padded = np.pad(images, ((0, 0), edge, edge, (0, 0)))
-    offsets = (words.astype(np.uint64) * np.uint64(2 * padding + 1)) >> np.uint64(32)  # [B, 2]
-    height, width = images.shape[1:3]
-    cropped = np.empty_like(images)
-    for image, source, (top, left) in zip(cropped, padded, offsets.astype(int), strict=True):
-        image[:] = source[top : top + height, left : left + width]
-    return cropped
+    result = np.empty((count, height, width, channels), np.uint8)
+    for image, source, (top, left), mirror in zip(result, images, corners, mirrored, strict=True):
+        crop = source[top : top + height, left : left + width]
+        if mirror:  # by channel: 64 images of 224 x 224 x 3 take 3 ms instead of 9
+            for channel in range(channels):
+                image[..., channel] = crop[:, ::-1, channel]
+        else:
+            image[:] = crop
+    return result
 
 
 def normalize(images: Pixels, mean: list[float], std: list[float]) -> NDArray[np.float32]:
