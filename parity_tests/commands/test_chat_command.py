@@ -232,7 +232,7 @@ def test_a_faulty_template_is_refused_before_the_weights_are_read(
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     (tmp_path / "hf" / "chat_template.jinja").write_text(template)
     monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("the weights are read"))
-    monkeypatch.setattr(icenet, "load", lambda *_: pytest.fail("the weights are read"))
+    monkeypatch.setattr("icenet.api.text.load", lambda *_: pytest.fail("the weights are read"))
     assert main(["chat", str(tmp_path / "hf"), "--system", "s", "--message", "a"]) in (1, 2)
     assert is_one_line(capfd.readouterr().err.strip(), *names)
     with pytest.raises(IceNetError) as error:

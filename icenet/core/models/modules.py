@@ -71,7 +71,32 @@ def copy_weights(source: Any, destination: Any) -> None:
 
 
 def from_torch(torch_module: Any, mlx_module: Any, rename: Rename = None) -> Any:
-    """Copies the weights of a PyTorch module to its MLX twin. `icenet.from_torch` has the whole description."""
+    """Copies the weights of a PyTorch module to its MLX twin. The modules may be of any classes.
+
+        net = icenet.from_torch(torch_net, MyNet())
+        icenet.from_torch(state_dict, net, rename={"ln_f": "norm", "h.*.attn": "blocks.*.attention"})
+
+    The layers of the MLX module determine the axes, and which weights of PyTorch are joined or divided:
+    docs/weights.md lists all layers. Running statistics and other buffers are weights, too; counters of batches
+    (`num_batches_tracked`) are left out.
+
+    Args:
+        torch_module: A `torch.nn.Module`, on any device, or a state dict: a mapping of names and tensors or numpy
+            arrays, such as `torch.load(path, weights_only=True)` or `icenet.core.weights.read(path)`.
+        mlx_module: The `mlx.nn.Module` to change. Each array keeps its dtype, to which the values are rounded.
+        rename: Other names, if the two modules differ in them: a mapping with names of PyTorch on the left and names
+            of the MLX module on the right, of layers or weights, with `*` for any text without a dot; or a function
+            of a name in PyTorch that returns the name in the MLX module. None in place of a name leaves a weight out.
+            A mapping with the two sides swapped is recognized by its names.
+
+    Returns:
+        `mlx_module`.
+
+    Raises:
+        UsageError: An argument is of another type, or `rename` is invalid.
+        WeightsError: A weight has no place, an array gets no values, a shape or the kind of a layer differs, or a
+            value is too large for the dtype. The message names all of them, and `mlx_module` is unchanged.
+    """
     _check_mlx("from_torch", "second", mlx_module, torch_module)
     if rename is None and _backend(torch_module) == "torch":
         places = port_weights.places_of(mlx_module, torch_module)
@@ -93,7 +118,22 @@ def from_torch(torch_module: Any, mlx_module: Any, rename: Rename = None) -> Any
 
 
 def to_torch(mlx_module: Any, torch_module: Any, rename: Rename = None) -> Any:
-    """Copies the weights of an MLX module to its PyTorch twin. `icenet.to_torch` has the whole description."""
+    """Copies the weights of an MLX module to its PyTorch twin; the inverse of `from_torch`.
+
+        icenet.to_torch(net, torch_net, rename={"ln_f": "norm", "h.*.attn": "blocks.*.attention"})
+
+    Args:
+        mlx_module: An `mlx.nn.Module`.
+        torch_module: The `torch.nn.Module` to change, on any device. Each tensor keeps its dtype and its device. The
+            second bias of a recurrent layer becomes zeros. Counters of batches keep their values.
+        rename: The same as for `from_torch`: names of PyTorch on the left, names of the MLX module on the right.
+
+    Returns:
+        `torch_module`.
+
+    Raises:
+        UsageError, WeightsError: As in `from_torch`; `torch_module` is unchanged.
+    """
     _check_mlx("to_torch", "first", mlx_module, torch_module)
     if isinstance(torch_module, Mapping) and _backend(torch_module) is None:
         raise UsageError("to_torch: the second argument is a dict; give the torch.nn.Module that has the weights")

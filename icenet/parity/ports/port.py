@@ -6,7 +6,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,23 +173,44 @@ def _mlx(array: np.ndarray) -> str:
 
 
 def port(
-    module: Any,
+    torch_module: Any,
     example_inputs: Any,
     *,
     dynamic: Any = None,
     dtype: str = "fp32",
     layout: str = "nchw",
-    example_kwargs: dict[str, Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Port:
-    """Ports a module and proves the port; see `icenet.port`."""
+    """Ports a PyTorch module to MLX, as source and as a module, and proves that both compute the same.
+
+    Args:
+        torch_module: A `torch.nn.Module` on the CPU. It stays unchanged.
+        example_inputs: The arguments of one call: a tensor, or a tuple of tensors.
+        dynamic: What `torch.export.export` takes as `dynamic_shapes`. By default every dimension is open that the
+            module allows.
+        dtype: Dtype of the weights of the result: fp32, bf16 or fp16. The comparison is in fp32.
+        layout: nchw if the port takes and returns images as the original, nhwc if their channels are last.
+        example_kwargs: Keyword arguments of the call.
+        progress: Called with the name of each stage when it begins.
+
+    Returns:
+        A `Port` with `module`, an `mlx.nn.Module` with the names of the original's parameters, `source`, the text of
+        a Python file that depends on mlx only, `report`, the comparison, and the method `save(folder)`. The module
+        has the parameters of the original's `forward`; what is no array in the example is a constant.
+
+    Raises:
+        PortError: The graph of the module cannot be exported, an operation has no counterpart, or the port differs.
+        UsageError: An argument is wrong.
+        BackendError: MLX or PyTorch is not installed.
+    """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: give one of {', '.join(DTYPES)}")
     if layout not in ("nchw", "nhwc"):
         raise UsageError(f"layout {layout!r}: give nchw or nhwc")
     exporter, run = backends.module("torch", "porting.export"), backends.module("torch", "porting.run")
     examples = backends.module("torch", "porting.inputs")
-    examples.check_module(module)
+    examples.check_module(torch_module)
     args = (
         example_inputs
         if isinstance(example_inputs, tuple)
@@ -199,7 +220,7 @@ def port(
     )
     args, kwargs = examples.checked_inputs((args, dict(example_kwargs or {})))
     progress("exporting")
-    graph, train, program, notes = _export(exporter, module, args, kwargs, dynamic)
+    graph, train, program, notes = _export(exporter, torch_module, args, kwargs, dynamic)
     if not list(refs(graph.output_tree)):
         raise PortError(f"{graph.modules[''].class_name} returns no tensor; a port needs one to compare")
     _check_table(graph, train)
@@ -207,7 +228,7 @@ def port(
     title = f"{graph.modules[''].class_name} in MLX, ported from PyTorch."
     load = backends.module("mlx", "porting.load")
     layers = backends.module("mlx", "porting.layers")
-    weights = run.weights(module, program)
+    weights = run.weights(torch_module, program)
     arrays, named = examples.to_numpy((args, kwargs))
 
     def attempt(exact_masks: bool) -> tuple[Plan, Any, PortReport]:
@@ -219,12 +240,12 @@ def port(
             proven = load.make(checked.source, checked.class_name, checked.native(weights))
         accelerated = layers.accelerate(load.make(checked.source, checked.class_name, checked.native(weights)))
         accelerated = accelerated if layers.is_accelerated(accelerated) else None
-        return plan, model, prove(checked, proven, module, program, arrays, named, progress, accelerated)
+        return plan, model, prove(checked, proven, torch_module, program, arrays, named, progress, accelerated)
 
     plan, model, report = attempt(False)
     if not report.passed and dynamic is None and any(item.shape[:1] == (1,) for item in arrays_of((arrays, named))):
         # a batch of 1 may be computed in another way than larger ones: `x.squeeze(0)`
-        graph, train, program, notes = _export(exporter, module, args, kwargs, None, widened=False)
+        graph, train, program, notes = _export(exporter, torch_module, args, kwargs, None, widened=False)
         plan, model, report = attempt(False)
     if any(check.what == "gradients" and math.isinf(check.ratio) for check in report.checks):
         others = attempt(True)
@@ -233,7 +254,7 @@ def port(
             notes.append("exact_where drops gradients that are not finite where a mask leaves values out")
     report.notes += [*notes, *optimizer_notes(graph, train)]
     if not report.passed:
-        report.culprit = locate(plan, program, module, (arrays, named), report)
+        report.culprit = locate(plan, program, torch_module, (arrays, named), report)
         functions = [*graph.functions, *(train.functions if train is not None else ())]
         if functions and all(check.passed for check in report.checks if check.what != "gradients"):
             report.culprit += f"; {functions[0]} has a backward of its own, which a port cannot have"
@@ -249,7 +270,7 @@ def port(
     if dtype != "fp32":
         load.set_dtype(model, DTYPES[dtype])
         report.notes.append(f"compared in fp32; the weights are {dtype}")
-    return Port(model, plan.source, report, plan, arrays_of((arrays, named)), layout, module)
+    return Port(model, plan.source, report, plan, arrays_of((arrays, named)), layout, torch_module)
 
 
 def _with_sizes(plan: Plan, report: PortReport, nhwc: bool) -> str:
