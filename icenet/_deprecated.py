@@ -19,6 +19,8 @@ RENAMED = {
     "icenet.core.training.open_model": "icenet.core.runs.open_model",
     "icenet.core.training.run_folder": "icenet.core.runs.run_folder",
     "icenet.core.training.saved_model": "icenet.core.runs.saved_model",
+    "icenet.parity.locate": "icenet.parity.configuration.locate",
+    "icenet.parity.run": "icenet.parity.configuration.run",
     "icenet.probe": "icenet.tools.probe",
     "icenet_torch.probe": "icenet_torch.tools.probe",
 }

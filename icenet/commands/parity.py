@@ -11,19 +11,19 @@ from rich.progress import BarColumn, Progress, TextColumn
 from icenet.commands.overrides import option, warn_of_replaced
 from icenet.core.report.console import stderr_console
 from icenet.core.runs import open_model
-from icenet.parity.report import Report
-from icenet.parity.run import run
+from icenet.parity.configuration.report import Report
+from icenet.parity.configuration.run import run
 
 
 def parity(
     target: str, overrides: Sequence[str] = (), *, steps: int = 0, dtype: str | None = None, quiet: bool = False
 ) -> Report:
-    """Runs `icenet.parity.run.run` on a target, with a progress bar on stderr if that is a terminal.
+    """Runs `icenet.parity.configuration.run.run` on a target, with a progress bar on stderr if that is a terminal.
 
     Args:
         target: A configuration file, the name of a preset, or the path of a run, a checkpoint or a saved model.
         overrides: `KEY=VALUE` settings.
-        steps, dtype: See `icenet.parity.run.run`.
+        steps, dtype: See `icenet.parity.configuration.run.run`.
         quiet: Show no progress bar.
     """
     replaced = {"backend": "both are compared", "allow_tf32": "the backends are compared without TF32"}

@@ -28,8 +28,8 @@ from icenet.core.runs.checkpoint import path_of
 from icenet.core.training.signals import Interrupted
 from icenet.core.training.trainer import Trainer
 from icenet.parity import yardstick
+from icenet.parity.configuration.texts import TextComparison, compare_texts
 from icenet.parity.curves import CurveJudgement, judge_curve
-from icenet.parity.texts import TextComparison, compare_texts
 
 PROMPT = "def "
 _REPORT = "quickstart.json"

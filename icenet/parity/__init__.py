@@ -36,12 +36,8 @@ recordings/  a reference on another machine: `recording` writes what a compariso
 
 A configuration (`icenet parity CONFIG`):
 
-run          the parity run of a configuration
-engines      its three engines: build, record, replay
-randomness   checks that its models compute the same twice
-locate       comparison of their traces; the layers at which a difference begins
-report       tables, verdict, JSON
-texts        comparison of generated texts
+configuration/  the `run` of a parity comparison, its three `engines`, the `randomness` of its models, the layers at
+                which a difference begins (`locate`), the `report`, and the comparison of generated `texts`
 
 A port (`icenet port`):
 

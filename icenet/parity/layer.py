@@ -292,7 +292,7 @@ class _Replays:
     """Replays of a layer at inputs with ties, with the sizes of the cotangents (see `icenet.parity.ties`).
 
     Args:
-        path, call, cotangents: See `icenet.parity.engines.replay`.
+        path, call, cotangents: See `icenet.parity.configuration.engines.replay`.
         replays: Replays by MLX, PyTorch and the reference.
     """
 

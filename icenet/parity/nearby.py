@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icenet.core import rng
 from icenet.parity import resampling
-from icenet.parity.measures import BLOCK, Floats, half_ulp
+from icenet.parity.measures import BLOCK, Floats, half_ulp, is_binary, round_to
+from icenet.parity.trace import Call, Value
+
+Array = npt.NDArray[Any]
 
 
 def nearby(values: npt.ArrayLike, dtype: str, sample: int) -> Floats:
@@ -76,3 +81,44 @@ def _hash(words: npt.NDArray[np.uint32], key: npt.NDArray[np.uint32]) -> npt.NDA
         words *= np.uint32(0xC2B2AE35)
         words ^= words >> np.uint32(16)
     return words
+
+
+class Perturbation:
+    """The values of a sample of the noise (see `icenet.parity.resampling`).
+
+    Args:
+        dtype: Compute dtype under test.
+        sample: Number of the sample, 0 to SAMPLES - 1.
+        rounds: Whether values are also moved by an ulp, as by one more rounding.
+    """
+
+    def __init__(self, dtype: str, sample: int, rounds: bool = True) -> None:
+        self.dtype, self.sample, self.rounds = dtype, sample, rounds
+
+    def __call__(self, value: Value, *name: str | int) -> Value:
+        """Returns the value of the nearby problem. `name` is the key of the move by an ulp."""
+        if not value.is_float or is_binary(value.array):
+            return value
+        moved = round_to(nearby(value.array, value.dtype, self.sample), value.dtype).astype(value.array.dtype)
+        nearest = Value(moved, value.dtype)
+        return self.rounded(nearest, *name) if self.rounds else nearest
+
+    def rounded(self, value: Value, *name: str | int) -> Value:
+        """Returns the value, moved by an ulp in one of the samples."""
+        moved = perturb_by_ulp(value.array, value.dtype, rng.key(0, "perturbation", *name), self.sample)
+        return Value(moved.astype(value.array.dtype), value.dtype)
+
+    def array(self, array: Array, *name: str | int) -> Array:
+        """Returns a weight, gradient or optimizer state, which is moved by ulps of `dtype` if it is a float."""
+        if not np.issubdtype(array.dtype, np.floating):
+            return array
+        moved = np.asarray(round_to(nearby(array, self.dtype, self.sample), "fp32"))  # a scalar stays an array
+        if self.rounds:
+            moved = perturb_by_ulp(moved, self.dtype, rng.key(0, "perturbation", *name), self.sample)
+        found: Array = np.asarray(moved).astype(array.dtype)
+        return found
+
+    def call(self, call: Call) -> Call:
+        """Returns a call with perturbed arguments."""
+        numbers = count()
+        return call.map(lambda value: self(value, "argument", next(numbers)))

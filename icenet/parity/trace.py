@@ -1,6 +1,6 @@
 """Traces: the arrays that a run computes, named and in the order of computation.
 
-A backend's `tools.probe` records a trace and `icenet.parity.locate` compares traces. A value is named
+A backend's `tools.probe` records a trace and `icenet.parity.configuration.locate` compares traces. A value is named
 `KIND:PATH`, identically on both backends:
 
     input:inputs                    the batch

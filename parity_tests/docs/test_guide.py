@@ -337,7 +337,7 @@ import icenet
 from icenet.core.config import Config
 from icenet.commands.convert import convert_model
 from icenet.core.training.trainer import Trainer
-from icenet.parity.run import run
+from icenet.parity.configuration.run import run
 
 config = Config.from_yaml("bag.yaml")
 models = {backend: icenet.build(config, backend) for backend in ("mlx", "torch")}

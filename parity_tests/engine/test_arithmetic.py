@@ -18,7 +18,7 @@ from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import ArithmeticWarning, BackendError
 from icenet.core.training.trainer import Trainer
-from icenet.parity import engines as parity_engines
+from icenet.parity.configuration import engines as parity_engines
 
 torch: Any = pytest.importorskip("torch")
 mx: Any = pytest.importorskip("mlx.core")
@@ -418,10 +418,10 @@ CURVES = (
     FRESH
     + """
 from icenet.core.config import Config
-from icenet.parity.run import curves
+from icenet.parity.configuration.run import curves
 from icenet.parity.curves import judge_curve
 from icenet.core import backends
-from icenet.parity.engines import Engines
+from icenet.parity.configuration.engines import Engines
 config = Config.from_yaml("quickstart", ["training.max_steps=100"])
 engines = Engines(
     backends.engine(config, "mlx", "cuda"),

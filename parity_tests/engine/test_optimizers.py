@@ -25,9 +25,9 @@ from icenet.core.errors import CheckpointError, ConfigError
 from icenet.core.runs import checkpoint
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.trainer import Trainer
+from icenet.parity.configuration.engines import build
+from icenet.parity.configuration.run import curves
 from icenet.parity.curves import CurveJudgement, judge_curve
-from icenet.parity.engines import build
-from icenet.parity.run import curves
 from icenet.parity.yardstick import judge
 
 torch: Any = pytest.importorskip("torch")

@@ -29,9 +29,9 @@ from icenet.core.errors import ConfigError, UsageError
 from icenet.core.runs import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
+from icenet.parity.configuration.engines import build, record
+from icenet.parity.configuration.run import compare_engines, curves, random_batch, unequal
 from icenet.parity.curves import judge_curve
-from icenet.parity.engines import build, record
-from icenet.parity.run import compare_engines, curves, random_batch, unequal
 from icenet.parity.yardstick import FACTOR, judge
 
 BASE = {

@@ -25,8 +25,8 @@ from icenet.core.errors import UsageError
 from icenet.core.models import twins
 from icenet.core.models.modules import copy_weights
 from icenet.parity import compare
+from icenet.parity.configuration.run import random_batch, run
 from icenet.parity.curves import judge_curve
-from icenet.parity.run import random_batch, run
 
 mx: Any = pytest.importorskip("mlx.core")
 mlx_nn: Any = pytest.importorskip("mlx.nn")

@@ -16,8 +16,8 @@ from icenet.core.config.transformer_plan import ExpertsPlan, FeedForwardPlan
 from icenet.core.engine.parameter_groups import assign
 from icenet.core.families import folder
 from icenet.core.models import modules
-from icenet.parity.engines import build
-from icenet.parity.run import compare_engines, random_batch, run
+from icenet.parity.configuration.engines import build
+from icenet.parity.configuration.run import compare_engines, random_batch, run
 
 HERE = Path(__file__)
 

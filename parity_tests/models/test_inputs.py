@@ -14,8 +14,8 @@ from helpers import BACKENDS, TINY_MODELS, both_backends, build_model, is_one_li
 from icenet.core import backends
 from icenet.core.config import Config, ModelConfig, custom
 from icenet.core.errors import UsageError
-from icenet.parity.engines import record
-from icenet.parity.run import random_batch
+from icenet.parity.configuration.engines import record
+from icenet.parity.configuration.run import random_batch
 
 mx: Any = pytest.importorskip("mlx.core")
 torch: Any = pytest.importorskip("torch")

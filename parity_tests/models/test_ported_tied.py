@@ -21,7 +21,7 @@ from icenet.core.data.datasets import dataset_for
 from icenet.core.errors import WeightsError
 from icenet.core.models.twins import compare_with_twin
 from icenet.core.weights import files
-from icenet.parity.run import run as parity
+from icenet.parity.configuration.run import run as parity
 from icenet_torch.porting.sources import load_weights
 
 pytestmark = pytest.mark.usefixtures("in_folder")

@@ -36,9 +36,9 @@ from icenet.core import backends, rng
 from icenet.core.config import Config, ModelConfig
 from icenet.core.errors import ConfigError, UsageError, WeightsError
 from icenet.core.weights.torch_rnn import from_torch, to_torch
+from icenet.parity.configuration.engines import build
+from icenet.parity.configuration.run import compare_engines, curves, optimizer_rows, random_batch
 from icenet.parity.curves import judge_curve
-from icenet.parity.engines import build
-from icenet.parity.run import compare_engines, curves, optimizer_rows, random_batch
 from icenet.parity.yardstick import FACTOR, judge
 
 FAMILIES = pytest.mark.parametrize("family", ["lstm", "gru", "rnn"])

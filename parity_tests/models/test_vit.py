@@ -23,8 +23,8 @@ from icenet.core import rng
 from icenet.core.config import Config, ModelConfig, ViTConfig, vit_plan
 from icenet.core.errors import ConfigError, UsageError
 from icenet.core.training.trainer import Trainer
-from icenet.parity.engines import build
-from icenet.parity.run import compare_engines, random_batch, unequal
+from icenet.parity.configuration.engines import build
+from icenet.parity.configuration.run import compare_engines, random_batch, unequal
 
 BASE = {
     "type": "vit", "image_size": 14, "patch_size": 4, "num_layers": 2, "num_heads": 2, "hidden_size": 12,

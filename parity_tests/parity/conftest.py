@@ -7,8 +7,8 @@ import pytest
 from parity_config import transformer_config
 
 from icenet.parity import resampling
-from icenet.parity.engines import Engines, build
-from icenet.parity.run import random_batch
+from icenet.parity.configuration.engines import Engines, build
+from icenet.parity.configuration.run import random_batch
 
 
 @pytest.fixture(scope="module")

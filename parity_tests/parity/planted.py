@@ -24,9 +24,9 @@ from icenet.core.config import Config
 from icenet.core.engine import Batch, Engine
 from icenet.nn import activations, attention, conv, dropout, exact, linear, loss, norm, recurrent
 from icenet.nn.arrays import Array
-from icenet.parity.engines import Engines, build, record
-from icenet.parity.report import Report
-from icenet.parity.run import compare_engines
+from icenet.parity.configuration.engines import Engines, build, record
+from icenet.parity.configuration.report import Report
+from icenet.parity.configuration.run import compare_engines
 
 Patch = pytest.MonkeyPatch
 STEP = 3

@@ -40,9 +40,9 @@ from icenet.core.config import FAMILIES, Config, ImageModelConfig, ModelConfig, 
 from icenet.core.engine import Batch
 from icenet.core.runs import checkpoint
 from icenet.core.weights import files as weight_files
-from icenet.parity.engines import Engines, build
-from icenet.parity.report import Report
-from icenet.parity.run import compare_engines, random_batch, unequal
+from icenet.parity.configuration.engines import Engines, build
+from icenet.parity.configuration.report import Report
+from icenet.parity.configuration.run import compare_engines, random_batch, unequal
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 YES_NO = (True, False)

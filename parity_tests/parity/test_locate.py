@@ -18,10 +18,11 @@ from planted import FAULTS
 from rich.console import Console
 
 from icenet.core import backends, rng
-from icenet.parity import align, fp16, locate
-from icenet.parity.engines import Engines, build
-from icenet.parity.report import Report, _interesting
-from icenet.parity.run import compare_engines, optimizer_rows
+from icenet.parity import align, fp16
+from icenet.parity.configuration import locate
+from icenet.parity.configuration.engines import Engines, build
+from icenet.parity.configuration.report import Report, _interesting
+from icenet.parity.configuration.run import compare_engines, optimizer_rows
 from icenet.parity.trace import Call, Value, short_dtype
 from icenet.parity.yardstick import Judgement
 

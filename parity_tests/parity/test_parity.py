@@ -15,9 +15,9 @@ from parity_config import transformer_config
 from icenet.core import rng
 from icenet.core.config import Config
 from icenet.core.errors import NonFiniteError
+from icenet.parity.configuration.engines import build
+from icenet.parity.configuration.run import compare_engines, curves, optimizer_rows, random_batch, run, unequal
 from icenet.parity.curves import judge_curve
-from icenet.parity.engines import build
-from icenet.parity.run import compare_engines, curves, optimizer_rows, random_batch, run, unequal
 from icenet.parity.yardstick import FACTOR, judge
 
 CASES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import yaml
 
 from icenet.cli.main import main
 from icenet.core.config import Config
-from icenet.parity.run import run
+from icenet.parity.configuration.run import run
 
 FILES = {
     "plain.py": """

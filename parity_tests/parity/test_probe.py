@@ -18,7 +18,7 @@ from helpers import native, python
 
 from icenet.core import backends
 from icenet.core.errors import WeightsError
-from icenet.parity.engines import Engines, record, replay
+from icenet.parity.configuration.engines import Engines, record, replay
 from icenet.parity.trace import Trace, Value
 
 

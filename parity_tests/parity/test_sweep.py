@@ -16,8 +16,8 @@ import pytest
 from sweep import batch_of, case, check_case, environments, reordered_products, resumed
 
 from icenet.core.config import FAMILIES, Config
-from icenet.parity.engines import build
-from icenet.parity.run import compare_engines
+from icenet.parity.configuration.engines import build
+from icenet.parity.configuration.run import compare_engines
 
 SEED, COUNT = 2024, 24
 PRECISIONS = ("fp32", "bf16", "fp32", "fp16")

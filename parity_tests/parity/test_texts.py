@@ -11,7 +11,7 @@ from helpers import is_one_line
 
 import icenet
 from icenet.core.config import Config
-from icenet.parity.texts import TIE, TextComparison, compare_texts
+from icenet.parity.configuration.texts import TIE, TextComparison, compare_texts
 
 PROMPT = [1, 2]
 

@@ -21,8 +21,8 @@ from icenet.core import backends
 from icenet.parity import align
 from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair
 from icenet.parity.calls.replays import judge_replay
-from icenet.parity.engines import Perturbation
 from icenet.parity.measures import rms
+from icenet.parity.nearby import Perturbation
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import Judgement

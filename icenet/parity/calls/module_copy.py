@@ -17,7 +17,7 @@ from icenet.core.weights import layout
 from icenet.parity.calls.events import Event, Run, rebuild
 from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Sample
 from icenet.parity.calls.sides import Side
-from icenet.parity.engines import Perturbation
+from icenet.parity.nearby import Perturbation
 from icenet.parity.trace import Value, class_name
 
 Array = npt.NDArray[Any]

@@ -20,7 +20,7 @@ from icenet.parity import align
 from icenet.parity.calls.events import Event, arrays_of, rebuild
 from icenet.parity.calls.module_copy import ModuleCopy
 from icenet.parity.calls.pairs import Pair, Replay, Sample
-from icenet.parity.engines import Perturbation
+from icenet.parity.nearby import Perturbation
 from icenet.parity.trace import Value, output_name, short_dtype
 
 Array = npt.NDArray[Any]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from icenet.parity.calls.draws import SharedDraws
 from icenet.parity.calls.events import Event, Run, Store
 from icenet.parity.calls.pairs import Pair, Replay, Sample
-from icenet.parity.engines import Perturbation
+from icenet.parity.nearby import Perturbation
 from icenet.parity.trace import Value
 
 Array = npt.NDArray[Any]

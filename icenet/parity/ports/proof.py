@@ -19,7 +19,7 @@ import numpy as np
 from icenet.core import backends
 from icenet.core.errors import IceNetError, PortError
 from icenet.core.porting.build import Plan
-from icenet.parity.engines import Perturbation
+from icenet.parity.nearby import Perturbation
 from icenet.parity.ports import places as proof_places
 from icenet.parity.ports.inputs import Arguments, arrays_of, other_sizes, sizes_text, with_arrays, with_sizes
 from icenet.parity.ports.limits import MOST, Guard, find_limits

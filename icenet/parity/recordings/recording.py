@@ -38,10 +38,10 @@ from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, round
 from icenet.parity.calls.sides import ModuleError, Side
 from icenet.parity.calls.targets import Targets
 from icenet.parity.causes.numbers import attributes
-from icenet.parity.engines import Perturbation
 from icenet.parity.fp16 import scaled_for_fp16
 from icenet.parity.inputs import Inputs
 from icenet.parity.measures import round_to, squared_distance
+from icenet.parity.nearby import Perturbation
 from icenet.parity.recordings.trace_files import (
     EVALUATION,
     TRAINING,

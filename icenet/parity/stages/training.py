@@ -15,9 +15,9 @@ from icenet.parity.calls.pairs import Sample
 from icenet.parity.calls.sides import Side
 from icenet.parity.causes.optimizers import CORRECTION, suggest_update
 from icenet.parity.curves import judge_curve
-from icenet.parity.engines import Perturbation
 from icenet.parity.inputs import Inputs
 from icenet.parity.measures import rms, rms_distance, squared_distance
+from icenet.parity.nearby import Perturbation
 from icenet.parity.resampling import LIMITS, SAMPLES, Samples, judge_values, sure_limit
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage

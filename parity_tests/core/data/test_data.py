@@ -27,7 +27,7 @@ from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.base import decode_continuation
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.training.trainer import Trainer
-from icenet.parity import run as parity
+from icenet.parity.configuration import run as parity
 from icenet.parity.measures import rms
 from icenet.parity.yardstick import judge
 

@@ -20,9 +20,9 @@ from icenet.core.engine import micro_batches
 from icenet.core.errors import ConfigError
 from icenet.core.training.schedule import learning_rate
 from icenet.core.training.trainer import Trainer
+from icenet.parity.configuration.engines import build
+from icenet.parity.configuration.run import curves
 from icenet.parity.curves import judge_curve
-from icenet.parity.engines import build
-from icenet.parity.run import curves
 
 pytest.importorskip("torch")
 pytest.importorskip("mlx")

@@ -41,9 +41,9 @@ from icenet.core.training.loss_scale import GROWTH_INTERVAL, LossScale
 from icenet.core.training.schedule import adam_corrections, learning_rate
 from icenet.core.training.signals import Interrupted
 from icenet.core.training.trainer import Trainer
+from icenet.parity.configuration.engines import build
+from icenet.parity.configuration.run import curves
 from icenet.parity.curves import judge_curve
-from icenet.parity.engines import build
-from icenet.parity.run import curves
 from icenet.parity.yardstick import judge
 
 torch: Any = pytest.importorskip("torch")

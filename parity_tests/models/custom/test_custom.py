@@ -21,9 +21,9 @@ from icenet.core.errors import BackendError, ConfigError, IceNetError, UsageErro
 from icenet.core.runs import checkpoint
 from icenet.core.training.trainer import Trainer
 from icenet.core.weights import files as weight_files
+from icenet.parity.configuration.engines import build
+from icenet.parity.configuration.run import curves, run
 from icenet.parity.curves import judge_curve
-from icenet.parity.engines import build
-from icenet.parity.run import curves, run
 
 mx: Any = pytest.importorskip("mlx.core")
 pytest.importorskip("torch")

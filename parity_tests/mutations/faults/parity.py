@@ -33,7 +33,7 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_yardstick.py::test_curves_are_compared_step_by_step"],
         ),
     ],
-    "icenet/parity/engines.py": [
+    "icenet/parity/configuration/engines.py": [
         Fault(
             "parity compares in TF32",
             '"allow_tf32=false"',
@@ -107,7 +107,7 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_yardstick.py::test_each_block_of_an_array_has_perturbations_of_its_own"],
         ),
     ],
-    "icenet/parity/randomness.py": [
+    "icenet/parity/configuration/randomness.py": [
         Fault(
             "parity does not compare two equal runs",
             "            if np.array_equal(a, b, equal_nan=value.is_float) or (",
@@ -149,7 +149,7 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_yardstick.py::test_a_bias_and_a_larger_error_of_a_single_number_are_found"],
         ),
     ],
-    "icenet/parity/run.py": [
+    "icenet/parity/configuration/run.py": [
         Fault(
             "a training step is compared at the learning rate of the config only",
             "    return max(engines.torch.config.training.learning_rate, STEP_RATE)\n",
@@ -163,7 +163,7 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_sweep.py::test_sweep[3]"],
         ),
     ],
-    "icenet/parity/texts.py": [
+    "icenet/parity/configuration/texts.py": [
         Fault(
             "a text that ends equals one that goes on",
             "    return chosen, stopping.tokens[0]\n",

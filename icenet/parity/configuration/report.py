@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from icenet.parity.configuration.locate import DIFFERS, PROPAGATED, Row
 from icenet.parity.curves import CurveJudgement
-from icenet.parity.locate import DIFFERS, PROPAGATED, Row
 from icenet.parity.yardstick import FACTOR
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 
 from icenet.core.engine import Batch, Engine
 from icenet.core.errors import UsageError
-from icenet.parity.engines import Engines, record
+from icenet.parity.configuration.engines import Engines, record
 from icenet.parity.measures import half_ulp, rms
 from icenet.parity.trace import Trace
 from icenet.parity.yardstick import FACTOR, ZERO

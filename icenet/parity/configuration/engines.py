@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from icenet.core import backends, rng
+from icenet.core import backends
 from icenet.core.config import Config, custom, user_code
 from icenet.core.engine import Batch, Engine, check_ids
 from icenet.core.models import modules
 from icenet.parity import align
-from icenet.parity.measures import is_binary, round_to
-from icenet.parity.nearby import nearby, perturb_by_ulp
+from icenet.parity.nearby import Perturbation
 from icenet.parity.trace import Call, Trace, Value, class_name, is_foreign, short_dtype
 
 Array = npt.NDArray[Any]
@@ -202,44 +200,3 @@ def perturbed(
             modules.set_weights(layer, own)
         if state:
             engine.set_optimizer_state(slots)
-
-
-class Perturbation:
-    """The values of a sample of the noise (see `icenet.parity.resampling`).
-
-    Args:
-        dtype: Compute dtype under test.
-        sample: Number of the sample, 0 to SAMPLES - 1.
-        rounds: Whether values are also moved by an ulp, as by one more rounding.
-    """
-
-    def __init__(self, dtype: str, sample: int, rounds: bool = True) -> None:
-        self.dtype, self.sample, self.rounds = dtype, sample, rounds
-
-    def __call__(self, value: Value, *name: str | int) -> Value:
-        """Returns the value of the nearby problem. `name` is the key of the move by an ulp."""
-        if not value.is_float or is_binary(value.array):
-            return value
-        moved = round_to(nearby(value.array, value.dtype, self.sample), value.dtype).astype(value.array.dtype)
-        nearest = Value(moved, value.dtype)
-        return self.rounded(nearest, *name) if self.rounds else nearest
-
-    def rounded(self, value: Value, *name: str | int) -> Value:
-        """Returns the value, moved by an ulp in one of the samples."""
-        moved = perturb_by_ulp(value.array, value.dtype, rng.key(0, "perturbation", *name), self.sample)
-        return Value(moved.astype(value.array.dtype), value.dtype)
-
-    def array(self, array: Array, *name: str | int) -> Array:
-        """Returns a weight, gradient or optimizer state, which is moved by ulps of `dtype` if it is a float."""
-        if not np.issubdtype(array.dtype, np.floating):
-            return array
-        moved = np.asarray(round_to(nearby(array, self.dtype, self.sample), "fp32"))  # a scalar stays an array
-        if self.rounds:
-            moved = perturb_by_ulp(moved, self.dtype, rng.key(0, "perturbation", *name), self.sample)
-        found: Array = np.asarray(moved).astype(array.dtype)
-        return found
-
-    def call(self, call: Call) -> Call:
-        """Returns a call with perturbed arguments."""
-        numbers = count()
-        return call.map(lambda value: self(value, "argument", next(numbers)))

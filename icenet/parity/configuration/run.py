@@ -21,11 +21,8 @@ from icenet.core.training import schedule
 from icenet.core.training.loss_scale import LossScale
 from icenet.core.weights.arrays import first_non_finite
 from icenet.parity.arguments import Progress
-from icenet.parity.curves import judge_curve
-from icenet.parity.engines import Engines, build, describe, has_foreign, perturbed, record, replay
-from icenet.parity.fp16 import FP16_SCALES, fits_fp16
-from icenet.parity.layer import SampledReplay
-from icenet.parity.locate import (
+from icenet.parity.configuration.engines import Engines, build, describe, has_foreign, perturbed, record, replay
+from icenet.parity.configuration.locate import (
     DIFFERS,
     KINDS,
     PROPAGATED,
@@ -33,9 +30,12 @@ from icenet.parity.locate import (
     compare,
     locate,
 )
+from icenet.parity.configuration.randomness import check_randomness
+from icenet.parity.configuration.report import Report, Section
+from icenet.parity.curves import judge_curve
+from icenet.parity.fp16 import FP16_SCALES, fits_fp16
+from icenet.parity.layer import SampledReplay
 from icenet.parity.measures import rms
-from icenet.parity.randomness import check_randomness
-from icenet.parity.report import Report, Section
 from icenet.parity.resampling import F, Samples
 from icenet.parity.trace import Call, Trace, Value, short_dtype
 
@@ -64,7 +64,7 @@ def run(
         weights: Canonical weights; default: the initial weights.
         batch: Batch to compare on; default: `random_batch(config)`.
         steps: Number of training steps of the curve; 0 for none.
-        dtype, device_mlx, device_torch: See `icenet.parity.engines.build`.
+        dtype, device_mlx, device_torch: See `icenet.parity.configuration.engines.build`.
         progress: Called at each stage.
 
     Raises:

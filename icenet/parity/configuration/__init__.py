@@ -1,0 +1,1 @@
+"""The comparison of the two backends on one configuration: `icenet parity CONFIG`."""
