@@ -46,7 +46,19 @@ ports/       `icenet.port`, and the proof that a port computes what its original
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
+
+__all__ = ["ALL_STAGES", "Report", "compare", "read_trace", "record"]
+
+_MODULES = {
+    "ALL_STAGES": "icenet.parity.results.status",
+    "Report": "icenet.parity.results.report",
+    "compare": "icenet.parity.comparison",
+    "read_trace": "icenet.parity.recordings.trace",
+    "record": "icenet.parity.recordings.recording",
+}
+"""Where each name is. The module is imported when the name is first read: few users of this package need all."""
 
 if TYPE_CHECKING:
     from icenet.parity.comparison import compare
@@ -54,30 +66,9 @@ if TYPE_CHECKING:
     from icenet.parity.recordings.trace import read_trace
     from icenet.parity.results.report import Report
     from icenet.parity.results.status import ALL_STAGES
+else:  # a type checker that reads `__getattr__` takes every name for one of this package
 
-__all__ = ["ALL_STAGES", "Report", "compare", "read_trace", "record"]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first read: this package is imported where only a part of it is needed."""
-    if name == "compare":
-        from icenet.parity.comparison import compare
-
-        return compare
-    if name == "read_trace":
-        from icenet.parity.recordings.trace import read_trace
-
-        return read_trace
-    if name == "record":
-        from icenet.parity.recordings.recording import record
-
-        return record
-    if name == "Report":
-        from icenet.parity.results.report import Report
-
-        return Report
-    if name == "ALL_STAGES":
-        from icenet.parity.results.status import ALL_STAGES
-
-        return ALL_STAGES
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_MODULES[name]), name)

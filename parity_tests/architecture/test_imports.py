@@ -67,11 +67,11 @@ PUBLIC_API = {"icenet", *(f"icenet.{name}" for name in icenet.__all__)}
 TOP = ("icenet.blas", "icenet._deprecated")
 IMPORT_BY_NAME = {
     *("icenet.core.backends", "icenet.core.config.user_code", "icenet.core.config.imported", "icenet._deprecated"),
-    *("icenet.porting.load", "icenet_torch.porting.sources", "icenet.cli.options", "icenet"),
+    *("icenet.porting.load", "icenet_torch.porting.sources", "icenet.cli.options", "icenet", "icenet.parity"),
 }
 """They choose a backend, run the user's file, open the model of `model.path`, redirect old names, run the source of a
 port, import torchvision, timm and transformers, which are optional, and import the work of a command and the
-functions of `icenet`."""
+public names of `icenet` and `icenet.parity`."""
 
 
 # ---- on the source ----------------------------------------------------------------------------------------
