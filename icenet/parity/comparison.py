@@ -16,6 +16,7 @@ from icenet.core.weights.rename import Rename
 from icenet.parity import inputs as drawing
 from icenet.parity.arguments import Progress, check_options, check_pairs
 from icenet.parity.calls import propagation, runs
+from icenet.parity.calls.directions import divided
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.module_side import ModuleSide
 from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, rounded
@@ -144,12 +145,14 @@ class ModuleComparison(Comparison):
             options = {**options, **{name: (pair := options[name]) and pair[::-1] for name in ("loss", "optimizer")}}
             notes = ["a and b are exchanged: PyTorch is the reference, because it computes in float64"]
         self.user_a, self.user_b = a, b
+        names = type(a).__name__, type(b).__name__
+        if backends.backend_of(a) == "mlx" and backend == "torch":
+            b = divided(a, b)
         sides = (
             ModuleSide(a, dtype).as_test(),
             ModuleSide(b, dtype, perturbed=backend == "mlx"),
             ModuleSide(b, dtype, exact=True),
         )
-        names = type(a).__name__, type(b).__name__
         super().__init__(*sides, names, stages, dtype, seed, steps, options, notes)
 
     def drawn(self, draws: int) -> list[Inputs]:

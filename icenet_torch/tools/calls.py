@@ -266,10 +266,14 @@ class _Alias(torch.autograd.Function):
         return gradient
 
 
-def mean_square(outputs: Sequence[torch.Tensor], targets: Sequence[Value], exact: bool = False) -> torch.Tensor:
-    """Returns the mean squared distance of the floating outputs from targets."""
+def mean_square(
+    outputs: Sequence[torch.Tensor], targets: Sequence[Value | None], exact: bool = False
+) -> torch.Tensor:
+    """Returns the mean squared distance of the floating outputs from their targets, those without one left out."""
     terms = []
     for output, target in zip(outputs, targets, strict=True):
+        if target is None:
+            continue
         expected = native(target, exact).to(output.device)
         terms.append((output.to(expected.dtype) - expected).square().mean())
     return torch.stack(terms).sum()

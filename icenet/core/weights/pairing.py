@@ -340,10 +340,12 @@ class Pairing:
             return (
                 "prune.remove, remove_spectral_norm and remove_weight_norm of torch.nn.utils give a weight its name"
             )
-        if any(_SECOND_LAYER.fullmatch(name.rpartition(".")[2]) for name in unknown):
+        if parts := [name for name in unknown if _SECOND_LAYER.fullmatch(name.rpartition(".")[2])]:
+            holder, leaf = layout.split(parts[0])
+            part = f"{layout.join(holder, '*')}_l{leaf.rpartition('_l')[2]}"
             return (
                 "the layers and directions of torch.nn.LSTM, GRU and RNN are modules of their own in MLX: "
-                "rename={'lstm.*_l1': 'layers.1.*_l0'} for the second layer, if layers[1] is that module"
+                f"rename={{{part!r}: 'PATH.*_l0'}}, if PATH is the module for these weights"
             )
         biases = [layout.split(self._renamed[name] or "")[0] for name in unknown if name.endswith("in_proj_bias")]
         if any(self._mlx.counterparts.get(self._paths.module(path)) == "attention" for path in biases):

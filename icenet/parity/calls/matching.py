@@ -10,6 +10,7 @@ from typing import Any
 
 from icenet.core.errors import UsageError
 from icenet.core.weights.rename import Rename, all_match, apply_rename, call_rename
+from icenet.parity.calls.directions import match_parts, part_weights, renamed_parts
 from icenet.parity.calls.sides import Side
 
 
@@ -35,11 +36,12 @@ def match_modules(a: Side, b: Side, rename: Rename = None) -> list[Match]:
     Raises:
         UsageError: `rename` names a module that does not exist.
     """
-    names = _renamed(a, b, rename)
+    names = {**_renamed(a, b, rename), **renamed_parts(a, b, rename)}
     found: dict[str, tuple[str, str]] = {}  # path in b: path in a, note
     for ours, theirs in names.items():
         if theirs in b.modules and theirs not in found:
             found[theirs] = ours, "" if ours == theirs else "renamed"
+    found |= match_parts(a, b, found)
     taken = {ours for ours, _ in found.values()}
     opaque = opaque_layers(a, b, {theirs: ours for theirs, (ours, _) in found.items()})
     within = tuple(f"{found[path][0]}." for path in opaque), tuple(f"{path}." for path in opaque)
@@ -87,7 +89,7 @@ def _renamed(a: Side, b: Side, rename: Rename) -> dict[str, str | None]:
     """
     if rename is None:
         return {path: path for path in a.modules}
-    names_a, names_b = [*a.modules, *a.shapes], [*b.modules, *b.shapes]
+    names_a, names_b = [*a.modules, *a.shapes], [*b.modules, *b.shapes, *part_weights(b).values()]
     is_pair = (a.backend, b.backend) == ("mlx", "torch")
     if callable(rename):
         forward = _applied(rename, a)

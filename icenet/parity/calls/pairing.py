@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from icenet.parity import align
+from icenet.parity.calls.directions import parts_of
 from icenet.parity.calls.events import Event, Run
 from icenet.parity.calls.matching import Match, opaque_layers
 from icenet.parity.calls.pairs import Pair
@@ -43,6 +44,8 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
             continue
         kind = b.kinds.get(event.path)
         pair = Pair(own, event, other, kind if kind == a.kinds.get(own.path) else None)
+        if event.parent is None and "" in parts_of(b):  # the model is the layer, and may return no state in `a`
+            pair.kind = "native_recurrent"
         pairs.append(pair)
         by_event[id(event)] = by_event[id(own)] = pair
     for theirs, path in to_a.items():

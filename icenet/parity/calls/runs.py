@@ -17,7 +17,7 @@ from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.sides import ModuleError, Side
-from icenet.parity.calls.targets import Targets
+from icenet.parity.calls.targets import Targets, trains_first_only
 from icenet.parity.fp16 import FP16_SCALES, fits_fp16
 from icenet.parity.inputs import Inputs
 from icenet.parity.measures import rms, rms_distance
@@ -161,7 +161,7 @@ def _run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run
     c.set_mode(c.trains)
     loss_a, loss_b = c.losses or (None, None)
     wants = wants_gradients(c)
-    c.targets_b = Targets(c.seed, c.reference.tools)
+    c.targets_b = Targets(c.seed, c.reference.tools, first_only=trains_first_only(c.reference))
     exact = c.reference_run(inputs, loss_b, c.targets_b, wants)
     noise = c.b.record(inputs.given, c.inputs_b, c.store, loss_b, c.targets_b, wants)
     hows = {i: how for i, _, how in pairs[0].outputs} if pairs else None

@@ -20,7 +20,7 @@ from icenet.parity.trace import Value
 
 Array = npt.NDArray[Any]
 
-Targets = Callable[[Sequence[Any]], Sequence[Value]]
+Targets = Callable[[Sequence[Any]], Sequence["Value | None"]]
 """Returns the targets of the default loss, given the arrays that the module returns."""
 
 Follow = Callable[[int, Mapping[str, Value]], Mapping[str, Value]]

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.parity import align
+from icenet.parity.calls.directions import parts_of
+from icenet.parity.calls.sides import Side
 from icenet.parity.measures import rms
 from icenet.parity.trace import Value
 
@@ -17,6 +19,11 @@ Array = npt.NDArray[Any]
 
 class AmbiguousAxes(Exception):
     """The shape of an output does not show which of its axes are which."""
+
+
+def trains_first_only(side: Side) -> bool:
+    """Returns whether a module is a layer whose further outputs differ between the frameworks."""
+    return side.kinds.get("") in align.DIFFERENT_CALLS or "" in parts_of(side)
 
 
 class Targets:
@@ -28,6 +35,7 @@ class Targets:
         drawn: For `a`: the targets in the axes of the reference, by number of the output.
         hows: The alignment of each output of `a` by its number; None if only shapes are known.
         same: Whether both sides are of one framework.
+        first_only: Whether only the first output is trained, because the layer has other states in each framework.
     """
 
     def __init__(
@@ -37,19 +45,24 @@ class Targets:
         drawn: dict[int, Value] | None = None,
         hows: Mapping[int, str] | None = None,
         same: bool = False,
+        first_only: bool = False,
     ) -> None:
-        self._seed, self._tools, self._hows, self._same = seed, tools, hows, same
+        self._seed, self._tools, self._hows, self._same, self._first_only = seed, tools, hows, same, first_only
         self._drawn = {} if drawn is None else drawn
         self._is_a = drawn is not None
 
     def on(self, tools: Any, hows: Mapping[int, str] | None, same: bool) -> Targets:
         """Returns the same targets for `a`."""
-        return Targets(self._seed, tools, self._drawn, hows, same)
+        return Targets(self._seed, tools, self._drawn, hows, same, self._first_only)
 
-    def __call__(self, outputs: Sequence[Any]) -> list[Value]:
-        found = []
+    def __call__(self, outputs: Sequence[Any]) -> list[Value | None]:
+        """Returns the target of each floating output of a call; None for one that is not trained."""
+        found: list[Value | None] = []
         for index, output in enumerate(outputs):
             if "float" not in str(output.dtype):
+                continue
+            if index and self._first_only:
+                found.append(None)
                 continue
             shape = tuple(output.shape)
             if not self._is_a and index not in self._drawn:

@@ -36,7 +36,7 @@ from icenet.parity.calls.module_side import ModuleSide
 from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.pairs import Pair, Replay, Sample, cotangents_of, rounded
 from icenet.parity.calls.sides import ModuleError, Side
-from icenet.parity.calls.targets import Targets
+from icenet.parity.calls.targets import Targets, trains_first_only
 from icenet.parity.causes.numbers import attributes
 from icenet.parity.fp16 import scaled_for_fp16
 from icenet.parity.inputs import Inputs
@@ -223,7 +223,7 @@ class _Recording:
             for path in self.moved:
                 side.set_channels(path, True)
         self.tell(f"run in {mode} mode", 0, 1)
-        self.targets = Targets(self.seed, self.reference.tools)
+        self.targets = Targets(self.seed, self.reference.tools, first_only=trains_first_only(self.reference))
         arguments = (self.store, self.loss, self.targets, gradients)
         try:
             exact = self.reference.record(given.given, given.values, *arguments)

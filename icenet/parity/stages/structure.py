@@ -94,17 +94,21 @@ def compare_parameters(c: Comparison, stage: Stage, inputs: Inputs) -> None:
             c.fail(stage, path, note=note)
             c.report.cause = c.report.cause or _cause_of_shapes(c, path, ours, *shapes)
         stage.rows.append(Row(path, name, shapes[1], status, math.inf if note else 0.0, note=note))
-    for path in sorted(c.different):
-        if parts := _parts_of_recurrence(c, path):
-            note = f"b has {parts}, the layer of a one of each"
+    for path in c.b.modules:
+        parts = _parts_of_recurrence(c, path)
+        single = "the layer of a one of each" if path in c.different else _single_layers(c, path)
+        if parts and single:
+            note = f"b has {parts}, {single}"
             stage.rows.append(Row(path, "", status=states.DIFFERS, ratio=math.inf, note=note))
             c.fail(stage, path, note=note)
     if stage.status == states.FAILED:
         if parts := _parts_of_recurrence(c, c.report.culprit or ""):
+            name = c.report.culprit or "the model"
+            c.report.cause = c.report.cause or ("" if parts in stage.note else f"{name} has {parts} in b")
             c.report.notes.append(
-                f"{c.report.culprit}: b has {parts}. Such a layer is compared with a module of the same parameters "
-                "(weight_ih_l0, weight_hh_l0 and so on, as icenet port writes), and layers of mlx.nn with modules of "
-                "PyTorch that have one layer and one direction"
+                f"{name}: b has {parts}. Such a layer is compared with a layer of mlx.nn for each "
+                "layer and direction, except in a trace, or with a module of the same parameters (weight_ih_l0, "
+                "weight_hh_l0 and so on, as icenet port writes)"
             )
         raise StageFailed
     weights.copy_weights(c)
@@ -118,6 +122,15 @@ def _parts_of_recurrence(c: Comparison, path: str) -> str:
     directions = 2 if any(name.endswith("_reverse") for name in steps) else 1
     layers = len(steps) // directions
     return f"{layers} layer{'s' * (layers > 1)} and {directions} direction{'s' * (directions > 1)}"
+
+
+def _single_layers(c: Comparison, path: str) -> str:
+    """Returns which layers of one direction `a` has in place of a recurrent layer of `b` that it lacks."""
+    if path in c.a.names.values() or c.a.backend != "mlx":
+        return ""
+    own = c.b.classes[path].rpartition(".")[2]
+    single = [p for p, name in c.a.classes.items() if name == f"mlx.nn.layers.recurrent.{own}" and p not in c.a.names]
+    return f"a has {', '.join(single)} of one layer and direction" if single else ""
 
 
 def _cause_of_shapes(c: Comparison, path: str, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:

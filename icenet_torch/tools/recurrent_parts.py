@@ -1,0 +1,120 @@
+"""Recurrent layers of several layers or directions as one module for each of them, as they are written with MLX.
+
+`mlx.nn.LSTM`, `GRU` and `RNN` have one layer and one direction. So a user writes two of them for
+`bidirectional=True`, and one for each of `num_layers`. `with_parts` returns a module whose layers can be compared
+with those one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+_SIZES = (
+    "input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "mode", "proj_size"
+)  # fmt: skip
+
+
+class Parts(nn.Module):
+    """Computes what a recurrent layer of PyTorch does, with a module for each layer and direction.
+
+    The modules are `l0`, `l0_reverse`, `l1` and so on, and have the parameters of the whole. Between layers is the
+    dropout of the whole, if it has one.
+
+    Args:
+        whole: An LSTM, GRU or RNN without projections.
+    """
+
+    def __init__(self, whole: nn.RNNBase) -> None:
+        super().__init__()
+        for name in _SIZES:
+            setattr(self, name, getattr(whole, name))
+        self.part_names = tuple(part_names(whole))
+        directions = 2 if whole.bidirectional else 1
+        for index, name in enumerate(self.part_names):
+            size = whole.input_size if index < directions else directions * whole.hidden_size
+            setattr(self, name, _part(whole, name, size))
+        self.between = nn.Dropout(whole.dropout) if whole.dropout and whole.num_layers > 1 else None
+        self.train(whole.training)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the parts have arrays of their own."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        if isinstance(input, PackedSequence):
+            raise NotImplementedError("a packed sequence for a recurrent layer of several layers or directions")
+        time = 1 if self.batch_first and input.ndim == 3 else 0
+        states = []
+        directions = 2 if self.bidirectional else 1
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(directions):
+                index = layer * directions + direction
+                own = None if hx is None else _at(hx, index)
+                given = input.flip(time) if direction else input
+                output, state = getattr(self, self.part_names[index])(given, own)
+                outputs.append(output.flip(time) if direction else output)
+                states.append(state)
+            input = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+            if self.between is not None and layer < self.num_layers - 1:
+                rows_first = input.movedim(time, -2)  # as in MLX, so that equal rows have equal masks
+                input = self.between(rows_first).movedim(-2, time)
+        if isinstance(states[0], tuple):
+            return input, tuple(torch.cat(list(items)) for items in zip(*states, strict=True))
+        return input, torch.cat(states)
+
+
+def part_names(whole: nn.RNNBase) -> list[str]:
+    """Returns the names of the parts of a recurrent layer: `l0`, `l0_reverse`, `l1`, ..."""
+    ends = ("", "_reverse") if whole.bidirectional else ("",)
+    return [f"l{layer}{end}" for layer in range(whole.num_layers) for end in ends]
+
+
+def with_parts(module: nn.Module, counts: Mapping[str, int]) -> nn.Module:
+    """Returns a copy of a module in which its recurrent layers are divided, or the module itself if none is.
+
+    The copy has the parameters of the module.
+
+    Args:
+        module: Any module.
+        counts: How many layers of one direction the other side has, by class: "LSTM", "GRU" or "RNN". Those of a
+            class are divided if there are as many as parts.
+    """
+    layers = [inner for inner in module.modules() if type(inner) in (nn.LSTM, nn.GRU, nn.RNN)]
+    needed = Counter({type(layer).__name__: 0 for layer in layers})
+    for layer in layers:
+        needed[type(layer).__name__] += len(part_names(layer))
+    memo: dict[int, Any] = {}
+    for layer in layers:
+        is_divided = len(part_names(layer)) > 1 and not layer.proj_size
+        if is_divided and needed[type(layer).__name__] <= counts.get(type(layer).__name__, 0):
+            shown = type(type(layer).__name__, (Parts,), {"__module__": Parts.__module__})
+            memo[id(layer)] = shown(layer)
+    if not memo:
+        return module
+    memo |= {id(parameter): parameter for parameter in module.parameters()}
+    copied: nn.Module = copy.deepcopy(module, memo)
+    return copied
+
+
+def _part(whole: nn.RNNBase, name: str, size: int) -> nn.RNNBase:
+    """Returns one layer and direction of a recurrent layer, with its parameters."""
+    options: dict[str, Any] = {"nonlinearity": whole.nonlinearity} if isinstance(whole, nn.RNN) else {}
+    options |= {"bias": whole.bias, "batch_first": whole.batch_first, "device": "meta"}
+    part: nn.RNNBase = type(whole)(size, whole.hidden_size, **options)
+    for own in list(part._parameters):
+        setattr(part, own, getattr(whole, own.replace("_l0", f"_{name}")))
+    return part
+
+
+def _at(state: Any, index: int) -> Any:
+    """Returns the state of a part: one row of each array."""
+    if isinstance(state, tuple):
+        return tuple(_at(item, index) for item in state)
+    return state[index : index + 1]

@@ -1,0 +1,160 @@
+"""Recurrent layers of PyTorch with several layers or directions, next to a layer of MLX for each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import icenet.blas  # before mlx: it decides which BLAS MLX finds
+
+import mlx.core as mx
+import mlx.nn as M
+import numpy as np
+import pytest
+import torch
+import torch.nn as T
+from pairs import draw
+
+import icenet
+from icenet.core.errors import WeightsError
+from icenet.parity import compare
+from icenet_torch.tools.recurrent_parts import Parts, with_parts
+
+BY_NAME = {"rnn.*_l0": "ahead.*_l0", "rnn.*_l0_reverse": "back.*_l0"}
+
+
+def first(found: Any) -> mx.array:
+    return found[0] if isinstance(found, tuple) else found
+
+
+def both(ahead: Any, back: Any, x: mx.array) -> mx.array:
+    return mx.concatenate([first(ahead(x)), first(back(x[:, ::-1]))[:, ::-1]], axis=-1)
+
+
+class Tagger(M.Module):
+    def __init__(self, kind: str = "GRU") -> None:
+        super().__init__()
+        self.ahead, self.back, self.head = getattr(M, kind)(5, 4), getattr(M, kind)(5, 4), M.Linear(8, 3)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.head(both(self.ahead, self.back, x))
+
+
+class Stack(M.Module):
+    """Two layers with both directions in a list, and a dropout between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = [M.GRU(size, 4) for size in (5, 5, 8, 8)]
+        self.drop, self.head = M.Dropout(0.3), M.Linear(8, 3)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = both(self.rnn[0], self.rnn[1], x)
+        return self.head(both(self.rnn[2], self.rnn[3], self.drop(x)))
+
+
+class TorchTagger(T.Module):
+    def __init__(self, kind: str = "GRU", **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        options = {"batch_first": True, **options}
+        self.rnn, self.head = getattr(T, kind)(5, 4, bidirectional=True, **options), T.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rnn.flatten_parameters()
+        if self.rnn.batch_first:
+            return self.head(self.rnn(x)[0])
+        return self.head(self.rnn(x.transpose(0, 1))[0]).transpose(0, 1)
+
+
+def notes(report: Any) -> list[str]:
+    return [note for module in report.modules for note in module.notes]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_two_layers_are_the_directions_of_one(kind: str) -> None:
+    report = compare(Tagger(kind), TorchTagger(kind), draw(3, 7, 5), copy_weights=True)
+    assert report.passed and report.failed_stage is None, report
+    assert "back is compared with the reverse direction of layer 0 of rnn" in notes(report)
+    judged = {row.path for stage in report.stages for row in stage.rows if stage.name == "weights"}
+    assert {"rnn.l0", "rnn.l0_reverse", "head"} <= judged
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_layers_in_a_list_with_a_dropout_between_them(batch_first: bool) -> None:
+    theirs = TorchTagger(num_layers=2, dropout=0.3, batch_first=batch_first)
+    report = compare(Stack(), theirs, draw(3, 7, 5), copy_weights=True, stages=["weights", "forward", "gradients"])
+    assert report.passed and "rnn.3 is compared with the reverse direction of layer 1 of rnn" in notes(report), report
+
+
+def test_the_model_itself_may_be_the_layer() -> None:
+    class Both(M.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.forward_gru, self.backward_gru = M.GRU(5, 4), M.GRU(5, 4)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return both(self.forward_gru, self.backward_gru, x)
+
+    theirs = T.GRU(5, 4, bidirectional=True, batch_first=True)
+    assert compare(Both(), theirs, draw(3, 7, 5), copy_weights=True).passed
+    single = compare(M.GRU(5, 4), T.GRU(5, 4, batch_first=True), draw(3, 7, 5), copy_weights=True)
+    assert single.passed and single.losses, single  # the last state, which only PyTorch returns, is not trained
+
+
+def test_faults_between_the_directions_are_named() -> None:
+    class Wrong(Tagger):
+        def __init__(self, call: Any) -> None:
+            super().__init__()
+            self.call = call
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.head(self.call(self, x))
+
+    calls = {
+        "the order along axis 1 is reversed": lambda m, x: mx.concatenate([m.ahead(x), m.back(x)], -1),
+        "the sequence is not reversed": lambda m, x: mx.concatenate([m.ahead(x), m.back(x[:, ::-1])], -1),
+        "parts along axis 2 are in another order": lambda m, x: mx.roll(both(m.ahead, m.back, x), 4, axis=-1),
+    }
+    for cause, call in calls.items():
+        report = compare(Wrong(call), TorchTagger(), draw(3, 7, 5), copy_weights=True, stages=["forward"])
+        assert not report.passed and report.culprit == "" and cause in report.cause, report
+
+
+def test_weights_that_the_user_copied_are_compared_by_rename() -> None:
+    ours, theirs = Tagger(), TorchTagger()
+    with pytest.raises(WeightsError, match=r"rename=\{'rnn\.\*_l0_reverse': 'PATH\.\*_l0'\}"):
+        icenet.from_torch(theirs, ours)
+    icenet.from_torch(theirs, ours, rename=BY_NAME)
+    options = {"stages": ["weights", "forward"], "copy_weights": False}
+    for rename in (None, BY_NAME, {"ahead": "rnn.l0", "back": "rnn.l0_reverse"}):
+        assert compare(ours, theirs, draw(3, 7, 5), rename=rename, **options).passed
+    report = compare(ours, theirs, draw(3, 7, 5), rename={"back": "rnn.l0", "ahead": "rnn.l0_reverse"}, **options)
+    assert report.failed_stage.name == "weights" and "rnn.l0_reverse.weight_ih_l0" in report.verdict
+
+
+def test_a_direction_that_is_missing_is_told() -> None:
+    class One(M.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.head = M.GRU(5, 8), M.Linear(8, 3)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.head(self.gru(x))
+
+    report = compare(One(), TorchTagger(), draw(3, 7, 5), copy_weights=True)
+    assert report.culprit == "rnn" and "2 directions, a has gru of one layer and direction" in report.verdict
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": True, "bias": False}, {"num_layers": 2, "dropout": 0.3}])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_the_parts_compute_what_the_layer_does(kind: str, options: dict[str, Any]) -> None:
+    whole = getattr(T, kind)(5, 4, bidirectional=True, **options).double().eval()
+    parts = with_parts(whole, {kind: 4})
+    assert isinstance(parts, Parts) and with_parts(whole, {kind: 1}) is whole
+    assert {id(p) for p in parts.parameters()} == {id(p) for p in whole.parameters()}
+    x = torch.from_numpy(draw(3, 7, 5)).double()
+    states = torch.from_numpy(draw(2 * whole.num_layers, 3 if whole.batch_first else 7, 4, seed=1)).double()
+    for given in ((x,), (x[0],), (x, (states, 2 * states) if kind == "LSTM" else states)):
+        expected, found = whole(*given), parts(*given)
+        flat = [[y[0], *(y[1] if kind == "LSTM" else y[1:])] for y in (expected, found)]
+        assert all(np.allclose(p.detach(), q.detach(), atol=1e-12) for p, q in zip(*flat, strict=True))
