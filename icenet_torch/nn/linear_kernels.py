@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from icenet_torch.nn.kernels import can_overlap
+from icenet_torch.nn.kernels.common import can_overlap
 
 TILE_BYTES = 32768
 """Bytes of weights that a program reads at a time: enough to keep the memory busy."""

@@ -1,14 +1,8 @@
-"""Triton kernels for NVIDIA GPUs: dropout masks, the loss and its gradient, and attention to a cache.
-
-MLX draws threefry numbers itself, and has its kernel for attention in `icenet/nn/cached_attention.py`.
-
-The module is imported only on a GPU and with Triton, which PyTorch's CUDA builds include.
-"""
+"""Triton kernels of attention to a cache, and of rotary positions. MLX's is in `icenet/nn/cached_attention.py`."""
 
 from __future__ import annotations
 
 import contextlib
-from functools import lru_cache
 
 import torch
 import triton
@@ -16,78 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from icenet.core.config.transformer_plan import AttentionPlan
+from icenet_torch.nn.kernels.common import can_overlap
 
-BLOCK = 1024
-CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 8192, 32
-"""Logits that a program reads at a time, and its warps: so many that the rows in work fit in the L2 cache."""
 COLUMNS = 64
 """Number of columns of a cache that a program reads at a time."""
 COLUMNS_OF_A_PART = 1024
 """Length of a buffer above which several programs share the columns of a head."""
-
-
-@lru_cache
-def can_overlap(device: torch.device) -> bool:
-    """Returns whether a kernel can start while the one before it runs (programmatic dependent launch).
-
-    Such a kernel reads what other kernels write after `gdc_wait` only. It needs Hopper and Triton 3.4.
-    """
-    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return is_hopper and hasattr(tl.extra.cuda, "gdc_wait")
-
-
-def dropout_mask(keys: Tensor, n: int, threshold: int) -> Tensor:
-    """Computes `icenet_torch.nn.random.random_bits_at_least` in one kernel.
-
-    keys int32 `[rows, 2]` to bool `[rows, n]`. PyTorch's own operations take more than a hundred kernels: 2,000 us
-    instead of 10 us for 32 x 512 x 512 values on an H100.
-    """
-    rows = keys.shape[0]
-    out = torch.empty((rows, n), dtype=torch.bool, device=keys.device)
-    half = (n + 1) // 2
-    if out.numel():
-        with torch.cuda.device(keys.device):
-            _mask[(triton.cdiv(half, BLOCK), rows)](keys.contiguous(), out, n, half, threshold, BLOCK)
-    return out
-
-
-def dropout(x: Tensor, keys: Tensor, threshold: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Applies dropout to a contiguous x. Returns x * scale or zero, and the mask, both in the shape of x."""
-    rows = keys.shape[0]
-    out, keep = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    n = x.numel() // rows
-    half = (n + 1) // 2
-    keys = keys.contiguous()
-    if x.numel():
-        with torch.cuda.device(x.device):
-            _dropout[(triton.cdiv(half, BLOCK), rows)](x, out, keep, keys, n, half, threshold, scale, BLOCK)
-    return out, keep
-
-
-def cross_entropy(
-    logits: Tensor, labels: Tensor, count: Tensor, softcap: float | None, needs_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Computes `icenet_torch.nn.loss._chunk`. The gradient takes the place of the logits.
-
-    A program reads a row twice, the second time from the L2 cache.
-    """
-    rows, width = logits.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    if rows:
-        with torch.cuda.device(logits.device):
-            _cross_entropy[(rows,)](
-                logits,
-                labels,
-                count,
-                losses,
-                softcap or 1.0,
-                width,
-                CAPPED=softcap is not None,
-                GRADIENT=needs_gradient,
-                BLOCK=min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(width)),
-                num_warps=CROSS_ENTROPY_WARPS,
-            )
-    return losses, logits if needs_gradient else None
 
 
 def attend(
@@ -163,113 +91,6 @@ def rotate(x: Tensor, angles: Tensor, pairs: str) -> Tensor:
             ANGLES_PER_ROW=angles.ndim > 3 and angles.shape[0] > 1,
         )
     return out.transpose(1, 2)
-
-
-@triton.jit
-def _four_rounds(x0, x1, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr):  # type: ignore[no-untyped-def]
-    x0 += x1
-    x1 = ((x1 << a) | (x1 >> (32 - a))) ^ x0
-    x0 += x1
-    x1 = ((x1 << b) | (x1 >> (32 - b))) ^ x0
-    x0 += x1
-    x1 = ((x1 << c) | (x1 >> (32 - c))) ^ x0
-    x0 += x1
-    x1 = ((x1 << d) | (x1 >> (32 - d))) ^ x0
-    return x0, x1
-
-
-@triton.jit
-def _words(keys, row, c, half):  # type: ignore[no-untyped-def]
-    """Computes threefry-2x32-20 of the counters (c, c + half) under the key of a row; see `icenet.core.rng`."""
-    k0 = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True)
-    k1 = tl.load(keys + 2 * row + 1).to(tl.uint32, bitcast=True)
-    k2 = k0 ^ k1 ^ 0x1BD11BDA
-    x0 = c.to(tl.uint32) + k0
-    x1 = (c + half).to(tl.uint32) + k1
-    x0, x1 = _four_rounds(x0, x1, 13, 15, 26, 6)
-    x0 += k1
-    x1 += k2 + 1
-    x0, x1 = _four_rounds(x0, x1, 17, 29, 16, 24)
-    x0 += k2
-    x1 += k0 + 2
-    x0, x1 = _four_rounds(x0, x1, 13, 15, 26, 6)
-    x0 += k0
-    x1 += k1 + 3
-    x0, x1 = _four_rounds(x0, x1, 17, 29, 16, 24)
-    x0 += k1
-    x1 += k2 + 4
-    x0, x1 = _four_rounds(x0, x1, 13, 15, 26, 6)
-    x0 += k2
-    x1 += k0 + 5
-    return x0, x1
-
-
-@triton.jit
-def _mask(keys, out, n, half, threshold, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x0, x1 = _words(keys, row, c, half)
-    first = out + row * n + c
-    tl.store(first, x0 >= threshold, mask=c < half)
-    tl.store(first + half, x1 >= threshold, mask=c + half < n)
-
-
-@triton.jit
-def _dropout(x, out, keep, keys, n, half, threshold, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x0, x1 = _words(keys, row, c, half)
-    index = row * n + c
-    valid = c < half
-    kept = x0 >= threshold
-    tl.store(keep + index, kept, mask=valid)
-    tl.store(out + index, tl.where(kept, tl.load(x + index, mask=valid) * scale, 0.0), mask=valid)
-    index += half
-    valid = c + half < n
-    kept = x1 >= threshold
-    tl.store(keep + index, kept, mask=valid)
-    tl.store(out + index, tl.where(kept, tl.load(x + index, mask=valid) * scale, 0.0), mask=valid)
-
-
-@triton.jit
-def _logits(row, column, width, cap, CAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Returns a part of a row of logits, fp32, after the softcap; -inf outside of the row."""
-    x = tl.load(row + column, mask=column < width, other=0.0).to(tl.float32)
-    if CAPPED:
-        x = cap * (1 - 2 / (tl.exp(2 * x / cap) + 1))  # tanh
-    return tl.where(column < width, x, float("-inf"))
-
-
-@triton.jit
-def _cross_entropy(  # type: ignore[no-untyped-def]
-    logits, labels, count, losses, cap, width, CAPPED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
-):
-    place = tl.program_id(0).to(tl.int64)
-    row = logits + place * width
-    label = tl.load(labels + place)
-    top = tl.full((), float("-inf"), tl.float32)
-    totals = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        x = _logits(row, start + tl.arange(0, BLOCK), width, cap, CAPPED)
-        higher = tl.maximum(top, tl.max(x, axis=0))
-        totals = totals * tl.exp(top - higher) + tl.exp(x - higher)
-        top = higher
-    log_total = top + tl.log(tl.sum(totals, axis=0))
-    chosen = tl.load(row + tl.maximum(label, 0)).to(tl.float32)
-    if CAPPED:
-        chosen = cap * (1 - 2 / (tl.exp(2 * chosen / cap) + 1))
-    tl.store(losses + place, tl.where(label >= 0, log_total - chosen, 0.0))
-    if GRADIENT:
-        tl.debug_barrier()  # the logit of the label was read before another thread replaces it
-        weight = 1.0 / tl.load(count).to(tl.float32)
-        for start in range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = _logits(row, column, width, cap, CAPPED)
-            gradient = (tl.exp(x - log_total) - (column == label)) * weight
-            if CAPPED:
-                gradient *= 1 - x * x / (cap * cap)
-            gradient = tl.where(label >= 0, gradient, 0.0)
-            tl.store(row + column, gradient.to(logits.dtype.element_ty), mask=column < width)
 
 
 @triton.jit
