@@ -128,6 +128,8 @@ class Samples(Generic[F]):
         in_order: By PyTorch that sums term by term, perturbed (floor 6); None for IceNet's own layers.
         count: The largest number of samples; None for SAMPLES.
         may_jump: Whether the gradients are those of a whole model, which may jump (floor 7).
+        in_order_first: Whether floor 6 is tried before floor 5. What passes with one of them passes in either order;
+            where most values need floor 6, fewer runs are enough.
     """
 
     reference: F
@@ -136,6 +138,7 @@ class Samples(Generic[F]):
     in_order: F | None = None
     count: int | None = None
     may_jump: bool = False
+    in_order_first: bool = False
 
     def few(self) -> Samples[F]:
         """Returns FEW samples without repetitions, for values whose judgement does not change the verdict."""
@@ -144,7 +147,15 @@ class Samples(Generic[F]):
     def map(self, function: Callable[[F], G]) -> Samples[G]:
         """Returns the results of a function for each field that is not None."""
         mlx, in_order = (None if item is None else function(item) for item in (self.mlx, self.in_order))
-        return Samples(function(self.reference), function(self.torch), mlx, in_order, self.count, self.may_jump)
+        return Samples(
+            function(self.reference),
+            function(self.torch),
+            mlx,
+            in_order,
+            self.count,
+            self.may_jump,
+            self.in_order_first,
+        )
 
 
 def judge_values(
@@ -274,12 +285,32 @@ class _Resampling:
     def _judge_with_samples(self, names: list[str]) -> tuple[dict[str, Judgement], list[str]]:
         """Returns the judgements with the floors 5 and 6, and the values that were given fewer samples."""
         run, in_order = self._run, self._samples.in_order
+        if in_order is not None and self._samples.in_order_first:
+            return self._judge_in_order_first(in_order, names)
         cut = self._sample_noise(self._samples.torch, names)
         judged = {name: run.judge(name) for name in names}
         still_over = [name for name in names if judged[name].is_over]
         if in_order is not None and still_over:
             cut = self._sample_noise(in_order, still_over)
             judged |= {name: replace(run.judge(name), plain_ratio=judged[name].ratio) for name in still_over}
+        return judged, cut
+
+    def _judge_in_order_first(
+        self, in_order: Callable[[int], Values], names: list[str]
+    ) -> tuple[dict[str, Judgement], list[str]]:
+        """Does the same with floor 6 before floor 5. The noise of what passes with neither is that of floor 6."""
+        run = self._run
+        cut = self._sample_noise(in_order, names)
+        judged = {name: run.judge(name) for name in names}
+        still_over = {name: run.noises[name] for name in names if judged[name].is_over}
+        if still_over:
+            self._sample_noise(self._samples.torch, list(still_over))
+            for name, noise in still_over.items():
+                judgement = run.judge(name)
+                if judgement.passed:
+                    judged[name] = judgement
+                else:
+                    run.noises[name] = noise
         return judged, cut
 
     def _sample_noise(self, sample: Callable[[int], Values], pending: list[str]) -> list[str]:
