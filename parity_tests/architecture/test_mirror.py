@@ -19,6 +19,7 @@ TORCH_FILES = {
     "tools.state_dict",  # a PyTorch state dict needs no engine
     *("tools.maxima", "tools.sums"),  # the noise is measured in PyTorch
     "tools.originals",  # what is ported
+    "tools.pointwise",  # the weights of `b` are reshaped, which is PyTorch
     "tools.recurrent_parts",  # MLX has recurrent layers of one direction only
     "tools.variants",  # the causes of a difference are tried on PyTorch
 }

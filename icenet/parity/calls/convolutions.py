@@ -1,8 +1,11 @@
-"""Weights of convolutions that a user's module holds itself: their axes are known from their use.
+"""Weights of convolutions whose axes the kinds of the layers do not tell.
 
-The axes of a plain array are the same in both frameworks, except that the weight of a convolution has its channels
-last in MLX. An array is such a weight if both sides call the same convolution with it. If one of them computes the
-weight of the convolution from arrays, as a weight norm does, the shapes decide, and they must fit in one way only.
+Those that a user's module holds itself are known from their use. The axes of a plain array are the same in both
+frameworks, except that the weight of a convolution has its channels last in MLX. An array is such a weight if both
+sides call the same convolution with it. If one of them computes the weight of the convolution from arrays, as a
+weight norm does, the shapes decide, and they must fit in one way only.
+
+A convolution of size 1 is a linear layer, whose weight has fewer axes.
 """
 
 from __future__ import annotations
@@ -55,6 +58,23 @@ def align_convolutions(c: Comparison, inputs: Inputs) -> None:
             )
     for path, items in found.items():
         c.a.set_layer_kind(path, " ".join(("plain", *items)))
+
+
+def align_points(c: Comparison) -> None:
+    """Gives linear layers of `b` that are convolutions of size 1 in `a` the shape of its weight, and the reverse."""
+    if (c.a.backend, c.b.backend) != ("mlx", "torch") or not isinstance(c.b, ModuleSide):
+        return
+    for ours, theirs in c.parameter_names.items():
+        own, other = c.a.shapes[ours], c.b.shapes[theirs]
+        short, long = sorted((own, other), key=len)
+        holder, leaf = layout.split(ours)
+        is_layer = c.a.layer_kinds.get(holder) in ("linear", "conv1d", "conv2d", "conv3d") and leaf == "weight"
+        if not is_layer or len(short) != 2 or len(long) == 2 or long != (*short, *[1] * (len(long) - 2)):
+            continue
+        path = c.a.names[holder]
+        if all(isinstance(side, ModuleSide) and side.set_weight_shape(path, own) for side in (c.b, c.reference)):
+            kinds = [side.classes[place].rpartition(".")[2] for side, place in ((c.a, holder), (c.b, path))]
+            c.notes_of(path).append(f"a {kinds[0]} in a, and a {kinds[1]} in b whose weight has the same values")
 
 
 def _moved(kind: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -228,6 +228,23 @@ class ModuleCopy(Side):
         self.layer_kinds = self._tree.layer_kinds(self.module)
         self.__dict__.pop("shapes", None)
 
+    def set_weight_shape(self, path: str, shape: tuple[int, ...]) -> bool:
+        """Gives a linear layer or a convolution of size 1 of PyTorch the shape of the other one's weight.
+
+        Returns:
+            False if the layer at the path is none of both, or its weight is that of another layer, too.
+        """
+        points = backends.module("torch", "tools.pointwise")
+        layer = self.modules[path]
+        is_shared = sum(getattr(inner, "weight", None) is layer.weight for inner in self.modules.values()) > 1
+        if self.backend != "torch" or is_shared or not points.is_pointwise(layer):
+            return False
+        self.module = points.with_weight_shape(self.module, path, shape)
+        self.modules = self.tools.distinct_modules(self.module)
+        for name in ("shapes", "trainable_names"):
+            self.__dict__.pop(name, None)
+        return True
+
     def _seed_dropouts(self, before: Event | None) -> None:
         """Sets the keys of the dropout layers, as they are when an event begins."""
         for path, layer in self._dropouts.items():

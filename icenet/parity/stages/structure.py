@@ -12,7 +12,7 @@ import numpy.typing as npt
 from icenet.core.errors import UsageError
 from icenet.core.weights import layout
 from icenet.parity import align
-from icenet.parity.calls.convolutions import align_convolutions
+from icenet.parity.calls.convolutions import align_convolutions, align_points
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairing import first_mismatch, pair_calls, relative
 from icenet.parity.calls.pairs import Pair
@@ -72,6 +72,7 @@ def compare_parameters(c: Comparison, stage: Stage, inputs: Inputs) -> None:
     """Compares which parameters there are, and their shapes; copies the weights of `b`, if they are to be copied."""
     c.parameter_names, one_sided = _pair_parameters(c)
     align_convolutions(c, inputs)
+    align_points(c)
     trained = {"a": c.a.trainable_names, "b": c.b.trainable_names}
     for path, name, side in one_sided:
         whole = f"{path}.{name}" if path else name
