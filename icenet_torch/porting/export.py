@@ -21,11 +21,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError
-from icenet.core.porting.record import Graph
+from icenet.core.porting.record import Graph, OpenLoop
 from icenet_torch.porting import attentions, constants, losses, recurrent, sizes, traceable, vectorized, whole
 from icenet_torch.porting.failures import broken
 from icenet_torch.porting.reader import NUMBERS, Reader
 from icenet_torch.porting.repeated import Repeated
+from icenet_torch.porting.steps import Steps
 
 _library = torch.library.Library("icenet_port", "DEF")
 for _name in ("enter", "exit"):
@@ -35,7 +36,12 @@ for _name in ("enter", "exit"):
 
 
 def export(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, training: bool
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: Any,
+    training: bool,
+    open_loops: bool = True,
 ) -> tuple[Graph, Any, Any]:
     """Exports a module in one mode.
 
@@ -45,6 +51,7 @@ def export(
         dynamic: What `torch.export.export` takes as `dynamic_shapes`. "auto" tries every dimension, then the first of
             each tensor, then none.
         training: Whether to export the training mode.
+        open_loops: Whether the sizes over which loops run stay open.
 
     Returns:
         The record, the `ExportedProgram`, and the dynamic shapes that it has.
@@ -54,14 +61,15 @@ def export(
     """
     with same_attributes(module):
         module.train(training)
-        program, shapes, found = _program(module, args, kwargs, dynamic, repeated := Repeated())
+        steps = Steps() if open_loops else None
+        program, shapes, found = _program(module, args, kwargs, dynamic, repeated := Repeated(), steps)
         if repeated.varied():
             with contextlib.suppress(PortError):  # what the first export has is enough
-                program, shapes, found = _program(module, args, kwargs, shapes, Repeated(repeated.varied()))
+                program, shapes, found = _program(module, args, kwargs, shapes, Repeated(repeated.varied()), steps)
     attentions.simplify_attentions(program)
     sizes.drop_indices(program)
     graph = Reader(module, program, args, kwargs, training).read()
-    graph.functions, graph.constants = found
+    graph.functions, graph.constants, graph.loops = found
     return graph, program, shapes
 
 
@@ -96,8 +104,8 @@ BUDGET = 30.0
 """Seconds of processor time that an export with every dimension open may take; some models reason about sizes."""
 
 
-Found: TypeAlias = tuple[list[str], dict[str, int]]
-"""What `Graph` has as functions and constants."""
+Found: TypeAlias = tuple[list[str], dict[str, int], list[OpenLoop]]
+"""What `Graph` has as functions, constants and loops."""
 
 
 class _TooSlow(Exception):
@@ -105,7 +113,12 @@ class _TooSlow(Exception):
 
 
 def _program(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any, repeated: Repeated
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: Any,
+    repeated: Repeated,
+    steps: Steps | None,
 ) -> tuple[Any, Any, Found]:
     tries: list[tuple[Any, float | None]] = [(dynamic, None)]
     if dynamic == "auto":
@@ -138,14 +151,18 @@ def _program(
                 sizes.open_sizes(),
                 sizes.open_names(module),
                 vectorized.vectorized(),
+                steps.open(module) if steps is not None else contextlib.nullcontext(),
             ):
                 warnings.simplefilter("ignore")
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-            result = program, shapes, (functions, {path: int(value) for path, value in known.items()})
+            loops = steps.loops() if steps is not None else []
+            result = program, shapes, (functions, {path: int(value) for path, value in known.items()}, loops)
             if not _reads_numbers(program):
                 return result
             found = found or result
         except Exception as error:  # whatever a user's forward raises
+            if steps is not None and steps.found:
+                return _program(module, args, kwargs, dynamic, repeated, None)
             if not isinstance(error, _TooSlow):
                 last = error  # of the fewest open sizes: its cause is no size
             if isinstance(error, PortError):

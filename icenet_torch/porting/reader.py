@@ -180,7 +180,7 @@ class Reader:
                 self.append(node, "sym.item", {"self": arguments(node.args[0])}, names)
                 return
             schema = target._schema
-            if namespace in ("icenet_rnn", "icenet_loss", "icenet_size", "icenet_whole"):
+            if namespace in ("icenet_rnn", "icenet_loss", "icenet_size", "icenet_step", "icenet_whole"):
                 name = rest
             given: dict[str, Any] = {}
             for index, item in enumerate(schema.arguments):
@@ -190,6 +190,8 @@ class Reader:
                     given[item.name] = arguments(node.kwargs[item.name])
                 else:
                     given[item.name] = arguments(item.default_value) if item.has_default_value() else None
+            if namespace == "icenet_step":
+                given.pop("size")  # the shape of the result has it
             mutates = next(
                 (item.name for item in schema.arguments if item.alias_info is not None and item.alias_info.is_write),
                 None,

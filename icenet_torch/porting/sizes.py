@@ -55,11 +55,27 @@ _SQRT = math.sqrt
 @contextlib.contextmanager
 def open_names(module: nn.Module) -> Iterator[None]:
     """Keeps `len(x)` of a tensor, and `sqrt` of `from math import sqrt`, open in the files of a module's classes."""
+
+    def opened(names: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {name: _sqrt for name, value in names.items() if value is _SQRT}
+        return found if "len" in names else {**found, "len": _len}
+
+    with changed_names(module, opened):
+        yield
+
+
+@contextlib.contextmanager
+def changed_names(module: nn.Module, changed_in: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Gives global names of the files of a module's classes other values while the context is open.
+
+    Args:
+        module: The module.
+        changed_in: Returns the values by their names, from the names of a file.
+    """
     files = {id(names): names for names in map(_names, module.modules()) if names is not None}
     changed = []
     for names in files.values():
-        opened: dict[str, Any] = {name: _sqrt for name, value in names.items() if value is _SQRT}
-        opened |= {} if "len" in names else {"len": _len}
+        opened = changed_in(names)
         changed.append((names, opened.keys(), {name: names[name] for name in opened if name in names}))
         names.update(opened)
     try:

@@ -59,17 +59,28 @@ def native(path: str, names: dict[str, str]) -> str:
 
 
 def optimizer_notes(*graphs: Graph | None) -> list[str]:
-    """Returns a note for each child whose name is a key of an optimizer's state, where MLX keeps it next to them."""
+    """Returns a note for each parameter that MLX's optimizers do not train as PyTorch's do.
+
+    They keep values of their own next to those of the children, and square a complex gradient as it is.
+    """
     trained = {
-        array.path.partition(".")[0]
+        array.path: array
         for graph in graphs
         if graph is not None
         for array in graph.arrays.values()
         if array.kind == "parameter" and array.is_trainable
     }
-    return [
+    children = {path.partition(".")[0] for path in trained}
+    notes = [
         f"{name}: MLX's optimizers have a value of their own under this name, and fail to update the port; to train "
         f"it, give the optimizer a module that holds the port as a child, or rename {name} in the original"
         for name in ("learning_rate", "step")
-        if name in trained
+        if name in children
     ]
+    complex_ones = [path for path, array in trained.items() if array.tensor.is_complex]
+    if complex_ones:
+        notes.append(
+            f"{complex_ones[0]} is complex: optimizers of MLX that square gradients, such as Adam, update it "
+            "otherwise than PyTorch's; SGD does not"
+        )
+    return notes

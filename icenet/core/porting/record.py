@@ -148,6 +148,30 @@ class Argument:
     """Whether the original has a default for it."""
 
 
+@dataclass(frozen=True)
+class OpenLoop:
+    """A loop of the original over a range with an open size: `for t in range(x.shape[1])`."""
+
+    file: str
+    first: int
+    last: int
+    """Its lines."""
+    start: str
+    stop: str
+    """The expressions of its bounds."""
+    low: int
+    high: int
+    """The bounds in the example."""
+
+    def surrounds(self, place: Place | None) -> bool:
+        """Returns whether a statement is in the loop, or led to by one that is."""
+        return place is not None and any(self.surrounds_line(*statement) for statement in place.chain)
+
+    def surrounds_line(self, file: str, line: int) -> bool:
+        """Returns whether a line is in the loop."""
+        return file == self.file and self.first <= line <= self.last
+
+
 @dataclass
 class Graph:
     """The graph of one mode of a module."""
@@ -177,6 +201,8 @@ class Graph:
     """The values of buffers that the export took as constants, by path."""
     shared_modules: dict[str, str] = field(default_factory=dict)
     """The first path of each further path of a module."""
+    loops: list[OpenLoop] = field(default_factory=list)
+    """The loops whose number of steps is open."""
 
     def values(self) -> dict[str, Any]:
         """Returns shape and dtype of every value: inputs, arrays and results of operations."""

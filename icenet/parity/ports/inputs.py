@@ -81,6 +81,8 @@ def other_sizes(plan: Plan, given: Arguments, accepts: Callable[[Arguments], boo
         [odd, lambda name, size: size + 31 if size % 32 == 0 else odd(name, size)],
         [lambda name, size: 1 if name == first else size, lambda name, size: 1 if size == symbols[first] else size],
     ]
+    if plan.graph.loops:  # whose steps may be a part of a size
+        unusual.append([lambda name, size: 2 * size + 1])
     found: list[Arguments] = []
     shapes = {sizes_text(given)}
     for ways in (larger, *unusual):

@@ -242,10 +242,21 @@ def port(
         accelerated = accelerated if layers.is_accelerated(accelerated) else None
         return plan, model, prove(checked, proven, torch_module, program, arrays, named, progress, accelerated)
 
-    plan, model, report = attempt(False)
+    if graph.loops:
+        try:
+            plan, model, report = attempt(False)
+            is_open = report.passed
+        except PortError:
+            is_open = False
+        if not is_open:  # the loops need the number of steps of the example
+            graph, train, program, notes = _export(exporter, torch_module, args, kwargs, dynamic, open_loops=False)
+    if not graph.loops:
+        plan, model, report = attempt(False)
     if not report.passed and dynamic is None and any(item.shape[:1] == (1,) for item in arrays_of((arrays, named))):
         # a batch of 1 may be computed in another way than larger ones: `x.squeeze(0)`
-        graph, train, program, notes = _export(exporter, torch_module, args, kwargs, None, widened=False)
+        graph, train, program, notes = _export(
+            exporter, torch_module, args, kwargs, None, widened=False, open_loops=False
+        )
         plan, model, report = attempt(False)
     if any(check.what == "gradients" and math.isinf(check.ratio) for check in report.checks):
         others = attempt(True)
@@ -337,7 +348,14 @@ def check(
 
 
 def _export(
-    exporter: Any, module: Any, args: Any, kwargs: Any, dynamic: Any, *, widened: bool = True
+    exporter: Any,
+    module: Any,
+    args: Any,
+    kwargs: Any,
+    dynamic: Any,
+    *,
+    widened: bool = True,
+    open_loops: bool = True,
 ) -> tuple[Graph, Graph | None, Any, list[str]]:
     examples = backends.module("torch", "porting.inputs")
     examples.check_arguments(module, args, kwargs)
@@ -345,23 +363,23 @@ def _export(
     wide_args, wide_kwargs = examples.widened(args, kwargs) if is_open else (args, kwargs)
     shapes = "auto" if dynamic is None else dynamic
     try:
-        graph, program, shapes = exporter.export(module, wide_args, wide_kwargs, shapes, False)
+        graph, program, shapes = exporter.export(module, wide_args, wide_kwargs, shapes, False, open_loops)
     except PortError:
         if wide_args is args:
             examples.check_call(module, args, kwargs)
             raise
         wide_args, wide_kwargs = args, kwargs
         examples.check_call(module, args, kwargs)
-        graph, program, shapes = exporter.export(module, args, kwargs, shapes, False)
+        graph, program, shapes = exporter.export(module, args, kwargs, shapes, False, open_loops)
     if wide_args is not args and any(
         isinstance(tensor, Tensor) and tensor.shape[:1] == (2,)
         for tensor in (graph.tensors[ref.name] for ref in graph.inputs)
     ):  # the batch is fixed
         wide_args, wide_kwargs = args, kwargs
-        graph, program, shapes = exporter.export(module, args, kwargs, "auto", False)
+        graph, program, shapes = exporter.export(module, args, kwargs, "auto", False, open_loops)
     notes: list[str] = []
     try:
-        train, _, _ = exporter.export(module, wide_args, wide_kwargs, shapes, True)
+        train, _, _ = exporter.export(module, wide_args, wide_kwargs, shapes, True, open_loops)
     except PortError as error:
         train = None
         notes.append(f"training mode: {error}")

@@ -55,7 +55,8 @@ def prove(
     exact, single = run.Reference(module, True), run.Reference(module, False)
 
     def accepts(given: Arguments) -> bool:
-        if any(array.shape[:1] == (1,) for array in arrays_of(given)):  # an export has no batch of 1
+        is_one = any(array.shape[:1] == (1,) for array in arrays_of(given))
+        if is_one or plan.graph.loops:  # an export has no batch of 1, and the steps of the example
             return _runs(single, given)
         accepted: bool = run.accepts(program, *given)
         return accepted
@@ -151,6 +152,10 @@ def _try_fixed_sizes(plan: Plan, model: Any, exact: Any, single: Any, example: A
                 same.setdefault(size, []).append((number, dim))
     for size, places in same.items():
         tries = [places, *([place] for place in places)] if len(places) > 1 else [places]
+        shapes = [array.shape for array in arrays_of(example)]
+        equal = [(number, dim) for number, shape in enumerate(shapes) for dim, n in enumerate(shape) if n == size]
+        if len(equal) > len(places):  # others of this size are open, and the module may need equal ones
+            tries.append(equal)
         for chosen in tries:
             near = with_sizes(example, dict.fromkeys(chosen, size + (32 if size % 32 == 0 else 1)))
             far = with_sizes(example, dict.fromkeys(chosen, 4 * size))  # of which an integer can be the square root
@@ -161,7 +166,7 @@ def _try_fixed_sizes(plan: Plan, model: Any, exact: Any, single: Any, example: A
             if agreed := _agreed(Pair(plan, model, exact, single, given, False)):
                 report.checks += agreed
                 continue  # all at once; each alone may differ, as a source may read the width from the height
-            for number, dim in chosen:
+            for number, dim in set(chosen) & set(places):
                 report.fixed.setdefault(plan.graph.inputs[number].name, {})[dim] = size
             if len(chosen) > 1:
                 break

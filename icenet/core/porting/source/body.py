@@ -101,7 +101,8 @@ class Frame(Inlining):
             self.lines.append(Line("return " + ", ".join(self.expression(Ref(name)) for name in results)))
         self.unpack_sizes()
         places = [item.place for item in self.items if item.place is not None]
-        lines = tuples(roll(self.lines, self.list_names), {place.chain: place.targets for place in places})
+        rolled = self.with_open_loops(roll(self.lines, self.list_names))
+        lines = tuples(rolled, {place.chain: place.targets for place in places})
         for line in lines:
             line.code = RANGE.sub(self.elements, line.code)
         return Body(signature, lines, results)
@@ -143,7 +144,8 @@ class Frame(Inlining):
         text, start, stop = match[1], int(match[2]), int(match[3])
         inner = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", text)[5:]
         path = self.structure.original(self.structure.outer(self.call.path), inner)
-        size = self.structure.length(path)
+        shapes = [array.tensor.shape for array in self.graph.graph.arrays.values() if array.path == path]
+        size = self.structure.length(path) if path in self.structure.modules else shapes[0][0] if shapes else 0
         if start == 0 and stop == size:
             return text
         return f"{text}[{start or ''}:{stop if stop != size else ''}]"

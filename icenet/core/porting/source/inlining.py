@@ -57,7 +57,7 @@ class Inlining(SizeVariables):
             self.keep(text, len(self.items))
             return True
         assert user is not None
-        if self.is_next_turn(item, user):
+        if self.is_next_turn(item, user) or self.is_last_element(node, user):
             return False
         if self.is_element(user) and not (is_part and self.is_listed(user) and not self.is_turn(user)):
             return False  # the loop reads a variable
@@ -71,6 +71,14 @@ class Inlining(SizeVariables):
             return False
         self.keep(text, consumer)
         return True
+
+    def is_last_element(self, node: Node, user: Item) -> bool:
+        """Returns whether a value is the last one of a list whose others, of the same statement, have variables."""
+        if not isinstance(user, Node) or user.base not in ("stack", "cat") or node.name in self.lists:
+            return False
+        names = [ref.name for ref in user.args["tensors"]]
+        other = self.graph.by_name.get(names[-2]) if len(names) > 2 and names[-1] == node.name else None
+        return other is not None and other.place == node.place is not None and self.uses[other.name] > 1
 
     def is_passed_on(self, node: Node, user: Item) -> bool:
         """Returns whether the next operation gives another shape to a value that has another shape and no name."""

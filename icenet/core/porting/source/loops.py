@@ -82,7 +82,7 @@ def _enumerated(loop: Loop) -> tuple[Line, list[Line]]:
     """Writes a loop over the steps as one over the list of which it takes the element of each step."""
     head, inner = loop.head, loop.body
     lists = {match[1] for line in inner for match in _STEP.finditer(line.code)}
-    if len(lists) != 1:
+    if len(lists) != 1 or loop.step != 1:
         return head, inner
     text = lists.pop()
     name = next(iter(_named(inner, [text], [*loop.before, *loop.after])), "") or _singular(text)
@@ -101,6 +101,7 @@ def _named(block: list[Line], lists: list[str], others: list[Line]) -> list[str]
     """Returns the variables that the original's loop has for the elements of lists, none if they are not free."""
     origin = block[0].origin
     known = loop_names(*origin[-1]) if origin else {}
+    known = {text: name for text, name in known.items() if not text.startswith("range(")}  # of numbers
     names = [*known.values()] if len(known) == len(lists) == 1 else [known[text] for text in lists if text in known]
     elements = {name for line in others if (head := _HEAD.match(line.code)) for name in head[1].split(", ")}
     words = {word for line in (*block, *others) for word in re.findall(r"\w+", line.code)} - elements

@@ -103,6 +103,11 @@ def _elements(loop: ast.For) -> dict[str, str]:
     return {ast.unparse(item): name.id for item, name in pairs if isinstance(name, ast.Name)}
 
 
+def loop_at(file: str, line: int) -> tuple[int, int] | None:
+    """Returns first and last line of the loop or comprehension that begins at a line, None without one."""
+    return next((found[:2] for found in _loops(file) if found[0] == line), None)
+
+
 def is_in_loop(file: str, line: int) -> bool:
     """Returns whether a statement may run more than once in a call of its function, or has a loop within it."""
     return any(first <= line <= last for first, last, _ in _loops(file)) or "map(" in linecache.getline(file, line)

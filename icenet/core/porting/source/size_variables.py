@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from dataclasses import replace
 
 from icenet.core.errors import PortError
 from icenet.core.porting.graph.calls import Call
-from icenet.core.porting.record import Node, Tensor, refs
+from icenet.core.porting.record import Node, OpenLoop, Tensor, refs
 from icenet.core.porting.source import sizes
 from icenet.core.porting.source.lines import Line
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import Values
 from icenet.core.porting.source.variables import Variables
+
+_STEPS = re.compile(r"(for \w+ in (?:reversed\()?range)\((?:(\d+), )?(\d+)\)(\)?:)")
 
 
 class SizeVariables(Variables):
@@ -35,6 +39,10 @@ class SizeVariables(Variables):
             for name in refs(item.args) if isinstance(item, Node) and item.base != "sym.sym_size" else ():
                 if self.graph.size(name) is not None:
                     reads.setdefault(str(self.graph.size(name)), []).append(index)
+        for loop in self.loops():
+            start = next(index for index, item in enumerate(self.items) if loop.surrounds(item.place))
+            for symbol in _symbols(loop):
+                reads.setdefault(symbol, []).extend([start] * 2)  # a loop reads a variable
         targets = {
             name
             for item in self.items
@@ -70,6 +78,49 @@ class SizeVariables(Variables):
             self.lines.append(line)
             self.unpackings.append((line, self.text[value], names, tensor))
 
+    def loops(self) -> list[OpenLoop]:
+        """Returns the loops over open sizes of this call."""
+        return [loop for loop in self.graph.graph.loops if any(loop.surrounds(item.place) for item in self.items)]
+
+    def with_open_loops(self, lines: list[Line]) -> list[Line]:
+        """Gives loops whose number of steps is a size that size: `for step in range(T)`.
+
+        Raises:
+            PortError: A loop of the original is none here.
+        """
+        loops = self.loops()
+        left = set(loops)
+        found = []
+        for line, following in itertools.zip_longest(lines, lines[1:]):
+            match = _STEPS.fullmatch(line.code)
+            origin = following.origin if match and following is not None else None
+            low, high = (int(match[2] or 0), int(match[3])) if match else (0, 0)
+            around = [
+                loop
+                for loop in loops
+                if origin and any(loop.surrounds_line(*statement) for statement in origin) and low >= loop.low
+            ]
+            loop = max(around, key=lambda item: item.first, default=None)
+            if match and loop is not None:
+                stop = self.bound(loop.stop, high - loop.high)
+                start = self.bound(loop.start, low - loop.low)
+                line = replace(line, code=f"{match[1]}({f'{start}, ' if start != '0' else ''}{stop}){match[4]}")
+                left.discard(loop)
+            found.append(line)
+        if left and not self.structure.trace:
+            loop = next(iter(left))
+            raise PortError(f"{loop.file}:{loop.first}: the number of steps of the loop is that of the example")
+        return found
+
+    def bound(self, expression: str, more: int) -> str:
+        """Returns the source of a bound of a loop, and a number added to it."""
+        if re.fullmatch(r"-?\d+", expression):
+            return str(int(expression) + more)
+        text = re.sub(r"\b[a-z]+\d+\b", lambda match: self.sizes.get(match[0], match[0]), expression)
+        if added := re.fullmatch(r"(\w+) ([+-]) (\d+)", text):
+            text, more = added[1], more + int(added[2] + added[3])
+        return f"{text} {'-' if more < 0 else '+'} {abs(more)}" if more else text
+
     def pin_sizes(self, parameters: list[str]) -> None:
         """Keeps the variables from which sizes without a variable are read."""
         defined = self.graph.definers(self.items)
@@ -89,9 +140,11 @@ class SizeVariables(Variables):
 
     def unpack_sizes(self) -> None:
         """Writes the statements that give sizes to variables, those that are read."""
+        in_loops = {self.sizes.get(symbol, "") for loop in self.loops() for symbol in _symbols(loop)}
         for line, text, names, tensor in self.unpackings:
             self.name_length(names, tensor)
             words = {word for other in self.lines if other is not line for word in re.findall(r"\w+", other.code)}
+            words |= in_loops
             kept = [name if name in words else "_" for name in names]
             used = [axis for axis, name in enumerate(kept) if name != "_"]
             if not used:
@@ -156,3 +209,8 @@ class SizeVariables(Variables):
     def operation(self, node: Node) -> str:
         """Returns the source of an operation."""
         raise NotImplementedError
+
+
+def _symbols(loop: OpenLoop) -> list[str]:
+    """Returns the open sizes in the bounds of a loop."""
+    return re.findall(r"\b[a-z]+\d+\b", f"{loop.start} {loop.stop}")

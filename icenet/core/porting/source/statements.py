@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from icenet.core.porting.graph.calls import Call, Item
-from icenet.core.porting.record import WHOLE, Node, refs
+from icenet.core.porting.record import WHOLE, Node, Ref, refs
 from icenet.core.porting.source.loops import kind
 from icenet.core.porting.source.originals import is_in_loop
 from icenet.core.porting.source.structure import Structure
@@ -159,7 +159,18 @@ class Statements:
         final = [value for other, value in values if self.users.get(value) and self.is_final(other, value)]
         if len(final) != len(targets) or name not in final:
             return ""
+        parts = [self.part_of(value, item) for value in final]
+        if sorted(parts) == list(range(len(targets))):  # q, k, v = x.chunk(3), in any order of their forms
+            return targets[parts[final.index(name)]].strip("_")
         return targets[final.index(name)].strip("_")
+
+    def part_of(self, value: str, item: Item) -> int:
+        """Returns which part of a result a value is a form of, within the statement of an item; -1 for none."""
+        node = self.graph.by_name.get(value)
+        while node is not None and node.op != "item":
+            given = node.args.get("self")
+            node = self.graph.by_name.get(given.name) if isinstance(given, Ref) else None
+        return int(node.args["index"]) if node is not None and self.is_same_statement(node, item) else -1
 
     @staticmethod
     def is_plain(node: Node) -> bool:

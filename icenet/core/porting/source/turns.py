@@ -89,6 +89,8 @@ class Loop:
     after: list[Line]
     start: int
     count: int
+    step: int
+    """What a turn adds to the counter."""
 
 
 def turns(lines: list[Line], index: int, names: dict[str, str]) -> Loop | None:
@@ -156,6 +158,8 @@ class _Loop:
     def __init__(self, lines: list[Line], statements: list[Statement], found: Turns, names: dict[str, str]) -> None:
         self.lines, self.statements, self.found, self.names = lines, statements, found, names
         self.used = {word for statement in statements for word in statement.words}
+        self.step = 1
+        """What a turn adds to the numbers that rise; -1 if they fall."""
         self.carried: dict[tuple[int, int], str] = {}
         """The variables that a turn takes from the one before, and those that the first one reads."""
 
@@ -183,6 +187,9 @@ class _Loop:
             return None
         counter = next((name for name in _COUNTERS if name not in self.used), None)
         start = Counter(numbers.values()).most_common(1)[0][0] if numbers else 0
+        step = self.step
+        if step < 0 and start < found.count - 1:
+            return None
         if counter is None:
             return None
         body = []
@@ -195,11 +202,9 @@ class _Loop:
             for place in range(len(statement.words)):
                 first = numbers.get((number, place))
                 if first is not None:
-                    words[place] = (
-                        counter
-                        if first == start
-                        else f"{counter} {'-' if first < start else '+'} {abs(first - start)}"
-                    )
+                    is_subtracted = "".join(statement.words[:place]).endswith(" - ")
+                    more = start - first if is_subtracted else first - start
+                    words[place] = f"{counter} {'-' if more < 0 else '+'} {abs(more)}" if more else counter
             line = self.lines[found.index + number]
             comments = {self.lines[found.index + found.size * turn + number].comment for turn in range(len(rows))}
             comment = line.comment if len(comments) == 1 else ""
@@ -212,15 +217,19 @@ class _Loop:
         depth = self.lines[found.index].depth
         before, entries = self.entries(variables)
         entries += [f"{name} = [{first}]" for name, first in lists.values()]
-        bounds = f"{start}, {start + found.count}" if start else str(found.count)
-        head = f"for {counter if numbers else '_'} in range({bounds}):"
+        low = start if step > 0 else start - found.count + 1
+        bounds = f"{low}, {low + found.count}" if low else str(found.count)
+        steps = f"range({bounds})" if step > 0 else f"reversed(range({bounds}))"
+        if step > 1:
+            steps = f"range({start}, {start + step * found.count}, {step})"
+        head = f"for {counter if numbers else '_'} in {steps}:"
         before += [Line(code, "", depth) for code in entries]
         flat = [*before]
         for turn in range(found.count):
-            flat += _turn(body, counter, start + turn)
+            flat += _turn(body, counter, start + step * turn)
         if _meaning([*flat, *after]) != _meaning(self.lines):
             return None
-        return Loop(before, Line(head, "", depth), body, after, start, found.count)
+        return Loop(before, Line(head, "", depth), body, after, start, found.count, step)
 
     def sources(self) -> dict[tuple[int, int], str | tuple[int, int]] | None:
         """Returns what each statement of a turn reads: a variable from outside, or one that a statement sets.
@@ -262,24 +271,32 @@ class _Loop:
         return sources
 
     def numbers(self) -> dict[tuple[int, int], int] | None:
-        """Returns the first value of each number that rises in the turns; None if one changes in another way."""
+        """Returns the first value of each number that rises in the turns, or of each that falls.
+
+        None if one changes in another way.
+        """
         rising = {}
+        steps = set()
         for number, first in enumerate(self.found.rows[0]):
             assert first is not None
             for place, word in enumerate(first.words):
                 if not word.isdigit():
                     continue
                 values = [int(row[number].words[place]) for row in self.found.rows if row[number] is not None]  # type: ignore[union-attr]
-                if values == [int(word) + turn for turn in range(len(values))]:
+                step = values[1] - values[0] if len(values) > 1 else 1
+                if step >= -1 and step and values == [int(word) + step * turn for turn in range(len(values))]:
+                    steps.add(step)
                     around = (first.words[place - 1 : place] or [""])[0] + (
                         first.words[place + 1 : place + 2] or [""]
                     )[0]
-                    if not re.fullmatch(r"[\[(:\s,][\]):,]", around):
+                    # beyond one, a number is the index of a list
+                    if not re.fullmatch(r"[\[(:\s,][\]):,]" if step < 2 else r"\[\]", around):
                         return None
                     rising[number, place] = int(word)
                 elif len(set(values)) > 1:
                     return None
-        return rising
+        self.step = steps.pop() if steps else 1
+        return None if steps else rising
 
     def after(
         self, variables: dict[tuple[int, int], str]
@@ -335,9 +352,11 @@ class _Loop:
         elements = [word.strip() for word in "".join(inner).split(",")]
         before = "".join(words[start:place]).rstrip(", ")
         own = elements[len(before.split(",")) if before else 0 :]
-        turns_ = [defined.get(word) for word in own]
-        if turns_ != [(turn, *key) for turn in range(self.found.count)] or start == 0:
+        expected = [(turn, *key) for turn in range(self.found.count)]
+        is_reversed = [defined.get(word) for word in elements] == expected[::-1]
+        if not (is_reversed or [defined.get(word) for word in own] == expected) or start == 0:
             return None
+        before = "" if is_reversed else before
         text = "".join(inner)
         taken = ({*self.used} - set(elements)) | others
         name = self.names.get(text, "")
@@ -345,7 +364,7 @@ class _Loop:
             name = f"{variable}{'es' if variable.endswith('s') else 's'}"
             name = f"all_{variable}" if name in taken else name
         changed = dict.fromkeys(range(start - 1, end + 1), "")
-        changed[start - 1] = name
+        changed[start - 1] = f"{name}[::-1]" if is_reversed else name
         return name, before, changed
 
     def entries(self, variables: dict[tuple[int, int], str]) -> tuple[list[Line], list[str]]:
@@ -380,9 +399,13 @@ def _turn(body: list[Line], counter: str, value: int) -> list[Line]:
     """Returns the statements of a loop with a number in the place of its counter."""
 
     def number(match: re.Match[str]) -> str:
-        return str(value + int((match[1] or "0").replace(" ", "")))
+        more = int((match[2] or "0").replace(" ", ""))
+        return f"{match[1]}{value - more if match[1] else value + more}"
 
-    return [replace(line, code=re.sub(rf"\b{counter}( [+-] \d+)?\b", number, line.code)) for line in body]
+    return [replace(line, code=re.sub(rf"( - |\b){counter}( [+-] \d+)?\b", number, line.code)) for line in body]
+
+
+_BACKWARDS = re.compile(r"\[([\w, ]*)\]\[::-1\]")
 
 
 def _meaning(lines: list[Line]) -> list[str]:
@@ -397,6 +420,7 @@ def _meaning(lines: list[Line]) -> list[str]:
             return f"[{', '.join(lists[name])}]" if name in lists else values.get(name, name)
 
         text = statement.put({place: value(statement.words[place]) for place in statement.reads})
+        text = _BACKWARDS.sub(lambda match: f"[{', '.join(match[1].split(', ')[::-1])}]", text)
         match = re.fullmatch(r"(\w+)\.append\((.*)\)", line.code)
         if match and match[1] in lists:
             lists[match[1]].append(text.partition(".append(")[2][:-1])

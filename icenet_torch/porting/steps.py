@@ -1,0 +1,165 @@
+"""Loops over an open size, such as `for t in range(x.shape[1])`.
+
+An export runs a loop in Python, so its number of steps would fix the size. Here `range` runs the steps of the example
+and keeps the size open, and the writer of the source gives the loop its size again. `torch.stack` and `torch.cat` of
+a list that has as many elements as such a loop has steps have the size, too. A port whose loops need more is found by
+its proof; it is made without this.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from icenet.core.porting.record import OpenLoop
+from icenet.core.porting.source.originals import loop_at
+from icenet_torch.porting.sizes import changed_names
+
+_library = torch.library.Library("icenet_step", "DEF")
+for _name in ("stack", "cat"):
+    _library.define(f"{_name}(Tensor[] tensors, int dim, SymInt size) -> Tensor")
+
+
+def _joined(join: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def joined(tensors: Any, dim: int, size: Any) -> torch.Tensor:
+        return join(tensors, dim)
+
+    return joined
+
+
+def _shape(name: str) -> Callable[..., torch.Tensor]:
+    def shape(tensors: Any, dim: int, size: Any) -> torch.Tensor:
+        sizes = list(tensors[0].shape)
+        sizes[dim : dim + (name == "cat")] = [size]
+        dtype = functools.reduce(torch.promote_types, (item.dtype for item in tensors))
+        made: torch.Tensor = tensors[0].new_empty(sizes, dtype=dtype)
+        return made
+
+    return shape
+
+
+for _name in ("stack", "cat"):
+    _library.impl(_name, _joined(getattr(torch, _name)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"icenet_step::{_name}", _shape(_name), lib=_library)
+
+
+class Steps:
+    """Keeps the sizes of loops open."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, tuple[int, int], Any, Any]] = []
+        """File, first and last line of each loop, and the bounds of its range."""
+
+    def loops(self) -> list[OpenLoop]:
+        """Returns the loops, with the expressions that their sizes have at the end of the export."""
+        loops = [
+            OpenLoop(file, first, last, _text(start), _text(stop), _value(start), _value(stop))
+            for file, (first, last), start, stop in self.found
+        ]
+        return list(dict.fromkeys(loops))
+
+    @contextlib.contextmanager
+    def open(self, module: nn.Module) -> Iterator[None]:
+        """Replaces `range` in the files of a module's classes, `torch.stack` and `torch.cat`."""
+        self.found.clear()
+        before = {name: getattr(torch, name) for name in ("stack", "cat", "unbind")}
+        with changed_names(module, lambda names: {} if "range" in names else {"range": self.range}):
+            torch.stack, torch.cat = self.joining("stack", torch.stack), self.joining("cat", torch.cat)  # type: ignore[assignment]
+            torch.unbind = torch.Tensor.unbind = lambda *args, **names: self.unbind(*args, **names)  # type: ignore[assignment, method-assign]
+            iterate, torch.Tensor.__iter__ = torch.Tensor.__iter__, lambda x: iter(self.unbind(x))  # type: ignore[method-assign]
+            try:
+                yield
+            finally:
+                for name, function in before.items():
+                    setattr(torch, name, function)
+                del torch.Tensor.unbind
+                torch.Tensor.__iter__ = iterate  # type: ignore[method-assign]
+
+    def unbind(self, input: torch.Tensor, dim: int = 0) -> Any:
+        """Returns the parts of a tensor, which a loop over an open size takes one by one."""
+        size = input.shape[dim] if input.ndim else 0
+        lines = self.lines() if isinstance(size, torch.SymInt) else None
+        if lines is None:
+            return torch._C.TensorBase.unbind(input, dim)
+        self.found.append((*lines, 0, size))
+        return _Parts(input, dim)
+
+    def range(self, *bounds: Any) -> Any:
+        """Returns `range` with the steps of the example."""
+        start, stop, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
+        if not any(isinstance(item, torch.SymInt) for item in (start, stop)) or step not in (1, -1):
+            return builtins.range(*bounds)
+        lines = self.lines()
+        if lines is None:
+            return builtins.range(*map(int, bounds))
+        low, high = (start, stop) if step == 1 else (stop + 1, start + 1)
+        self.found.append((*lines, low, high))
+        return builtins.range(_value(start), _value(stop), step)
+
+    @staticmethod
+    def lines() -> tuple[str, tuple[int, int]] | None:
+        """Returns the file and the lines of the loop whose head calls a method of this object, None without one."""
+        caller: Any = sys._getframe(2)
+        while caller.f_code.co_filename == __file__:
+            caller = caller.f_back
+        lines = loop_at(caller.f_code.co_filename, caller.f_lineno)
+        return None if lines is None else (caller.f_code.co_filename, lines)
+
+    def joining(self, name: str, join: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Returns `torch.stack` or `torch.cat` of lists that have a size of a loop."""
+
+        def joined(tensors: Any, dim: int = 0, **options: Any) -> torch.Tensor:
+            is_own = not options and not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.")
+            size = self.size_of(len(tensors)) if is_own and isinstance(tensors, (list, tuple)) else None
+            if size is None:
+                return join(tensors, dim, **options)
+            first = tensors[0]
+            parts = {item.shape[dim] if name == "cat" and item.ndim else 1 for item in tensors}
+            if name == "cat" and (len(parts) > 1 or not all(type(part) is int for part in parts)):
+                return join(tensors, dim)
+            dim %= first.ndim + (name == "stack")
+            made: torch.Tensor = getattr(torch.ops.icenet_step, name)(list(tensors), dim, size * parts.pop())
+            return made
+
+        return joined
+
+    def size_of(self, length: int) -> Any:
+        """Returns the open size that the last loop with this number of steps has, None without one."""
+        for _, _, start, stop in reversed(self.found):
+            for size in (stop - start, stop):
+                if length > 1 and isinstance(size, torch.SymInt) and _value(size) == length:
+                    return size
+        return None
+
+
+class _Parts(Sequence[torch.Tensor]):
+    """The parts of a tensor along an axis with the size of the example, each made when it is read."""
+
+    def __init__(self, whole: torch.Tensor, dim: int) -> None:
+        self.whole, self.dim = whole, dim
+
+    def __len__(self) -> int:
+        return _value(self.whole.shape[self.dim])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in builtins.range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.whole.select(self.dim, index)
+
+
+def _value(size: Any) -> int:
+    """Returns the value of a size in the example, which stays open."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _text(size: Any) -> str:
+    return str(size.node.expr) if isinstance(size, torch.SymInt) else str(size)

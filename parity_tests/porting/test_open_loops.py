@@ -1,0 +1,167 @@
+"""Loops over an open size: one port serves every number of steps."""
+
+from __future__ import annotations
+
+import icenet.blas  # before mlx
+
+import mlx.core as mx
+import pytest
+import torch
+from made_ports import close, ported
+from torch import nn
+
+import icenet
+
+
+class Cells(nn.Module):
+    """A recurrent layer in both directions, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forth, self.back = nn.Linear(7, 4), nn.Linear(7, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        h = x.new_zeros(batch, 4)
+        forth, back = [], []
+        for t in range(length):
+            h = torch.tanh(self.forth(torch.cat([x[:, t], h], -1)))
+            forth.append(h)
+        h = x.new_zeros(batch, 4)
+        for t in reversed(range(length)):
+            h = torch.tanh(self.back(torch.cat([x[:, t], h], -1)))
+            back.append(h)
+        back.reverse()
+        return torch.cat([torch.stack(forth, 1), torch.stack(back, 1)], -1) + x.mean(-1, keepdim=True)
+
+
+class Partition(nn.Module):
+    """The sum over the paths of a conditional random field, whose loop begins at 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transitions = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        alpha = x[:, 0]
+        for t in range(1, x.size(1)):
+            alpha = torch.logsumexp(alpha.unsqueeze(2) + self.transitions + x[:, t].unsqueeze(1), dim=1)
+        return torch.logsumexp(alpha, dim=1)
+
+
+class Average(nn.Module):
+    """A moving average, whose first value is in the list before the loop."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = [x[:, 0]]
+        for t in range(1, x.shape[1]):
+            found.append(0.7 * found[-1] + 0.3 * x[:, t])
+        return torch.stack(found, dim=1)
+
+
+class Parts(nn.Module):
+    """A loop over the parts of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, found = x.new_zeros(x.size(0), 4), []
+        for part in x.unbind(1):
+            h = self.cell(part, h)
+            found.append(h.unsqueeze(1))
+        return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (Cells(), ["for step in range(T):", "for i in reversed(range(T)):", "back[::-1]"]),
+        (Partition(), ["T = x.shape[1]", "for step in range(1, T):"]),
+        (Average(), ["for step in range(1, T):"]),
+        (Parts(), ["for step in range(T):", "self.cell(x[:, step], h)"]),
+    ],
+)
+def test_a_loop_over_a_length_has_its_size(module: nn.Module, expected: list[str]) -> None:
+    ours, source = ported(module, torch.randn(2, 5, 3))
+    assert all(text in source for text in expected)
+    for shape in ((1, 5, 3), (3, 8, 3), (2, 2, 3), (2, 1, 3)):
+        x = torch.randn(shape)
+        close(ours(mx.array(x.numpy())), module(x))
+
+
+class Halving(nn.Module):
+    """Steps that a loop in the source cannot have, since each is another expression."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for t in range(x.shape[1]):
+            x = x * (0.5 + t / 3)
+        return x
+
+
+class Uneven(nn.Module):
+    """A mask may be longer than the values, whose number is that of the steps."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        for t in range(x.shape[1]):
+            x = x * (mask[:, t : t + 1] + t / 3)
+        return x
+
+
+def test_a_loop_whose_steps_differ_has_those_of_the_example() -> None:
+    port = icenet.port(Halving(), torch.randn(2, 3))
+    assert port.report.notes[0].startswith("x has a fixed size, 3 in dimension 1")
+    with pytest.raises(ValueError, match="x has 4 in dimension 1; the port was made for 3"):
+        port.module(mx.zeros((2, 4)))
+
+
+def test_steps_that_need_equal_sizes_of_two_inputs_are_not_accepted_in_silence() -> None:
+    port = icenet.port(Uneven(), (torch.randn(2, 3), torch.randn(2, 3)))
+    with pytest.raises(ValueError, match="x has 4 in dimension 1; the port was made for 3"):
+        port.module(mx.zeros((2, 4)), mx.zeros((2, 4)))
+
+
+def test_part_of_a_size_as_the_number_of_steps_is_served_or_refused() -> None:
+    class Blocks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.new_zeros(x.shape[0])
+            for t in range(x.shape[1] // 2):
+                y = torch.sin(y + x[:, t]) * 2
+            return y
+
+    port = icenet.port(Blocks(), torch.randn(2, 6))
+    x = torch.randn(2, 13)
+    close(port.module(mx.array(x.numpy())), Blocks()(x))
+
+
+def test_a_loop_over_an_array_of_numbers_reads_its_elements() -> None:
+    class Lags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.zeros_like(x)
+            for k in range(3):
+                y = y + self.w[k] * torch.roll(x, k, 1)
+            return y
+
+    theirs = Lags()
+    ours, source = ported(theirs, torch.randn(2, 6))
+    assert "enumerate(self.w)" in source
+    x = torch.randn(3, 4)
+    close(ours(mx.array(x.numpy())), theirs(x))
+
+
+def test_complex_parameters_are_noted_for_the_optimizers() -> None:
+    class Phase(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, dtype=torch.cfloat))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * self.w).real
+
+    notes = icenet.port(Phase(), torch.randn(2, 3)).report.notes
+    assert any(note.startswith("w is complex: optimizers of MLX that square gradients") for note in notes)
