@@ -367,6 +367,15 @@ class TransformerModel(BaseModel):
         """Number of tokens in a row above which the cache must be made again, as with long-rope; None: never."""
         return self._rotary.switch if self.config.positions == "rotary" else None
 
+    @property
+    def cpu_prefill_columns(self) -> int:
+        """See `icenet.core.models.interface`. Products of half precision are faster with many rows.
+
+        1500 tokens of 34M parameters in bf16 take 489 ms in one pass, and 551 in passes of 512 (AMD EPYC, one
+        thread). In fp32 there is no difference.
+        """
+        return 512 if self.compute_dtype == torch.float32 else 2048
+
     def reserve_positions(self, length: int) -> None:
         """Makes the tables of positions for sequences of `length` tokens, before a step that is captured."""
         if self.config.positions in ("sinusoidal", "rotary"):

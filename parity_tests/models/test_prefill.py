@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import icenet.blas  # before mlx: it decides which BLAS MLX finds
@@ -172,9 +173,11 @@ def test_the_passes_over_a_prompt(backend: str) -> None:
 
     def columns(rows: int, on_cpu: bool, **options: Any) -> int:
         request = make_request(model, [[1, 2]] * rows, None, 0, options)
-        return request.prefill_columns(rows, on_cpu)
+        return request.prefill_columns(rows, model if on_cpu else SimpleNamespace(is_on_cpu=False))
 
-    assert columns(8, True) == 512
+    assert columns(8, True) == (128 if backend == "mlx" else 512)
+    model.set_weight_dtype("bf16")
+    assert columns(8, True) == (512 if backend == "mlx" else 2048)
     assert (columns(1, False), columns(8, False)) == (8192, 1024)
     assert columns(64, False) == 512
     assert columns(8, False, prefill_chunk=100) == columns(8, True, prefill_chunk=100) == 100

@@ -53,6 +53,6 @@ class GenerationConfig(Section):
     overflow: Literal["error", "slide"] = "error"
     """Beyond max_seq_length: an error before any work, or slide: drop the older half of the row's context."""
     prefill_chunk: Annotated[int, Field(ge=1)] | None = None
-    """Prompt tokens of a row per forward pass; null: 512 on a CPU, and on a GPU up to 8192 of all rows together."""
+    """Prompt tokens of a row per forward pass; null: 128 to 2048 on a CPU, up to 8192 of all rows on a GPU."""
     max_batch_size: Annotated[int, Field(ge=1)] = 64
     """Number of prompts that are decoded together; as rows end, others join. The cache grows with it."""

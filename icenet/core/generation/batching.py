@@ -253,7 +253,7 @@ class Batch:
     def _prefill(self, group: Sequence[int]) -> tuple[RowCache, Any]:
         """Reads prompts, the shortest first, into a new cache. Returns it and the logits `[B, V]` after them."""
         decoder, model, lengths = self.decoder, self.decoder.model, self.lengths[list(group)]
-        longest, chunk = int(lengths[-1]), self.request.prefill_columns(len(group), model.is_on_cpu)
+        longest, chunk = int(lengths[-1]), self.request.prefill_columns(len(group), model)
         # the padding repeats a token of the row: that of another token may have a vector that is not finite
         tokens = np.stack([np.pad(self.prompts[row], (0, longest - self.lengths[row]), mode="edge") for row in group])
         cache = model.make_cache()

@@ -154,7 +154,7 @@ class DecoderBase(ABC):
             limit = min(limit, self.request.context_length or limit)
             row_lengths = self.to_device(lengths.astype(np.int32)[:, None])
             prompts = self.cache.reading_prompts(longest, limit, row_lengths)
-        chunk = self.request.prefill_columns(len(lengths), self.model.is_on_cpu)
+        chunk = self.request.prefill_columns(len(lengths), self.model)
         with prompts:
             for start in range(first, longest, chunk):
                 stop = min(start + chunk, longest)

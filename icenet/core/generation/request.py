@@ -21,7 +21,7 @@ DEFAULT_NEW_TOKENS = 100
 PREFILL_TOKENS = 8192
 """Number of tokens, padding included, of the prompts that are read together. It bounds the memory."""
 SMALLEST_PASS = 512
-"""Number of columns of the prompts that are read in one pass at least."""
+"""Number of columns of the prompts that a GPU reads in one pass at least."""
 
 
 class LanguageModel(Protocol):
@@ -73,18 +73,17 @@ class Request:
         masks = [None] * len(self.tokens) if self.attention_mask is None else self.attention_mask
         return [row if mask is None else row[mask] for row, mask in zip(self.tokens, masks, strict=True)]
 
-    def prefill_columns(self, rows: int, on_cpu: bool) -> int:
-        """Returns how many columns of prompts are read in one forward pass.
-
-        A GPU computes many tokens at a time. On a CPU, attention of MLX needs memory for the scores of all pairs.
+    def prefill_columns(self, rows: int, model: Any) -> int:
+        """Returns how many columns of prompts are read in one forward pass. A GPU computes many tokens at a time.
 
         Args:
             rows: Number of prompts that are read together.
-            on_cpu: Whether the model is on a CPU.
+            model: The model that reads them.
         """
         if self.settings.prefill_chunk is not None:
             return self.settings.prefill_chunk
-        return SMALLEST_PASS if on_cpu else max(SMALLEST_PASS, PREFILL_TOKENS // rows)
+        columns: int = model.cpu_prefill_columns if model.is_on_cpu else max(SMALLEST_PASS, PREFILL_TOKENS // rows)
+        return columns
 
     def select(self, rows: Sequence[int]) -> Request:
         """Returns the request for some of the rows. Their tokens are the same as in this one."""

@@ -47,6 +47,11 @@ class ModelInterface:
         """Whether the device of the model is a CPU."""
         raise NotImplementedError
 
+    @property
+    def cpu_prefill_columns(self) -> int:
+        """Number of columns of prompts that a CPU reads in one forward pass."""
+        return 512
+
     def without_gradients(self) -> AbstractContextManager[None]:
         """Returns a context in which the framework records nothing for gradients."""
         raise NotImplementedError
