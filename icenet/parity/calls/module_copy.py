@@ -55,6 +55,7 @@ class ModuleCopy(Side):
         self._off: set[str] = set()
         self._dropouts: dict[str, Any] = {}
         self._channels: dict[str, bool] = {}
+        self._sequence_first: set[str] = set()
         self._rows = 1
         self._run: Run | None = None
         self._is_closed: dict[str, bool] = {}
@@ -176,6 +177,9 @@ class ModuleCopy(Side):
             self._dropouts = dropout.dropout_layers(self.modules.items())
             for path, is_moved in self._channels.items():  # of layers that have keys in training mode only
                 self.set_channels(path, is_moved)
+            for path in self._sequence_first & self._dropouts.keys():
+                layer = self._dropouts[path]
+                object.__setattr__(layer, "__class__", _of_sequence_first(layer.__class__))
 
     def switch_off(self, path: str) -> bool:
         changed = False
@@ -192,6 +196,9 @@ class ModuleCopy(Side):
         self._channels[path] = is_moved
         if hasattr(self.modules[path], "images"):
             self.modules[path].images = is_moved
+
+    def set_sequence_first(self, path: str) -> None:
+        self._sequence_first.add(path)
 
     def drawing_module(self, given: Any, inputs: Sequence[Value]) -> str | None:
         """Returns the path of a module that draws random numbers without a key in a call; None without one."""
@@ -361,3 +368,14 @@ def _names_in_code(cls: type) -> frozenset[str]:
     functions = (item for base in cls.__mro__ if is_of_user(base) for item in vars(base).values())
     codes = (getattr(getattr(item, "__wrapped__", item), "__code__", None) for item in functions)
     return frozenset(name for code in codes if code is not None for name in code.co_names)
+
+
+@functools.cache
+def _of_sequence_first(kind: Any) -> Any:
+    """Returns the class of a dropout of MLX whose masks are those of inputs with the first axes exchanged."""
+
+    def call(self: Any, x: Any) -> Any:
+        return kind.__call__(self, x.swapaxes(0, 1)).swapaxes(0, 1)
+
+    own = {"__call__": call, "is_exchanged": True}
+    return kind if hasattr(kind, "is_exchanged") else type(kind.__name__, (kind,), own)

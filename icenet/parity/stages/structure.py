@@ -255,6 +255,10 @@ def _paired(
             side.set_channels(pair.path, how == align.MOVED)
         if how == align.MOVED:
             c.moved.add(pair.path)
+        if how == align.SEQUENCE_FIRST:
+            c.exchanged.add(pair.path)
+            if not c.computes_reference and c.a.backend == "mlx":
+                c.a.set_sequence_first(pair.a.path)
         if c.a.backend == c.b.backend and c.computes_reference:
             c.a.set_channels(pair.a.path, how == align.MOVED)
     return pairs, runs
