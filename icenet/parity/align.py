@@ -10,7 +10,9 @@ with PyTorch's. There are two alignments:
 `compare` of any two modules has a third one for calls within the model (`rows`): the elements are in the same order,
 but leading axes are merged, or of length 1, on one side. An example is a layer that gets `[B, L, D]` in MLX and
 `[B * L, D]` in PyTorch, or the state of a recurrent layer, `[B, H]` in MLX and `[1, B, H]` in PyTorch. A norm of the
-last axis may get `[B, L, H, E]` on one side and `[B, H, L, E]` on the other (`exchanged`).
+last axis may get `[B, L, H, E]` on one side and `[B, H, L, E]` on the other (`exchanged`). In a model with layers of
+PyTorch whose `batch_first` is False, an array may be `[B, L, D]` on one side and `[L, B, D]` on the other
+(`sequence_first`).
 
 If both sides call a layer of the same kind, the kind determines the alignment (`KINDS`), as it determines the layout
 of weights. A module whose kind does not determine it (an activation, a container, a user's own module) may take
@@ -39,6 +41,8 @@ Array = npt.NDArray[Any]
 SAME, MOVED = "same", "moved"
 _ROWS = "rows "
 _EXCHANGED = "axes 1 and 2 exchanged"
+SEQUENCE_FIRST = "axes 0 and 1 exchanged"
+_AXES = {_EXCHANGED: (1, 2), SEQUENCE_FIRST: (0, 1)}
 
 KINDS: dict[str, str] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), MOVED),
@@ -115,6 +119,15 @@ def exchanged(ours: Array, theirs: Array) -> str | None:
     return _EXCHANGED
 
 
+def sequence_first(ours: Array, theirs: Array) -> str | None:
+    """Returns the alignment of [B, L, ...] and [L, B, ...], if the shapes fit, and of equal shapes the values."""
+    if ours.ndim < (3 if ours.dtype.kind == "f" else 2) or ours.swapaxes(0, 1).shape != theirs.shape:
+        return None
+    if ours.shape == theirs.shape and (is_near(ours, theirs) or not is_near(ours.swapaxes(0, 1), theirs)):
+        return None
+    return SEQUENCE_FIRST
+
+
 def _shape_of(name: str, index: int) -> tuple[int, ...]:
     """Returns a shape of an alignment of `rows`: 0 of MLX, 1 of PyTorch."""
     text = name.removeprefix(_ROWS)[1:-1].split("] [")[index]
@@ -130,8 +143,8 @@ def to_torch(name: str, array: Array) -> Array:
     """Returns an MLX array with PyTorch's axes."""
     if name.startswith(_ROWS):
         return array.reshape(_shape_of(name, 1))
-    if name == _EXCHANGED:
-        return np.ascontiguousarray(array.swapaxes(1, 2))
+    if name in _AXES:
+        return np.ascontiguousarray(array.swapaxes(*_AXES[name]))
     return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if name == MOVED and array.ndim > 2 else array
 
 
@@ -139,8 +152,8 @@ def to_mlx(name: str, array: Array) -> Array:
     """Returns a PyTorch array with MLX's axes."""
     if name.startswith(_ROWS):
         return array.reshape(_shape_of(name, 0))
-    if name == _EXCHANGED:
-        return np.ascontiguousarray(array.swapaxes(1, 2))
+    if name in _AXES:
+        return np.ascontiguousarray(array.swapaxes(*_AXES[name]))
     return np.ascontiguousarray(np.moveaxis(array, 1, -1)) if name == MOVED and array.ndim > 2 else array
 
 

@@ -63,6 +63,7 @@ class Comparison(ABC):
         draws: The random numbers that the modules of `a` draw without a key, if they are shared.
         mirrored: Paths in `b` of modules for which it was tried to mirror the uniform numbers of `a`, without effect.
         moved: Paths in `b` of the modules whose inputs have their channels last in `a`, and first in `b`.
+        exchanged: Paths in `b` of the modules whose inputs are [B, L, ...] in one side, [L, B, ...] in the other.
         tell: Shows the progress.
     """
 
@@ -105,6 +106,7 @@ class Comparison(ABC):
         self.factor = 1.0
         self.draws: SharedDraws | None = None
         self.moved: set[str] = set()
+        self.exchanged: set[str] = set()
         self.mirrored: set[str] = set()
         self.modules: dict[str, Module] = {}
         self.tell: Progress = lambda stage, done, total: None
@@ -165,11 +167,12 @@ class Comparison(ABC):
             return False
         dropouts = [{side.names.get(path) for path in side.dropouts()} for side in sides[:2]]
         for side in sides:
-            side.shared_dropouts = frozenset(p for p in side.dropouts() if side.names[p] in dropouts[0] & dropouts[1])
+            keyed = (dropouts[0] & dropouts[1]) - self.exchanged  # each row of a batch has a key
+            side.shared_dropouts = frozenset(p for p in side.dropouts() if side.names[p] in keyed)
         matched = {match.b: match.b for match in self.matches if match.a is not None and match.b is not None}
         numbers = SharedDraws(self.seed, matched)
         self.reference.draws, self.b.draws = numbers, SharedDraws(self.seed, matched)
-        self.a.draws = self.draws = SharedDraws(self.seed, self.a.names, numbers, self.moved)
+        self.a.draws = self.draws = SharedDraws(self.seed, self.a.names, numbers, self.moved, self.exchanged)
         return True
 
     def add_notes(self, notes: Sequence[str]) -> None:

@@ -45,6 +45,7 @@ class SharedDraws:
         paths: The path in the reference of each module that both sides have, by its path in this side.
         reference: The numbers of the reference, whose axes those of this side are aligned with; None for itself.
         moved: Paths in the reference of the modules whose inputs have their channels last here, and first there.
+        exchanged: Paths in the reference of the modules whose inputs are [B, L, ...] here, [L, B, ...] there.
 
     Attributes:
         made: The draws of the last run.
@@ -57,8 +58,10 @@ class SharedDraws:
         paths: Mapping[str, str],
         reference: SharedDraws | None = None,
         moved: Collection[str] = (),
+        exchanged: Collection[str] = (),
     ) -> None:
         self._seed, self._paths, self._reference, self._moved = seed, paths, reference, moved
+        self._exchanged = exchanged
         self.made: dict[Place, Drawn] = {}
         self.mirrored: set[str] = set()
         self._aliases: dict[Place, Place] = {}
@@ -106,7 +109,7 @@ class SharedDraws:
         self.made[place] = self._known[place] = Drawn(distribution, shape, own)
         place = self._aliases.get(place, place)
         theirs = None if self._reference is None else self._reference._known.get(place)
-        order = None if theirs is None else _order(shape, theirs.shape, path in self._moved)
+        order = None if theirs is None else self._order_at(path, shape, theirs.shape)
         if theirs is None or order is None:
             return self._numbers(place, distribution, shape)
         numbers = order(self._numbers(place, distribution, theirs.shape))
@@ -146,9 +149,7 @@ class SharedDraws:
             is_other = (drawn.distribution == "normal") != (other.distribution == "normal")
             sizes = math.prod(drawn.shape), math.prod(other.shape)
             # as many numbers in another order; more or fewer of them are a difference
-            if is_other or (
-                sizes[0] == sizes[1] and _order(drawn.shape, other.shape, place[0] in self._moved) is None
-            ):
+            if is_other or (sizes[0] == sizes[1] and self._order_at(place[0], drawn.shape, other.shape) is None):
                 return drawn.path
         extra, missing = self._others()
         return self.made[extra[0]].path if extra and missing else None
@@ -167,6 +168,15 @@ class SharedDraws:
         own = [self._aliases.get(place, place) for place in self.made]
         extra = [place for place in self.made if self._aliases.get(place, place) not in made]
         return extra, [place for place in made if place not in set(own)]
+
+    def _order_at(
+        self, path: str, shape: tuple[int, ...], theirs: tuple[int, ...]
+    ) -> Callable[[Array], Array] | None:
+        """Returns the function that gives numbers that a module of the reference draws the shape of this side."""
+        is_exchanged = len(theirs) > 2 and (theirs[1], theirs[0], *theirs[2:]) == shape
+        if is_exchanged and path in self._exchanged:
+            return lambda array: np.ascontiguousarray(array.swapaxes(0, 1))
+        return _order(shape, theirs, path in self._moved)
 
     def _numbers(self, place: Place, distribution: str, shape: tuple[int, ...]) -> Array:
         generator = np.random.Generator(np.random.SFC64(zlib.crc32(f"{self._seed} draw {place}".encode())))

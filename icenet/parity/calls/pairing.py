@@ -55,10 +55,11 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
             notes.append(f"{theirs or 'the model'} is called {what[0]} in a, {what[1]} in b")
     shapes = {} if a.backend == b.backend else known_shapes(pairs)
     same = a.backend == b.backend
+    sequence_first = a.is_sequence_first or b.is_sequence_first
     opaque = set(opaque_layers(a, b, {theirs: ours for theirs, ours in to_a.items() if theirs is not None}))
     for pair in pairs:
         pair.is_opaque = pair.path in opaque
-        _align(pair, shapes, same)
+        _align(pair, shapes, same, sequence_first)
         if pair.kind in align.DIFFERENT_CALLS:
             pair.derived = {"a": _derived(pair.a), "b": _derived(pair.b)}
     pairs, other_rows = _without_other_rows(pairs, by_event, shapes)
@@ -256,7 +257,7 @@ def known_shapes(pairs: list[Pair]) -> dict[tuple[int, ...], str]:
     return found
 
 
-def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool) -> None:
+def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool, sequence_first: bool) -> None:
     """Sets which arrays of a pair correspond, and their axes."""
     ours, theirs = pair.a, pair.b
 
@@ -269,11 +270,11 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool) -> Non
             found = align.SAME
         if is_norm and found != align.MOVED and (exchanged := align.exchanged(a.array, b.array)):
             return exchanged
-        if same and found is not None:
+        # the interface of the model itself must be the same
+        if theirs.parent is None or align.KINDS.get(pair.kind or "") == align.MOVED:
             return found
-        if found is None and theirs.parent is not None and align.KINDS.get(pair.kind or "") != align.MOVED:
-            return align.rows(a.array, b.array)  # the interface of the model itself must be the same
-        return found
+        exchanged = align.sequence_first(a.array, b.array) if sequence_first and found != align.MOVED else None
+        return exchanged or found or align.rows(a.array, b.array)
 
     if len(ours.names) == len(theirs.names):
         by_name = set(ours.names) == set(theirs.names) and len(set(ours.names)) == len(ours.names)

@@ -159,6 +159,8 @@ def switch_off_dropouts(c: Comparison, pairs: list[Pair]) -> None:
 
 def _run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run, Run, Run]:
     c.set_mode(c.trains)
+    if c.exchanged.intersection(c.b.dropouts()):  # the keys of their masks are those of other rows on each side
+        c.share_draws()
     loss_a, loss_b = c.losses or (None, None)
     wants = wants_gradients(c)
     c.targets_b = Targets(c.seed, c.reference.tools, first_only=trains_first_only(c.reference))

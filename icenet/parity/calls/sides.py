@@ -156,6 +156,10 @@ class Side(ABC):
     def set_channels(self, path: str, is_moved: bool) -> None:
         """Tells a dropout layer whether its input has channels first in PyTorch and last in MLX."""
 
+    @abstractmethod
+    def set_sequence_first(self, path: str) -> None:
+        """Draws the masks of an MLX dropout of [B, L, ...] as those of [L, B, ...], of a trace of PyTorch."""
+
     def silence(self, path: str) -> bool:
         """Sets the rate of all dropouts within a layer to zero; returns whether one was above."""
         changed = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,18 @@ Array = npt.NDArray[Any]
 
 _MOST = 6
 """Number of arrays of a module that are tried."""
+
+_FACTORS = {
+    1 / math.pi: "1 / pi",
+    math.pi: "pi",
+    0.5 / math.pi: "1 / (2 pi)",
+    2 * math.pi: "2 pi",
+    0.5: "1 / 2",
+    2.0: "2",
+    0.1: "1 / 10",
+    10.0: "10",
+}
+"""Numbers by which an array that a module holds is often multiplied, and their names."""
 
 
 def find_constants(trial: Trial) -> str:
@@ -46,6 +59,18 @@ def find_constants(trial: Trial) -> str:
         x, y = weights[first], weights[second]
         if x.shape == y.shape and trial.explains(with_weights(trial, {first: y, second: x})):
             return f"{first} and {second} are exchanged in a"
+    return ""
+
+
+def find_factors(trial: Trial) -> str:
+    """Returns by which number a buffer or other held array is multiplied in `a`, such as frequencies without pi."""
+    if trial.c.reference.backend != "torch" or not trial.is_forward:
+        return ""
+    for name, array in list(_constants(trial.modules[1], "torch").items())[:_MOST]:
+        for factor, text in _FACTORS.items() if array.any() else ():
+            with _replaced(trial.modules[1], name, factor * array):
+                if trial.explains(trial.replay()):
+                    return f"{name} of b is multiplied by {text} in a"
     return ""
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
+from icenet.parity.causes.passed import argument_name
 from icenet.parity.causes.trial import Trial
 
 Array = npt.NDArray[Any]
@@ -33,6 +35,26 @@ def find_integers(trial: Trial) -> str:
     if _counts(ours) and not _counts(exact):
         return "a counts the positions of each row from its first element on, b does not: it may leave out padding"
     return _function(trial, ours) if np.ptp(ours) else ""
+
+
+def find_ignored(trial: Trial) -> str:
+    """Returns which mask among the inputs has no effect in `a`: as if it hid nothing, or everything."""
+    if not trial.is_forward:
+        return ""
+    for index, ((source, number), value) in enumerate(
+        zip(trial.pair.input_places(), trial.given.values, strict=True)
+    ):
+        if not np.isin(value.array, (0, 1)).all() or len(np.unique(value.array)) < 2:
+            continue
+        for number_of_all in (1, 0):
+            values = list(trial.given.values)
+            values[index] = replace(value, array=np.full_like(value.array, number_of_all))
+            if trial.explains(trial.replay(values=values)):
+                event = trial.pair.b
+                what = f"the argument {argument_name(trial.c.b, event, number)}"
+                what = what if source is None else f"the output of {source.path}"
+                return f"{what}, a mask, has no effect in a, as if all its elements were {number_of_all}"
+    return ""
 
 
 def _mask(trial: Trial, ours: Array, exact: Array) -> str:

@@ -196,8 +196,12 @@ def shape_numbers(c: Comparison, path: str) -> str:
 
 
 def find_options(trial: Trial) -> str:
-    """Returns an option of a layer of MLX that PyTorch does not have."""
+    """Returns an option that only one framework has for a layer."""
     own = attributes(trial.modules[0])
+    if getattr(trial.modules[1], "batch_first", True) is False and "batch_first" not in own:
+        with _changed(trial.modules[1], "batch_first", True):
+            if trial.explains(trial.replay()):
+                return "the layer takes [L, B, D] in b (batch_first=False), [B, L, D] in a: exchange the axes 0 and 1"
     if trial.pair.kind == "group_norm" and own.get("pytorch_compatible", ("", True))[1] is False:
         return "the groups are of other channels in a: pass pytorch_compatible=True to mlx.nn.GroupNorm"
     return ""

@@ -19,6 +19,7 @@ from icenet.parity import align
 from icenet.parity.calls.events import Event
 from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import Pair
+from icenet.parity.calls.replays import replay
 from icenet.parity.calls.sides import Side
 from icenet.parity.causes.trial import Trial
 from icenet.parity.state import Comparison
@@ -40,7 +41,9 @@ def find_passed(c: Comparison, pair: Pair, outer: Pair, judgements: Mapping[str,
         return ""
     child = relative(pair.path, outer.path)
     for j in _other_masks(pair):
-        return f"the mask that {child} gets as {_name(c.b, pair.b, j)} hides other elements in a than in b"
+        return f"the mask that {child} gets as {argument_name(c.b, pair.b, j)} hides other elements in a than in b"
+    if text := _other_ids(c, pair):
+        return f"{child} gets {text}"
     only, numbers_apart = _one_sided(pair), _unequal_numbers(c, pair)
     with contextlib.suppress(align.ReplayError, KeyError):
         trial = Trial(c, pair, judgements)
@@ -54,7 +57,7 @@ def find_passed(c: Comparison, pair: Pair, outer: Pair, judgements: Mapping[str,
                     continue
                 trial.ours = {**ours, **without} if side == "a" else ours
                 if trial.explains(trial.exact if side == "a" else without):
-                    return f"{child} gets the argument {_name(own, event, min(left_out))} in {side} only"
+                    return f"{child} gets the argument {argument_name(own, event, min(left_out))} in {side} only"
             trial.ours = ours
         for name, number in numbers_apart.items() if c.computes_reference else ():
             with _passed(pair.b, number.place, number.ours):
@@ -67,6 +70,8 @@ def passes_on(c: Comparison, outer: Pair, pair: Pair) -> bool:
     """Returns whether a call only passes on what `find_passed` found: it gets it itself."""
     if _other_masks(pair):
         return bool(_other_masks(outer))
+    if _ids_apart(pair):
+        return bool(_ids_apart(outer))
     values = {(n.ours, n.theirs) for n in _unequal_numbers(c, pair).values()}
     if values & {(n.ours, n.theirs) for n in _unequal_numbers(c, outer).values()}:
         return True
@@ -86,6 +91,33 @@ def _other_masks(pair: Pair) -> list[int]:
         ours = pair.a.arguments[pair.a.names.index(name) if name in pair.a.names else j]
         if hides_otherwise(ours.array, pair.b.arguments[j].array):
             found.append(j)
+    return found
+
+
+def _other_ids(c: Comparison, pair: Pair) -> str:
+    """Returns which ids the call gets more or fewer of in `a`, if it agrees on those of `b`; empty if none."""
+    places = _ids_apart(pair)
+    if not places or not c.computes_reference:
+        return ""
+    given = [*pair.arguments, *((i, j, align.SAME) for i, j in places)]
+    equal = replace(pair, arguments=sorted(given, key=lambda place: place[1]))
+    with contextlib.suppress(align.ReplayError):
+        if all(judgement.passed for judgement in replay(c, equal, gradients=False).values()):
+            i, j = places[0]
+            shapes = [list(event.arguments[n].array.shape) for event, n in ((pair.a, i), (pair.b, j))]
+            return f"the argument {argument_name(c.b, pair.b, j)} of shape {shapes[0]} in a, {shapes[1]} in b"
+    return ""
+
+
+def _ids_apart(pair: Pair) -> list[tuple[int, int]]:
+    """Returns the numbers in `a` and `b` of the arguments that are integers, and more of them on one side."""
+    found = []
+    for j, name in enumerate(pair.b.names):
+        i = pair.a.names.index(name) if name in pair.a.names else j
+        if i < len(pair.a.arguments) and all(place[1] != j for place in pair.arguments):
+            ours, theirs = pair.a.arguments[i].array, pair.b.arguments[j].array
+            if ours.dtype.kind == theirs.dtype.kind == "i" and ours.ndim == theirs.ndim and ours.size != theirs.size:
+                found.append((i, j))
     return found
 
 
@@ -165,7 +197,7 @@ def _hidden(array: Array) -> Array:
     return found if found is not None else array == 0
 
 
-def _name(side: Side, event: Event, index: int) -> str:
+def argument_name(side: Side, event: Event, index: int) -> str:
     """Returns the name of an array among the arguments of a call."""
     name = event.names[index].partition("[")[0]
     return _parameter(side, event, int(name) if name.isdigit() else name)

@@ -28,10 +28,10 @@ from collections.abc import Mapping
 from icenet.parity import align
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.causes.calls import find_call_order, find_calls, find_dropout, find_mode
-from icenet.parity.causes.constants import find_constants
+from icenet.parity.causes.constants import find_constants, find_factors
 from icenet.parity.causes.device import find_device
 from icenet.parity.causes.functions import find_casts, find_functions, find_mask, find_statistics, find_stopped
-from icenet.parity.causes.integers import find_integers
+from icenet.parity.causes.integers import find_ignored, find_integers
 from icenet.parity.causes.loops import find_loops
 from icenet.parity.causes.norms import find_norms
 from icenet.parity.causes.numbers import (
@@ -43,6 +43,7 @@ from icenet.parity.causes.rotary import find_angles, find_partial, find_rotary
 from icenet.parity.causes.sums import (
     find_centred,
     find_exchanged,
+    find_left_out,
     find_overflow,
     find_parts,
     find_scale,
@@ -64,11 +65,14 @@ _SEARCHES = (
         find_constants,
         find_calls,
         find_norms,
+        find_left_out,
         find_functions,
         find_loops,
         find_scale,
         find_sums,
         find_weights,
+        find_factors,
+        find_ignored,
     ),
     *(find_tied, find_options, find_centred, find_direction, find_casts),
 )
@@ -81,7 +85,7 @@ _BACKWARD = (
 _COMPUTED = (
     *(find_statistics, find_functions, find_rotary, find_angles, find_partial),
     *(find_unused, find_weights, find_offset, find_tied, find_casts, find_loops, find_stopped),
-    *(find_norms, find_constants),
+    *(find_norms, find_constants, find_factors, find_ignored),
 )
 """Those in which the reference computes something else, which a recorded one cannot."""
 

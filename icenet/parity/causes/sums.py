@@ -52,6 +52,15 @@ def find_sums(trial: Trial) -> str:
     return ""
 
 
+def find_left_out(trial: Trial) -> str:
+    """Returns which array is not added in `a`, as a residual."""
+    exact = np.asarray(trial.exact[trial.name].array, np.float64)
+    for label, array in _terms(trial, exact.shape) if trial.is_forward and exact.size > 2 else ():
+        if trial.explains_array(exact - array):
+            return f"{label} is not added in a"
+    return ""
+
+
 def find_exchanged(trial: Trial) -> str:
     """Returns which two calls get each what the other gets in `b`."""
     places = trial.pair.places()
@@ -188,10 +197,13 @@ def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
                     found.append((label, np.broadcast_to(array.reshape(axes), shape)))
         for name, array in trial.c.reference.own_arrays(trial.pair.path).items():
             rows = array[0] if array.ndim > 2 and array.shape[0] == 1 else array  # a table for all rows of a batch
-            if rows.ndim > 1 and shape[-rows.ndim :] == rows.shape:
+            if (rows.ndim > 1 and shape[-rows.ndim :] == rows.shape) or (array.size > 1 and _fits(array, shape)):
                 found.append((name, np.broadcast_to(np.asarray(array, np.float64), shape)))
         for (source, _), value in zip(trial.pair.input_places(), trial.given.values, strict=True):
-            found.append((_label(trial.pair, source), np.asarray(value.array, np.float64)))
+            array = np.asarray(value.array, np.float64)
+            found.append(
+                (_label(trial.pair, source), np.broadcast_to(array, shape) if _fits(array, shape) else array)
+            )
     elif trial.given.cotangents is not None:
         for (source, _), value in zip(trial.pair.places(), trial.given.cotangents, strict=True):
             what = "the output" if source is None else f"the input of {relative(source.path, trial.pair.path)}"
@@ -201,3 +213,8 @@ def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
         if array.shape == shape and len(kept) < 12:
             kept.setdefault(label, array)
     return list(kept.items())
+
+
+def _fits(array: Array, shape: tuple[int, ...]) -> bool:
+    """Returns whether an array of as many axes can be repeated to a shape."""
+    return array.ndim == len(shape) and all(n in (1, m) for n, m in zip(array.shape, shape, strict=True))

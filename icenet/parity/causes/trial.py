@@ -78,7 +78,7 @@ class Trial:
             if np.iscomplexobj(new[name].array) or (theirs is not None and name not in theirs):
                 return math.inf
             exact, found = self.exact[name].array, np.asarray(new[name].array, np.float64)
-            if found.shape != exact.shape:
+            if found.shape != exact.shape or _overflows(found, exact, self.c.dtype):
                 return math.inf
             changed = (theirs or self.theirs)[name].array
             noise = np.asarray(changed, np.float64) - (exact if theirs is None else found)
@@ -141,3 +141,10 @@ class Trial:
     def modules(self) -> tuple[Any, Any]:
         """The module of `a`, and that of the reference."""
         return self.c.a.modules[self.pair.a.path], self.c.reference.modules[self.pair.path]
+
+
+def _overflows(new: Array, exact: Array, dtype: str) -> bool:
+    """Returns whether a value that the dtype holds becomes one that it does not, which is not compared."""
+    largest = float(np.finfo(np.float16 if dtype == "fp16" else np.float32).max)
+    held = np.isfinite(exact) & (np.abs(exact) <= largest)
+    return not (np.abs(new[held]) <= largest).all()

@@ -91,6 +91,9 @@ class RecordedSide(Side):
     def set_mode(self, train: bool) -> None:
         self.train = train
 
+    def set_sequence_first(self, path: str) -> None:
+        """Masks are recorded."""
+
     def set_channels(self, path: str, is_moved: bool) -> None:
         """Does nothing: the masks of dropout are drawn."""
 

@@ -54,7 +54,10 @@ def _were_never_copied(c: Comparison) -> bool:
     pairs += [(own, other) for _, _, own, other, _ in _converted_weights(c)]
     if all(np.array_equal(x, y) for x, y in pairs):  # the usual case, without the cost of the others
         return False
-    related = [_are_related(x, y) for x, y in pairs if x.size > 1 and _varies(x) and _varies(y)]
+    pairs = [(x, y) for x, y in pairs if x.size > 1 and _varies(y)]
+    related = [_are_related(x, y) for x, y in pairs if _varies(x)]
+    if not related:  # all arrays of `a` hold one number each, as those that are made by mx.zeros
+        return bool(pairs)
     return 2 * sum(related) < len(related)
 
 

@@ -19,6 +19,7 @@ from icenet_torch.tools.variants import (
     norms,
     operations,
     positions,
+    reductions,
     rotary,
     signals,
     windows,
@@ -38,6 +39,7 @@ TABLE: list[Variant] = [
     *windows.VARIANTS,
     *attention.VARIANTS,
     *masks.VARIANTS,
+    *operations.INTERLEAVED,
     *rotary.VARIANTS,
     *positions.VARIANTS,
     *heads.VARIANTS,
@@ -48,6 +50,7 @@ TABLE: list[Variant] = [
     *losses.VARIANTS,
     *choices.VARIANTS,
     *arithmetic.VARIANTS,
+    *reductions.VARIANTS,
     *operations.VARIANTS,
     *windows.ADDED,
 ]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from icenet_torch.tools.variants.variant import Variant
+from icenet_torch.tools.variants.variant import Run, Variant
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "ReLU": F.relu,
@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "hard sigmoid": F.hardsigmoid,
     "the square of ReLU": lambda x: F.relu(x).square(),
     "exp": torch.exp,
+    "sine": torch.sin,
     "absolute value": torch.abs,
     "no activation": lambda x: x,
 }
@@ -55,7 +56,16 @@ def _activation(name: str) -> Variant:
     return Variant(f"{name} in a, {{0}} in b", ACTIVATION_NAMES, run)
 
 
-VARIANTS = [_activation(name) for name in ACTIVATIONS]
+def _in_place_of(new: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+    return lambda func, args, kwargs: new(args[0] if args else kwargs["input"])
+
+
+VARIANTS = [
+    *(_activation(name) for name in ACTIVATIONS),
+    Variant("cosine in a, sine in b", frozenset({"sin"}), _in_place_of(torch.cos)),
+    Variant("sine in a, cosine in b", frozenset({"cos"}), _in_place_of(torch.sin)),
+    Variant("no sine in a", frozenset({"sin"}), _in_place_of(lambda x: x)),
+]
 
 
 def activated(name: str, array: np.ndarray) -> np.ndarray:
@@ -70,5 +80,8 @@ def activation_name(name: str, kwargs: dict[str, Any], args: tuple[Any, ...] = (
         return "the tanh approximation of GELU" if "tanh" in (*args, *kwargs.values()) else "exact GELU"
     if name == "relu6" or (name == "hardtanh" and {0.0, 6.0} <= {*args, *kwargs.values()}):
         return "ReLU6"
-    names = {"silu": "SiLU", "relu": "ReLU", "leaky_relu": "leaky ReLU", "elu": "ELU", "mish": "Mish"}
+    if name == "leaky_relu":
+        slope = kwargs.get("negative_slope", args[1] if len(args) > 1 else None)
+        return f"leaky ReLU with slope {0.01 if slope is None else slope:g}"
+    names = {"silu": "SiLU", "relu": "ReLU", "elu": "ELU", "mish": "Mish"}
     return names.get(name, name)

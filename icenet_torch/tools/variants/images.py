@@ -64,6 +64,19 @@ def _sampled(option: str, value: Any) -> Run:
     return run
 
 
+def _grid_exchanged(func: Any, args: Any, kwargs: Any) -> Any:
+    given = arguments(("input", "grid", "mode", "padding_mode", "align_corners"), args, kwargs)
+    return func(**{**given, "grid": given["grid"].flip(-1)})
+
+
+def _channels_shuffled(func: Any, args: Any, kwargs: Any) -> Any:
+    """Takes the channels of a pixel shuffle in the order [r, r, C] in place of [C, r, r]."""
+    given = arguments(("input", "upscale_factor"), args, kwargs)
+    x, size = given["input"], given["upscale_factor"]
+    parts = x.unflatten(1, (size * size, -1)).transpose(1, 2)
+    return func(parts.reshape(x.shape), size)
+
+
 _PAD = ("input", "pad", "mode", "value")
 
 
@@ -141,9 +154,21 @@ _POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "boolean_dispatch"
 """The last two are names of the functions that PyTorch calls."""
 _AVERAGES = frozenset({"avg_pool1d", "avg_pool2d", "avg_pool3d"})
 
+
+def _flattened_channels_last(func: Any, args: Any, kwargs: Any) -> Any:
+    x, y = args[0] if args else kwargs["input"], func(*args, **kwargs)
+    is_flat = x.ndim > 2 and y.ndim == 2 and len(x) == len(y) and x.shape[1] > 1
+    return x.movedim(1, -1).reshape(y.shape) if is_flat else NotImplemented
+
+
 _SAMPLES = frozenset({"grid_sample"})
 
 VARIANTS: list[Variant] = [
+    Variant(
+        "flattened channels last: write mx.moveaxis(x, -1, 1).flatten(1) in MLX",
+        frozenset({"flatten", "reshape", "view"}),
+        _flattened_channels_last,
+    ),
     *(
         Variant(
             f"align_corners is {flag} in a, {not flag} in b",
@@ -163,6 +188,12 @@ VARIANTS: list[Variant] = [
     ),
     Variant(
         "the image is repeated as a whole (tile) in a, each pixel (repeat) in b", frozenset({"interpolate"}), _tiled
+    ),
+    Variant("x and y of the grid of grid_sample are exchanged in a", _SAMPLES, _grid_exchanged),
+    Variant(
+        "the channels of pixel_shuffle are [r, r, C] in a, [C, r, r] in b",
+        frozenset({"pixel_shuffle"}),
+        _channels_shuffled,
     ),
     Variant("resizing without antialiasing in a", frozenset({"interpolate"}), _aliased),
     *(

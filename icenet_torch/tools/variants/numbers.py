@@ -72,7 +72,7 @@ def number_variants(
             elif name in ("leaky_relu", "elu", "celu", "softplus"):
                 candidates, what = (0.01, 0.1, 0.2, 0.3, 0.5, 1.0), "the slope or alpha"
             elif name in BOUNDED:
-                candidates, what = tuple(bounds), "a bound"
+                candidates, what = (*others, *bounds), "a bound"
             elif name in ("mul", "add", "sub", "rsub", "radd"):
                 candidates, what = (0.0, 1.0, 2.0) if name != "mul" else (), "a number"
             else:

@@ -260,11 +260,29 @@ def _left_out(func: Any, args: Any, kwargs: Any) -> Any:
     if len(tensors) < 2:
         return NotImplemented
     shape = torch.broadcast_shapes(tensors[0].shape, tensors[1].shape)
-    return tensors[0].expand(shape).clone() if tensors[0].shape == shape else NotImplemented
+    return tensors[0].expand(shape).clone()
 
 
 def _left_out_first(func: Any, args: Any, kwargs: Any) -> Any:
     return _left_out(func, args[1::-1], kwargs)
+
+
+def _interleaved(func: Any, args: Any, kwargs: Any) -> Any:
+    """Takes the parts of a concatenation along the last axis element by element."""
+    given = arguments(("tensors", "dim"), args, kwargs)
+    parts, dim = list(given["tensors"]), given.get("dim", given.get("axis", 0))
+    if len(parts) < 2 or dim not in (-1, parts[0].ndim - 1) or len({part.shape for part in parts}) > 1:
+        return NotImplemented
+    return torch.stack(parts, -1).flatten(-2)
+
+
+def _side_by_side(func: Any, args: Any, kwargs: Any) -> Any:
+    """Takes one part of a stack after the other."""
+    given = arguments(("tensors", "dim"), args, kwargs)
+    parts, dim = list(given["tensors"]), given.get("dim", 0)
+    y = func(*args, **kwargs)
+    is_last = len(parts) > 1 and parts[0].ndim and dim in (-1, parts[0].ndim)
+    return torch.stack(parts, -2).reshape(y.shape) if is_last else NotImplemented
 
 
 _CAT = frozenset({"cat", "concat", "concatenate", "stack"})
@@ -366,5 +384,16 @@ VARIANTS: list[Variant] = [
     Variant("products in TF32 in a, whose precision is 10 bits: set MLX_ENABLE_TF32=0", _PRODUCTS, _in_tf32),
 ]
 
+INTERLEAVED = [
+    Variant(
+        "parts are interleaved element by element in a (stack), one after the other in b (cat)", _LISTS, _interleaved
+    ),
+    Variant(
+        "parts are one after the other in a (cat), interleaved element by element in b (stack)",
+        frozenset({"stack"}),
+        _side_by_side,
+    ),
+]
+"""Tried before the positions that are interleaved in other ways."""
 ATTACHED = Variant("detach of b is left out in a", frozenset({"detach"}), _unchanged)
 """Changes only gradients."""

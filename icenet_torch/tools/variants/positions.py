@@ -99,6 +99,17 @@ def _taken(position: int) -> Run:
     return run
 
 
+def _counted(by: int | None) -> Run:
+    """Returns the variant of positions that count from another number on; None: from 0 on."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        y = func(*args, **kwargs)
+        begins_at_zero = not len(y) or (by is None and not y[0])
+        return NotImplemented if begins_at_zero else y - y[0] if by is None else y + by
+
+    return run
+
+
 _STEPS = [number * sign for number in range(1, _MOST + 1) for sign in (-1, 1)]
 
 VARIANTS: list[Variant] = [
@@ -138,4 +149,6 @@ VARIANTS: list[Variant] = [
         )
         for by in (-1, 1)
     ),
+    Variant("positions (arange) begin at 0 in a, at another number in b", frozenset({"arange"}), _counted(None)),
+    *(Variant(f"positions (arange) begin {_text(by)} in a", frozenset({"arange"}), _counted(by)) for by in _STEPS),
 ]

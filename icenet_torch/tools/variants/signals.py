@@ -36,6 +36,18 @@ def _window(is_periodic: bool) -> Run:
     return run
 
 
+def _padded_by(mode: str) -> Run:
+    """Returns the variant of a short-time Fourier transform that pads in another mode."""
+    names = ("input", "n_fft", "hop_length", "win_length", "window", "center", "pad_mode")
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        given = arguments((*names, "normalized", "onesided", "return_complex"), args, kwargs)
+        is_same = not given.get("center", True) or given.get("pad_mode", "reflect") == mode
+        return NotImplemented if is_same else func(**{**given, "pad_mode": mode})
+
+    return run
+
+
 def _exclusive(func: Any, args: Any, kwargs: Any) -> Any:
     given = arguments(("input", "dim"), args, kwargs)
     y = func(*args, **kwargs)
@@ -65,6 +77,15 @@ VARIANTS: list[Variant] = [
         "convolution, a circular one in b",
         _FORWARD | _BACKWARD,
         _of_length(2),
+    ),
+    *(
+        Variant(f"the ends of the signal are padded with {text} in a", frozenset({"stft"}), _padded_by(mode))
+        for mode, text in (
+            ("constant", "zeros"),
+            ("reflect", "its reflection"),
+            ("replicate", "its last value"),
+            ("circular", "its other end"),
+        )
     ),
     Variant("the window is symmetric in a, periodic in b", _WINDOWS, _window(False)),
     Variant("the window is periodic in a, symmetric in b", _WINDOWS, _window(True)),
