@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import icenet.core.porting.table.activations
 import icenet.core.porting.table.arrays
 import icenet.core.porting.table.convolution
 import icenet.core.porting.table.decompositions

@@ -1,4 +1,4 @@
-"""New arrays: of one value, of ranges, of powers."""
+"""New arrays: of one value, of the shape of another one, of ranges, of powers."""
 
 from __future__ import annotations
 
@@ -43,6 +43,42 @@ def full(n: Operation) -> str:
     value = n.args["fill_value"]
     dtype = "" if isinstance(value, float) else f", mx.{mlx_dtype(n.out.dtype)}"
     return f"mx.full({sizes_of(n)}, {fill_value(n, value)}{dtype or dtype_option(n)})"
+
+
+@entry("copy")
+def copy(n: Operation) -> str:
+    """The values of src in the shape and dtype of self."""
+    source, target = n.tensor("src"), n.tensor("self")
+    text = n.cast("src", n.out.dtype)
+    if source is None or target is None or source.shape != target.shape:
+        return n.call("broadcast_like", text, n["self"])
+    return text
+
+
+@entry("fill")
+def fill(n: Operation) -> str:
+    value = n.args["value"]
+    if n.tensor("value") is not None:
+        return n.call("broadcast_like", n.cast("value", n.out.dtype), n["self"])
+    return f"mx.full({n.atom('self')}.shape, {fill_value(n, value)}, mx.{mlx_dtype(n.out.dtype)})"
+
+
+entry("zero")(lambda n: f"mx.zeros_like({n['self']})")
+entry("zeros_like")(lambda n: _like(n, "mx.zeros"))
+entry("ones_like")(lambda n: _like(n, "mx.ones"))
+entry("empty_like")(lambda n: _like(n, "mx.zeros"))
+
+
+def _like(n: Operation, function: str) -> str:
+    tensor = n.tensor("self")
+    if tensor is not None and tensor.dtype == n.out.dtype:
+        return f"{function}_like({n['self']})"
+    return f"{function}({n.atom('self')}.shape, mx.{mlx_dtype(n.out.dtype)})"
+
+
+@entry("full_like")
+def full_like(n: Operation) -> str:
+    return f"mx.full({n.atom('self')}.shape, {fill_value(n, n.args['fill_value'])}, mx.{mlx_dtype(n.out.dtype)})"
 
 
 @entry("scalar_tensor")

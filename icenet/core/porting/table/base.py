@@ -260,3 +260,30 @@ def number(n: Operation, text: str, other: str) -> str:
     tensor = n.tensor(other)
     found = re.fullmatch(rf"mx\.array\(([^\[\]]+), mx\.{mlx_dtype(n.out.dtype)}\)", text)
     return found[1] if found and tensor is not None and tensor.ndim and tensor.dtype == n.out.dtype else text
+
+
+def helper_entry(*names: str, function: str = "", arguments: tuple[str, ...] = ("self",)) -> None:
+    """Adds operations that a function of `icenet/porting/functions` computes.
+
+    An array of integers is cast where the result is a float.
+
+    Args:
+        names: The operations.
+        function: Name of the function; by default that of the operation.
+        arguments: The arguments of the operation that the function takes.
+    """
+
+    def write(n: Operation) -> str:
+        tensor = n.tensor("self")
+        is_integer = tensor is not None and not tensor.is_floating and not tensor.is_complex
+        first = n.cast("self", n.out.dtype) if is_integer and n.out.is_floating else n["self"]
+        rest = [n[name] for name in arguments[1:]]
+        return n.call(function or n.node.base, first, *rest)
+
+    entry(*names)(write)
+
+
+def training_flag(n: Operation, name: str = "training") -> str:
+    """Returns the source of a flag that follows the mode."""
+    value = n.args.get(name, n.args.get("train"))
+    return "self.training" if value is n.training else repr(value)

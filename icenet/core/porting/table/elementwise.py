@@ -1,10 +1,17 @@
-"""Arithmetic, comparisons, activations and casts, element by element."""
+"""Arithmetic, comparisons, functions of single numbers and casts, element by element."""
 
 from __future__ import annotations
 
-from icenet.core.porting.record import Dtype, Tensor
-from icenet.core.porting.table.arrays import fill_value
-from icenet.core.porting.table.base import Operation, atom, entry, mlx_dtype, number, promoted, templates
+from icenet.core.porting.table.base import (
+    Operation,
+    atom,
+    entry,
+    helper_entry,
+    mlx_dtype,
+    number,
+    promoted,
+    templates,
+)
 
 
 def operands(n: Operation, *names: str, dtype: str | None = None) -> list[str]:
@@ -259,70 +266,28 @@ templates(
         "lift_fresh": "{self}",
         "lift": "{self}",
         "clone": "{self}",
-        "relu": "nn.relu({self})",
-        "silu": "nn.silu({self})",
-        "mish": "nn.mish({self})",
-        "log_sigmoid": "nn.log_sigmoid({self})",
         "deg2rad": "{self!a} * (math.pi / 180)",
         "rad2deg": "{self!a} * (180 / math.pi)",
     }
 )
 
 
-def _helper(*names: str, function: str = "", arguments: tuple[str, ...] = ("self",)) -> None:
-    def write(n: Operation) -> str:
-        tensor = n.tensor("self")
-        is_integer = tensor is not None and not tensor.is_floating and not tensor.is_complex
-        first = n.cast("self", n.out.dtype) if is_integer and n.out.is_floating else n["self"]
-        rest = [n[name] for name in arguments[1:]]
-        return n.call(function or n.node.base, first, *rest)
-
-    entry(*names)(write)
-
-
-_helper("exp2", "special_exp2", function="exp2")
-_helper("erfc", "special_erfc", function="erfc")
-_helper("sinc", "special_sinc", function="sinc")
-_helper("lgamma", "special_gammaln", function="lgamma")
-_helper("digamma", "special_digamma", "special_psi", function="digamma")
-_helper("trunc", "fix", function="trunc")
-_helper("polygamma", "special_polygamma", function="polygamma", arguments=("self", "n"))
-_helper("mvlgamma", "special_multigammaln", function="multivariate_lgamma", arguments=("self", "p"))
-_helper("frac")
-_helper("sign")
-_helper("sgn", function="sgn")
-_helper("signbit")
-_helper("angle", function="angle")
-_helper("special_entr", function="entr")
-_helper("special_log_ndtr", function="log_ndtr")
-_helper("special_ndtr", function="ndtr")
-_helper("log_sigmoid_forward", function="log_sigmoid_forward")
-_helper("softsign", function="softsign")
-_helper("tanhshrink", function="tanhshrink")
-_helper("hardswish", function="hardswish")
-_helper("hardsigmoid", function="hardsigmoid")
-_helper("relu6", function="relu6")
-_helper("selu", function="selu")
-_helper("leaky_relu", function="leaky_relu", arguments=("self", "negative_slope"))
-_helper("hardshrink", function="hardshrink", arguments=("self", "lambd"))
-_helper("softshrink", function="softshrink", arguments=("self", "lambd"))
-_helper("celu", function="celu", arguments=("self", "alpha"))
-_helper("threshold", function="threshold", arguments=("self", "threshold", "value"))
-
-
-@entry("softplus")
-def softplus(n: Operation) -> str:
-    beta, threshold = n.get("beta", 1), n.get("threshold", 20)
-    if beta == 1 and threshold >= 20:  # above 20 softplus(x) is x in fp32
-        return f"nn.softplus({n['self']})"
-    return n.call("softplus", n["self"], n["beta"], n["threshold"])
-
-
-@entry("hardtanh")
-def hardtanh(n: Operation) -> str:
-    bounds = [n.args["min_val"], n.args["max_val"]]
-    bounds = bounds if n.out.is_floating else [int(bound) for bound in bounds]
-    return n.call("hardtanh", n["self"], *map(n.source, bounds))
+helper_entry("exp2", "special_exp2", function="exp2")
+helper_entry("erfc", "special_erfc", function="erfc")
+helper_entry("sinc", "special_sinc", function="sinc")
+helper_entry("lgamma", "special_gammaln", function="lgamma")
+helper_entry("digamma", "special_digamma", "special_psi", function="digamma")
+helper_entry("trunc", "fix", function="trunc")
+helper_entry("polygamma", "special_polygamma", function="polygamma", arguments=("self", "n"))
+helper_entry("mvlgamma", "special_multigammaln", function="multivariate_lgamma", arguments=("self", "p"))
+helper_entry("frac")
+helper_entry("sign")
+helper_entry("sgn", function="sgn")
+helper_entry("signbit")
+helper_entry("angle", function="angle")
+helper_entry("special_entr", function="entr")
+helper_entry("special_log_ndtr", function="log_ndtr")
+helper_entry("special_ndtr", function="ndtr")
 
 
 @entry("square")
@@ -335,41 +300,6 @@ def round_(n: Operation) -> str:
     if not n.out.is_floating:
         return n["self"]
     return f"mx.round({n['self']}" + (f", {n['decimals']})" if n.get("decimals") else ")")
-
-
-@entry("gelu")
-def gelu(n: Operation) -> str:
-    function = {"tanh": "gelu_approx", "sigmoid": "gelu_fast_approx"}.get(n.get("approximate", "none"), "gelu")
-    return f"nn.{function}({n['self']})"
-
-
-@entry("elu")
-def elu(n: Operation) -> str:
-    return n.call("elu", n["self"], n["alpha"], n["scale"], n["input_scale"])
-
-
-@entry("prelu", "_prelu_kernel")
-def prelu(n: Operation) -> str:
-    x, weight = n.tensor("self"), n.tensor("weight")
-    assert x is not None and weight is not None
-    text = n.atom("weight")
-    if not x.ndim and weight.ndim:
-        text = f"{text}.reshape(())"
-    following = x.ndim - 1 - n.get("channels", 1)
-    if weight.ndim == 1 and weight.shape[0] != 1 and following > 0:
-        text = f"{text}.reshape({', '.join(['-1'] + ['1'] * following)})"
-    return n.call("leaky_relu", n["self"], text)
-
-
-@entry("rrelu", "rrelu_with_noise")
-def rrelu(n: Operation) -> str:
-    return n.call("rrelu", n["self"], n["lower"], n["upper"], training(n))
-
-
-def training(n: Operation, name: str = "training") -> str:
-    """Returns the source of a flag that follows the mode."""
-    value = n.args.get(name, n.args.get("train"))
-    return "self.training" if value is n.training else repr(value)
 
 
 @entry("clamp", "clip")
@@ -447,42 +377,6 @@ for _name, _dtype in (
     entry(f"_cast_{_name.capitalize()}")(lambda n: n.cast("self", n.out.dtype))
 
 
-@entry("copy")
-def copy(n: Operation) -> str:
-    """The values of src in the shape and dtype of self."""
-    source, target = n.tensor("src"), n.tensor("self")
-    text = n.cast("src", n.out.dtype)
-    if source is None or target is None or source.shape != target.shape:
-        return n.call("broadcast_like", text, n["self"])
-    return text
-
-
-@entry("fill")
-def fill(n: Operation) -> str:
-    value = n.args["value"]
-    if n.tensor("value") is not None:
-        return n.call("broadcast_like", n.cast("value", n.out.dtype), n["self"])
-    return f"mx.full({n.atom('self')}.shape, {fill_value(n, value)}, mx.{mlx_dtype(n.out.dtype)})"
-
-
-entry("zero")(lambda n: f"mx.zeros_like({n['self']})")
-entry("zeros_like")(lambda n: _like(n, "mx.zeros"))
-entry("ones_like")(lambda n: _like(n, "mx.ones"))
-entry("empty_like")(lambda n: _like(n, "mx.zeros"))
-
-
-def _like(n: Operation, function: str) -> str:
-    tensor = n.tensor("self")
-    if tensor is not None and tensor.dtype == n.out.dtype:
-        return f"{function}_like({n['self']})"
-    return f"{function}({n.atom('self')}.shape, mx.{mlx_dtype(n.out.dtype)})"
-
-
-@entry("full_like")
-def full_like(n: Operation) -> str:
-    return f"mx.full({n.atom('self')}.shape, {fill_value(n, n.args['fill_value'])}, mx.{mlx_dtype(n.out.dtype)})"
-
-
 @entry("isclose")
 def isclose(n: Operation) -> str:
     return f"mx.isclose({n['self']}, {n['other']}, {n['rtol']}, {n['atol']}, equal_nan={n['equal_nan']})"
@@ -509,11 +403,3 @@ def view_as_real(n: Operation) -> str:
 @entry("view_as_complex")
 def view_as_complex(n: Operation) -> str:
     return f"{n.atom('self')}[..., 0] + 1j * {n.atom('self')}[..., 1]"
-
-
-@entry("glu")
-def glu(n: Operation) -> str:
-    return n.call("glu", n["self"], n["dim"])
-
-
-__all__ = ["Dtype", "Tensor", "operands", "training"]

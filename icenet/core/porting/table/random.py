@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from icenet.core.porting.table.arrays import sizes_of
-from icenet.core.porting.table.base import Operation, entry, mlx_dtype
-from icenet.core.porting.table.elementwise import training
+from icenet.core.porting.table.base import Operation, entry, mlx_dtype, training_flag
 
 
 def _input(n: Operation) -> str:
@@ -16,18 +15,18 @@ def _input(n: Operation) -> str:
 def dropout(n: Operation) -> str:
     if n.args["p"] == 0:
         return n[_input(n)]
-    return n.call("dropout", n[_input(n)], n["p"], training(n, "train"))
+    return n.call("dropout", n[_input(n)], n["p"], training_flag(n, "train"))
 
 
 @entry("feature_dropout")
 def feature_dropout(n: Operation) -> str:
-    return n.call("feature_dropout", n[_input(n)], n["p"], training(n, "train"))
+    return n.call("feature_dropout", n[_input(n)], n["p"], training_flag(n, "train"))
 
 
 @entry("alpha_dropout", "feature_alpha_dropout")
 def alpha_dropout(n: Operation) -> str:
     whole = repr(n.node.base.startswith("feature"))
-    return n.call("alpha_dropout", n[_input(n)], n["p"], training(n, "train"), whole)
+    return n.call("alpha_dropout", n[_input(n)], n["p"], training_flag(n, "train"), whole)
 
 
 def _dtype(n: Operation) -> str:

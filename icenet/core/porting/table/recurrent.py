@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from icenet.core.porting.record import Ref
-from icenet.core.porting.table.base import Operation, entry
-from icenet.core.porting.table.elementwise import training
+from icenet.core.porting.table.base import Operation, entry, training_flag
 
 
 @entry("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -18,7 +17,7 @@ def layers(n: Operation) -> str:
         keywords["batch_first"] = "True"
     if n.args["dropout"]:
         keywords["p"] = n["dropout"]
-        keywords["training"] = training(n, "train")
+        keywords["training"] = training_flag(n, "train")
     states = f"[{n['hx']}]" if isinstance(n.args["hx"], Ref) else n["hx"]
     return n.call("recurrent", layer, n["input"], states, n["params"], **keywords)
 
