@@ -254,7 +254,7 @@ class Pairing:
         for place, theirs in self._hits.items():
             shape = self._shapes[place.name] if place.layer is None else place.layer.theirs[place.name]
             given = tuple(self._torch.shapes[theirs])[:: -1 if self._is_transposed(place, theirs) else 1]
-            if given != tuple(shape) and not place.name.startswith(hidden):
+            if given != tuple(shape) and not place.name.startswith(hidden) and not self._is_point(place, theirs):
                 reason = self._reason(place, given, shape)
                 texts.append(f"{theirs} is {list(given)} in PyTorch, and MLX needs {list(shape)}{reason}")
         return texts
@@ -266,6 +266,8 @@ class Pairing:
         has_no_groups = kind == "conv3d" or kind.startswith("conv_transpose")
         if has_no_groups and is_weight and given[0] == shape[0] and given[1] < shape[1] and shape[1] % given[1] == 0:
             return " (Conv3d and transposed convolutions of MLX have no groups)"
+        if kind == "linear" and _is_of_size_1(given, shape):
+            return " (a convolution of size 1 has this shape: give the module of PyTorch, which tells the kinds)"
         if kind == "plain" and sorted(given) == sorted(shape):
             return (
                 " (an array that a module of yours holds has the same axes on both sides; for a convolution give its "
@@ -280,7 +282,8 @@ class Pairing:
                 continue
             (module, name), (their_module, their_name) = layout.split(place.name), layout.split(theirs)
             own, other = self._mlx.kinds.get(module, "plain"), self._torch.kinds.get(their_module, "plain")
-            if other != "plain" and _axes(own, name) != _axes(other, their_name):
+            has_other_axes = other != "plain" and _axes(own, name) != _axes(other, their_name)
+            if has_other_axes and not self._is_point(place, theirs):
                 texts.append(f"{theirs} is of {_article(other)} layer in PyTorch and of {_article(own)} layer in MLX")
         return texts
 
@@ -398,7 +401,7 @@ class Pairing:
         if not gradients:
             values = {**{path: np.zeros(shape, dtype) for path, shape in self.added.items()}, **values}
         found = {
-            theirs: self._turned(place, theirs, values[place.name])
+            theirs: self._turned(place, theirs, values[place.name], to_torch=True)
             for place, theirs in self._hits.items()
             if place.layer is None and (place.name in values or not gradients)
         }
@@ -417,7 +420,19 @@ class Pairing:
         kind = "linear" if place.layer is not None else self._mlx.kinds.get(layout.split(place.name)[0])
         return kind == "linear" and theirs in self._torch.transposed
 
-    def _turned(self, place: _Place, theirs: str, array: Array) -> Array:
+    def _is_point(self, place: _Place, theirs: str) -> bool:
+        """Returns whether a weight is of a linear layer on one side, and of a convolution of size 1 on the other."""
+        if place.layer is not None or len(self._shapes[place.name]) == len(self._torch.shapes[theirs]):
+            return False
+        (module, name), (their_module, their_name) = layout.split(place.name), layout.split(theirs)
+        kinds = sorted((self._mlx.kinds.get(module, ""), self._torch.kinds.get(their_module, "")))
+        short, long = sorted((tuple(self._shapes[place.name]), tuple(self._torch.shapes[theirs])), key=len)
+        are_kinds = kinds[0] in ("conv1d", "conv2d", "conv3d") and kinds[1] == "linear"
+        return are_kinds and name == their_name == "weight" and _is_of_size_1(long, short)
+
+    def _turned(self, place: _Place, theirs: str, array: Array, to_torch: bool = False) -> Array:
+        if self._is_point(place, theirs):
+            return array.reshape(self._torch.shapes[theirs] if to_torch else self._shapes[place.name])
         return array.T if self._is_transposed(place, theirs) else array
 
     def _hits_of_layers(self) -> list[tuple[Counterpart, dict[str, str]]]:
@@ -465,6 +480,11 @@ def _optional_biases(mlx: MLXWeights) -> tuple[dict[str, Shape], dict[str, str]]
 
 def _attention_layers(kind: str) -> Iterable[str]:
     return (f"{attention}.{name}" for attention in ATTENTION_OF.get(kind, ()) for name in (*PROJECTIONS, "out_proj"))
+
+
+def _is_of_size_1(shape: Shape, linear: Shape) -> bool:
+    """Returns whether a shape is that of a convolution of size 1 with the matrix of a linear layer."""
+    return len(linear) == 2 < len(shape) and tuple(shape) == (*linear, *[1] * (len(shape) - 2))
 
 
 def _axes(kind: str, name: str) -> object:

@@ -45,6 +45,17 @@ def test_everything_that_does_not_fit_is_named_at_once() -> None:
     assert all(torch.equal(value, before[1][name]) for name, value in theirs.state_dict().items())
 
 
+def test_a_convolution_of_size_1_is_a_linear_layer_of_a_module_only() -> None:
+    ours, theirs = Net(mnn.Linear(4, 6)), TorchNet(tnn.Conv2d(4, 6, 1))
+    with pytest.raises(WeightsError) as raised:
+        icenet.from_torch(theirs.state_dict(), ours)
+    assert is_one_line(raised.value, "[6, 4, 1, 1]", "a convolution of size 1", "give the module of PyTorch")
+    icenet.from_torch(theirs, ours)
+    for other in (tnn.Conv2d(4, 6, 2), tnn.Conv2d(4, 6, 1, groups=2)):
+        with pytest.raises(WeightsError, match="conv2d"):
+            icenet.from_torch(TorchNet(other), ours)
+
+
 def test_equal_shapes_of_other_kinds_are_refused() -> None:
     """No axes are guessed: of [4, 4, 4, 4] every permutation fits."""
     holder = Net(mnn.Module())

@@ -282,6 +282,21 @@ def test_outputs_and_gradients(name: str) -> None:
         assert all(torch.equal(value, theirs.state_dict()[path]) for path, value in target.state_dict().items())
 
 
+@pytest.mark.parametrize("is_linear", [True, False])
+def test_a_convolution_of_size_1_may_be_a_linear_layer(is_linear: bool) -> None:
+    ours, theirs = (mnn.Linear(4, 6), tnn.Conv2d(4, 6, 1)) if is_linear else (mnn.Conv1d(4, 6, 1), tnn.Linear(4, 6))
+    icenet.from_torch(theirs, ours)
+    x = np.random.default_rng(0).standard_normal((2, 5, 3, 4) if is_linear else (2, 5, 4)).astype(np.float32)
+    given = torch.from_numpy(np.moveaxis(x, -1, 1).copy() if is_linear else x)
+    expected = theirs(given).detach().numpy()
+    np.testing.assert_allclose(ours(mx.array(x)), np.moveaxis(expected, 1, -1) if is_linear else expected, atol=1e-6)
+    other = type(theirs)(*((4, 6, 1) if is_linear else (4, 6)))
+    icenet.to_torch(ours, other)
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in other.state_dict().items())
+    pairing, gradients = modules.pair(ours, theirs), modules.get_weights(ours)
+    assert pairing.to_torch(gradients, gradients=True)["weight"].shape == theirs.weight.shape
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_statistics_in_training(training: bool) -> None:
     ours, theirs, [x] = pair_of("BatchNorm")
