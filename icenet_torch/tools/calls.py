@@ -45,7 +45,7 @@ def working_copy(module: nn.Module, dtype: str = "fp32", exact: bool = False) ->
     """
     shares = dtype == "fp32" and not exact and all(p.dtype == torch.float32 for p in module.parameters())
     memo: dict[int, Any] = {id(p): p for p in module.parameters()} if shares else {}
-    memo |= _held_results(module)
+    memo |= held_results(module)
     with torch.no_grad():
         copied = copy.deepcopy(module, memo)
     if not shares:
@@ -72,10 +72,10 @@ def _doubled(item: Any) -> Any:
 def detached(module: nn.Module) -> nn.Module:
     """Returns a copy of a module with parameters of its own, which may be updated."""
     with torch.no_grad():
-        return copy.deepcopy(module, _held_results(module))
+        return copy.deepcopy(module, held_results(module))
 
 
-def _held_results(module: nn.Module) -> dict[int, Any]:
+def held_results(module: nn.Module) -> dict[int, Any]:
     """Returns copies of the results of operations that a module holds, by id, as `copy.deepcopy` takes them.
 
     It cannot copy them. The old `torch.nn.utils.weight_norm` keeps the weight that it computes in each call.

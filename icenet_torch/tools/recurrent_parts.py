@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from icenet_torch.tools.calls import held_results
+
 _SIZES = (
     "input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "mode", "proj_size"
 )  # fmt: skip
@@ -98,7 +100,7 @@ def with_parts(module: nn.Module, counts: Mapping[str, int]) -> nn.Module:
             memo[id(layer)] = shown(layer)
     if not memo:
         return module
-    memo |= {id(parameter): parameter for parameter in module.parameters()}
+    memo |= {id(parameter): parameter for parameter in module.parameters()} | held_results(module)
     copied: nn.Module = copy.deepcopy(module, memo)
     return copied
 

@@ -145,6 +145,7 @@ def test_a_direction_that_is_missing_is_told() -> None:
     assert report.culprit == "rnn" and "2 directions, a has gru of one layer and direction" in report.verdict
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
 @pytest.mark.parametrize("options", [{}, {"batch_first": True, "bias": False}, {"num_layers": 2, "dropout": 0.3}])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_the_parts_compute_what_the_layer_does(kind: str, options: dict[str, Any]) -> None:
@@ -152,6 +153,9 @@ def test_the_parts_compute_what_the_layer_does(kind: str, options: dict[str, Any
     parts = with_parts(whole, {kind: 4})
     assert isinstance(parts, Parts) and with_parts(whole, {kind: 1}) is whole
     assert {id(p) for p in parts.parameters()} == {id(p) for p in whole.parameters()}
+    held = T.Sequential(T.utils.weight_norm(T.Linear(5, 5)), whole)  # holds a result, which deepcopy refuses
+    held[0](torch.zeros(1, 5))
+    assert isinstance(with_parts(held, {kind: 4})[1], Parts)
     x = torch.from_numpy(draw(3, 7, 5)).double()
     states = torch.from_numpy(draw(2 * whole.num_layers, 3 if whole.batch_first else 7, 4, seed=1)).double()
     for given in ((x,), (x[0],), (x, (states, 2 * states) if kind == "LSTM" else states)):
