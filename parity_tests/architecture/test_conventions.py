@@ -37,6 +37,42 @@ def test_every_module_has_a_docstring_and_postponed_annotations() -> None:
             assert "from __future__ import annotations" in path.read_text(encoding="utf-8"), name
 
 
+def defined(path: Path) -> set[str]:
+    """Returns the names at the top of a module, imported ones included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def missing_names(text: str) -> list[str]:
+    """Returns the names of modules, functions and classes of the project in a text that do not exist."""
+    found = []
+    for name in re.findall(r"`((?:icenet|icenet_torch)(?:\.[A-Za-z_]\w*)+)`", text):
+        module = name
+        while module not in ALL:
+            module = module.rpartition(".")[0]
+        attribute = name[len(module) + 1 :].partition(".")[0]
+        if attribute not in ("", "NAME") and attribute not in defined(ALL[module]):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("folder", ["icenet", "icenet_torch"])
+def test_the_names_in_docstrings_and_comments_exist(folder: str) -> None:
+    texts = {name: path.read_text(encoding="utf-8") for name, path in ALL.items() if name.startswith(f"{folder}.")}
+    assert {name: found for name, text in texts.items() if (found := missing_names(text))} == {}
+    assert missing_names("`icenet.core.rng.no_name`, `icenet.no_module.x`, `icenet.load`, `icenet.core.rng`") == [
+        "icenet.core.rng.no_name",
+        "icenet.no_module.x",
+    ]
+
+
 def phrases(text: str) -> list[str]:
     """Returns the phrases of a text that have a plain replacement, with their lines."""
     return [

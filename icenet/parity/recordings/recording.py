@@ -4,11 +4,11 @@
     compare(mlx_module, read_trace("trace/"))              # as with the module itself
 
 A comparison asks its reference for runs, replays of single calls, a loss, updates and training steps. `record`
-computes them and writes the results, `icenet.parity.recordings.recorded` returns them. The noise of each result is
-measured with them, by the samples that a comparison takes of a module (`icenet.parity.resampling`).
+computes them and writes the results, `icenet.parity.recordings.recorded_side` returns them. The noise of each result
+is measured with them, by the samples that a comparison takes of a module (`icenet.parity.resampling`).
 
 A replay leaves out the calls that both sides make. Those of the other side are not known yet, so the replays of a
-module with others within are recorded for several sets of calls (`_cuts`), and the finest is used that the other side
+module with others within are recorded for several sets of calls (`cuts`), and the finest is used that the other side
 has.
 """
 
@@ -42,6 +42,7 @@ from icenet.parity.fp16 import scaled_for_fp16
 from icenet.parity.inputs import Inputs
 from icenet.parity.measures import round_to, squared_distance
 from icenet.parity.nearby import Perturbation
+from icenet.parity.recordings.cuts import cuts_of
 from icenet.parity.recordings.trace_files import (
     EVALUATION,
     TRAINING,
@@ -255,7 +256,7 @@ class _Recording:
         for index, pair in enumerate(pairs):
             self.tell(f"modules in {mode} mode", index, len(pairs))
             if not pair.obstacle:
-                cuts = _cuts(pair, pairs, self.reference)
+                cuts = cuts_of(pair, pairs, self.reference)
                 replays[str(pair.b.number)] = [r for cut in cuts if (r := self._replayed(pair, cut, gradients))]
         if gradients:
             self.exact_run, self.noise_run = exact, noise
@@ -470,43 +471,6 @@ class _Recording:
 
         found["noise"], found["in_order"] = (noise.get("curve") for noise in self._noise(sample, FEW))
         return {name: [_number(x) for x in v] if isinstance(v, list) else v for name, v in found.items()}
-
-
-def _cuts(pair: Pair, pairs: list[Pair], side: Side) -> list[list[Pair]]:
-    """Returns the sets of calls within a call that a replay may leave out, the finest one first.
-
-    They are all calls one level down; those with parameters; the same with the calls within a container in its place;
-    all layers with parameters at any depth; and none.
-    """
-    if not pair.children:
-        return [[]]
-    by_event = {id(item.b): item for item in pairs}
-    has_weights = {item.path for item in pairs if side.parameters_within(item.path)}
-
-    def weighted(items: list[Pair]) -> list[Pair]:
-        return [item for item in items if item.path in has_weights]
-
-    def within(items: list[Pair], is_expanded: Callable[[Pair], bool]) -> list[Pair]:
-        found: list[Pair] = []
-        for item in items:
-            if is_expanded(item) and item.children:
-                found += within(item.children, is_expanded)
-            else:
-                found.append(item)
-        return found
-
-    def is_container(item: Pair) -> bool:
-        return side.classes[item.path].endswith((".Sequential", ".ModuleList", ".ModuleDict"))
-
-    assert all(id(item.b) in by_event for item in pair.children)
-    expanded = within(pair.children, is_container)
-    candidates = [pair.children, expanded, weighted(pair.children), weighted(expanded)]
-    candidates += [weighted(within(pair.children, lambda item: True)), []]
-    found: list[list[Pair]] = []
-    for candidate in candidates:
-        if [id(item) for item in candidate] not in [[id(item) for item in other] for other in found]:
-            found.append(candidate)
-    return found
 
 
 def _joined(path: str, name: str) -> str:

@@ -121,7 +121,7 @@ FAULTS: dict[str, list[Fault]] = {
             ["porting/test_proof.py::test_a_jump_is_equal_on_equal_inputs"],
         ),
     ],
-    "icenet/parity/recordings/recording.py": [
+    "icenet/parity/recordings/cuts.py": [
         Fault(
             "a trace has replays without calls, or without all of them",
             "candidates = [pair.children, expanded, weighted(pair.children), weighted(expanded)]",
