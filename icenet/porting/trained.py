@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.config import custom
-from icenet.core.models import ports
+from icenet.core.models import port_weights
 from icenet.core.models.ported import logits_of
 from icenet.core.weights import files
 from icenet.porting.layers import accelerate
@@ -24,10 +24,10 @@ _LAYOUT = "_icenet_layout"
 def module(config: Any) -> nn.Module:
     """Returns the module of a port, whose constants and buffers that are not saved have their values."""
     folder, source = Path(config.port), custom.port_module(config)
-    described = ports.read_config(folder)
+    described = port_weights.read_config(folder)
     found: nn.Module = getattr(source, described["class"])()
     object.__setattr__(found, _LAYOUT, described["layout"])
-    ports.mark(found, described["weights"])
+    port_weights.mark(found, described["weights"])
     fixed = [place.name for place in described["weights"].values() if not place.is_saved]
     arrays = files.read(folder / "weights.safetensors") if fixed else {}
     for path in fixed:

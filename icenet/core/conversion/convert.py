@@ -12,7 +12,7 @@ from icenet.core.config import Config, ImageModelConfig, custom
 from icenet.core.conversion import export
 from icenet.core.errors import UsageError
 from icenet.core.families import folder, sentence_transformers, torchvision
-from icenet.core.models import ports
+from icenet.core.models import port_weights
 from icenet.core.models.ported import NET
 from icenet.core.runs import checkpoint, saved_model
 from icenet.core.runs.open_model import image_facts, open_averaged
@@ -110,7 +110,7 @@ def _convert_by_config(
         common |= {"kinds": model.layer_kinds(), "shapes": model.weight_shapes(), "names": model.mlx_names()}
         common["shared"] = model.shared_arrays()
         if custom.has_port(settings.model):
-            of_port = ports.mlx_facts(settings.model, NET, common["kinds"])
+            of_port = port_weights.mlx_facts(settings.model, NET, common["kinds"])
             common |= {"kinds": of_port.kinds, "names": of_port.names, "aliases": of_port.aliases}
     translations = torchvision.translations(settings, source, destination, to)
     notes = [f"the names are IceNet's, not those of {imported.family.model_type}"] if imported else []

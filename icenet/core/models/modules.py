@@ -15,7 +15,7 @@ import numpy as np
 
 from icenet.core import backends
 from icenet.core.errors import UsageError, WeightsError
-from icenet.core.models import ports as port_weights
+from icenet.core.models import port_weights
 from icenet.core.weights import arrays, layout, sharing
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.pairing import MLXWeights, Pairing, TorchWeights

@@ -10,7 +10,7 @@ import numpy as np
 
 from icenet.core.config import ModelConfig
 from icenet.core.errors import UsageError
-from icenet.core.models import ports
+from icenet.core.models import port_weights
 from icenet.core.porting.places import Places
 from icenet.core.weights import files
 
@@ -41,7 +41,7 @@ class PortedBase:
 def saved_weights(folder: Path) -> dict[str, np.ndarray]:
     """Returns the canonical weights in the folder of a port, by their names in a `PortedModel`."""
     arrays = files.read(folder / "weights.safetensors")
-    places: Places = ports.read_config(folder)["weights"]
+    places: Places = port_weights.read_config(folder)["weights"]
     return {f"{NET}.{path}": place.to_torch(arrays[place.name]) for path, place in places.items() if place.is_saved}
 
 

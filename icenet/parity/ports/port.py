@@ -15,7 +15,7 @@ import numpy as np
 
 from icenet.core import backends, files
 from icenet.core.errors import PortError, UsageError
-from icenet.core.models import ports
+from icenet.core.models import port_weights
 from icenet.core.porting import build, signature
 from icenet.core.porting.build import Plan
 from icenet.core.porting.names import optimizer_notes
@@ -276,7 +276,7 @@ def port(
     if report.fixed or report.limits or report.guards:
         plan = replace(plan, source=_with_sizes(plan, report, layout == "nhwc"))
         model = load.make(plan.source, plan.class_name, plan.native(weights))
-    ports.mark(model, plan.places())
+    port_weights.mark(model, plan.places())
     layers.accelerate(model)
     if dtype != "fp32":
         load.set_dtype(model, DTYPES[dtype])
