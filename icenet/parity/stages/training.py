@@ -161,36 +161,45 @@ def _ratios_of_equal_steps(
         last: Number of steps.
         own: The losses of `a`.
     """
-    if not c.computes_reference:
+    first, noisy, exact = c.first_runs
+    if not c.computes_reference or first is None or noisy is None or exact is None:
         return None
+    is_judged = c.stages["gradients"].status == states.PASSED  # at the weights of the first step
     steps: list[Mapping[str, Value]] = []
-    modules: dict[Side, list[Any]] = {c.a: [], c.b: []}
+    modules: list[list[Any]] = [[], []]
+
+    def keep(side: Side, step: int) -> None:
+        if step or not is_judged:
+            modules[side is not c.a].append(side.tools.detached(side.module))
 
     def of_a(step: int, gradients: Mapping[str, Value]) -> Mapping[str, Value]:
-        modules[c.a].append(c.a.tools.detached(c.a.module))
+        keep(c.a, step)
         steps.append({c.parameter_names[n]: value for n, value in gradients.items() if n in c.parameter_names})
         return gradients
 
     def of_b(step: int, gradients: Mapping[str, Value]) -> Mapping[str, Value]:
-        modules[c.b].append(c.b.tools.detached(c.b.module))
+        keep(c.b, step)
         return of_reference(step, gradients)
 
     def of_reference(step: int, gradients: Mapping[str, Value]) -> Mapping[str, Value]:
         return {name: steps[step].get(name, value) for name, value in gradients.items()}
 
-    first, (loss_a, loss_b) = c.first_runs, c.losses or (None, None)
-    c.a.train_steps(inputs.given, inputs.values, loss_a, c.targets_a, optimizers[0], last, first[0], of_a)
+    loss_a, loss_b = c.losses or (None, None)
+    if last == 1:  # its gradients are known
+        of_a(0, first[1])
+    else:
+        c.a.train_steps(inputs.given, inputs.values, loss_a, c.targets_a, optimizers[0], last, first, of_a)
     given = inputs.given, c.inputs_b, loss_b, c.targets_b, optimizers[1], last
-    curve = c.b.train_steps(*given, first[1], of_b)
-    exact = c.reference.train_steps(*given, first[2], of_reference)
-    judged = judge_curve(own[: last + 1], curve, exact)
-    ratios: Array = np.where(np.isfinite(judged.ratios), judged.gap / np.maximum(judged.noise, c.loss_noise), np.inf)
+    curve = c.b.train_steps(*given, noisy, of_b)
+    gap = np.abs(np.subtract(own[: last + 1], curve))
+    # the noise is at least that of the first loss and of a loss of equal outputs: most steps pass by it
+    ratios: Array = gap / (max(c.loss_noise, abs(noisy[0] - exact[0])) or np.nan)
+    if not float(ratios.max()) <= FACTOR:
+        judged = judge_curve(own[: last + 1], curve, c.reference.train_steps(*given, exact, of_reference))
+        ratios = np.where(np.isfinite(judged.ratios), gap / np.maximum(judged.noise, c.loss_noise), np.inf)
     if float(ratios.max()) > FACTOR * c.factor:
         return None
-    is_judged = c.stages["gradients"].status == states.PASSED  # at the weights of the first step
-    later = zip(modules[c.a], modules[c.b], strict=True)
-    agree = all(c.gradients_agree(inputs, *pair) for step, pair in enumerate(later) if step or not is_judged)
-    return ratios if agree else None
+    return ratios if all(c.gradients_agree(inputs, *pair) for pair in zip(*modules, strict=True)) else None
 
 
 def _curve_samples(
