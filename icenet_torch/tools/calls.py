@@ -49,9 +49,10 @@ def working_copy(module: nn.Module, dtype: str = "fp32", exact: bool = False) ->
     with torch.no_grad():
         copied = copy.deepcopy(module, memo)
     if not shares:
-        copied = copied.to(DTYPES[dtype])
+        # `to` and `double` would make complex numbers real, or leave them in complex64
+        copied = copied._apply(lambda item: item.to(DTYPES[dtype]) if item.is_floating_point() else item)
     if exact:
-        copied = copied.cpu().double()
+        copied = copied._apply(_widened)
         for inner in copied.modules():
             for name, item in vars(inner).items():
                 if not name.startswith("_") or not isinstance(item, (dict, nn.Module)):
@@ -59,11 +60,16 @@ def working_copy(module: nn.Module, dtype: str = "fp32", exact: bool = False) ->
     return copied
 
 
+def _widened(item: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor in float64 or complex128, if it is of such numbers, on the CPU."""
+    wide = torch.complex128 if item.is_complex() else torch.float64 if item.is_floating_point() else item.dtype
+    return item.cpu().to(wide)
+
+
 def _doubled(item: Any) -> Any:
     """Returns tensors that a module holds without registering them, in float64; parameters stay themselves."""
     if isinstance(item, torch.Tensor) and not isinstance(item, nn.Parameter):
-        wide = torch.complex128 if item.is_complex() else torch.float64 if item.is_floating_point() else item.dtype
-        return item.cpu().to(wide)
+        return _widened(item)
     if type(item) in (list, tuple):
         return type(item)(map(_doubled, item))
     return {key: _doubled(value) for key, value in item.items()} if type(item) is dict else item

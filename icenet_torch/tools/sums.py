@@ -131,7 +131,9 @@ def _in_float64(item: Any) -> Any:
         return torch.float64 if item == torch.float32 else item
     if not isinstance(item, Tensor):
         return item
-    return item.cpu() if item.dtype == torch.bool else item.cpu().double()
+    if item.dtype == torch.bool:
+        return item.cpu()
+    return item.cpu().to(torch.complex128) if item.is_complex() else item.cpu().double()
 
 
 def _is_single(args: Sequence[Any]) -> bool:

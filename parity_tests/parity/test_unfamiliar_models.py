@@ -204,3 +204,34 @@ def test_the_old_weight_norm_and_weights_that_are_all_zero() -> None:
     """PyTorch keeps the weight that it computes, which is not copied; zeros of `a` are its initial values."""
     report = compare(Weighted(), torch.nn.utils.weight_norm(T.Linear(5, 6)), draw(4, 5))
     assert report.passed and report.copied_weights, report
+
+
+class Turned(T.Module):
+    """Rotary positions with a buffer of complex numbers, as in the code of Llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = T.Linear(5, 8)
+        angles = torch.outer(torch.arange(16.0), 10000.0 ** -(torch.arange(4) / 4))
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(self.q(x).float().unflatten(-1, (4, 2)))
+        return torch.view_as_real(pairs * self.turns[: x.shape[1]]).flatten(-2).type_as(x)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_buffers_of_complex_numbers(dtype: str) -> None:
+    """`Module.double` and `Module.to` made them real: then the noise was as large as the values."""
+    given = draw(2, 6, 5)
+    for traditional in (True, False):
+        rope = M.RoPE(8, traditional=traditional)
+        ours = net(lambda m, x, rope=rope: rope(m.q(x)), None, q=linear(5, 8)).ours
+        report = compare(ours, Turned(), given, dtype=dtype, stages=["forward", "gradients"], copy_weights=True)
+        assert report.passed is traditional, report.verdict
+
+
+def test_results_that_depend_on_rounding_are_said() -> None:
+    pair = net(lambda m, x: mx.sin(3e6 * m.q(x)), lambda m, x: torch.sin(3e6 * m.q(x)), q=linear(5, 8))
+    report = compare(*pair, draw(2, 5), stages=["forward"], copy_weights=True)
+    assert report.passed and any("b in fp32 is off from float64 by" in note for note in report.notes), report

@@ -27,6 +27,10 @@ from icenet.parity.yardstick import FACTOR, Judgement, judge
 Array = npt.NDArray[Any]
 
 
+_LARGE_NOISE = 0.01
+"""Share of an output from which on its rounding errors in fp32 are said."""
+
+
 def modes_differ(c: Comparison, stage: Stage) -> bool:
     """Compares the modes of the modules that compute something else in training mode, as the user gave them."""
     for ours, theirs in c.a.names.items():
@@ -92,6 +96,7 @@ def judge_forward(
     differing = {pair.path for pair, _ in origins}
     first = origins[0][1].order if origins else math.inf
     places = {id(pair): origin for pair, origin in origins}
+    _note_noise(c, pairs, found)
     for pair in pairs:
         own = {n: j for n, j in found.get(pair.b.number, {}).items() if n.startswith(("output", "statistic"))}
         worst = max(own.values(), key=lambda judgement: judgement.ratio, default=None)
@@ -118,6 +123,17 @@ def judge_forward(
             index = stage.rows.index(row)
             stage.rows[index] = replace(row, status=states.DIFFERS)
             c.fail(stage, "", "", "the run differs, although every module agrees on the inputs of the reference")
+
+
+def _note_noise(c: Comparison, pairs: list[Pair], found: Mapping[int, Mapping[str, Judgement]]) -> None:
+    """Adds a note on modules of `b` whose rounding errors are so large that mistakes in `a` may be smaller."""
+    for pair in pairs:
+        judged = found.get(pair.b.number, {}) if c.dtype == "fp32" else {}
+        share = max((j.noise / j.scale for n, j in judged.items() if n.startswith("output") and j.scale), default=0.0)
+        if share > _LARGE_NOISE:
+            what = f"b in fp32 is off from float64 by {share:.2g} of its size, so smaller mistakes of a are not found"
+            why = "its results depend on rounding, or it rounds float64 itself"
+            c.add_notes([f"{pair.path or 'the model'}: {what} there: {why}"])
 
 
 def _move_into(c: Comparison, origins: list[tuple[Pair, Origin]], found: dict[int, dict[str, Judgement]]) -> None:

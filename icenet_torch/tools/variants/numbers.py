@@ -65,6 +65,7 @@ def number_variants(
                 candidates = (old * old, math.sqrt(abs(old)), 1.0, -old, 1 / old, 2 * old, old / 2)
                 if abs(old) < 1:  # the scale of an attention, of the width of all heads in place of that of one
                     candidates += tuple(old / math.sqrt(heads) for heads in (2, 4, 8, 12, 16))
+                    candidates += tuple(old * math.sqrt(heads) for heads in (2, 8, 12, 16))  # of a part of each head
                 else:
                     candidates += tuple(old * heads**power for heads in (2, 4, 8, 12, 16) for power in (-0.5, 0.5))
                     candidates += (old - 1, old + 1) if old == round(old) > 2 else ()
