@@ -178,8 +178,13 @@ def value(taken: mx.array) -> Value:
     return Value(to_numpy(taken), short_dtype(taken.dtype))
 
 
-def tap(array: mx.array, store: Callable[[mx.array], None]) -> mx.array:
-    """Returns the array; its gradient is given to `store` when it is computed."""
+def tap(array: mx.array, store: Callable[[mx.array], None], is_passed_on: bool = False) -> mx.array:
+    """Returns the array; its gradient is given to `store` when it is computed.
+
+    Args:
+        array, store: The array, and what takes its gradient.
+        is_passed_on: Whether a module returns its argument. The gradient is that by this use of it anyway.
+    """
 
     @mx.custom_function
     def identity(x: mx.array) -> mx.array:

@@ -193,9 +193,15 @@ def value(taken: Value) -> Value:
     return taken
 
 
-def tap(tensor: torch.Tensor, store: Callable[[Value], None]) -> torch.Tensor:
-    """Returns the tensor; its gradient is given to `store` when it is computed."""
+def tap(tensor: torch.Tensor, store: Callable[[Value], None], is_passed_on: bool = False) -> torch.Tensor:
+    """Returns the tensor; its gradient is given to `store` when it is computed.
+
+    Args:
+        tensor, store: The tensor, and what takes its gradient.
+        is_passed_on: Whether a module returns its argument, so that the gradient by other uses of it is left out.
+    """
     if tensor.requires_grad:
+        tensor = tensor.view_as(tensor) if is_passed_on else tensor
         tensor.register_hook(lambda gradient: store(_computed(gradient)))
     return tensor
 

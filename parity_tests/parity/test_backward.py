@@ -17,6 +17,7 @@ from function_nets import Net, TorchNet
 from pairs import draw
 
 from icenet.parity import compare
+from icenet.parity.calls import run_gradients
 
 STAGES = ("forward", "gradients")
 
@@ -172,3 +173,26 @@ def test_rows_are_in_the_order_of_the_backward_pass_and_say_where_it_begins_to_d
     status = {f"{row.path}.{row.part.removeprefix('gradient of ')}": row.status for row in rows}
     assert status["leave.weight"] == "passed" and status["inner.scale"] == "differs", status
     assert status["enter.weight"] == "inherits" and report.culprit == "inner", status
+
+
+def test_a_module_that_returns_its_argument_has_the_gradient_by_its_own_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's gradient by the tensor is that by all uses: the difference seemed a jump, which took more runs."""
+    jumps: list[Any] = []
+    monkeypatch.setattr(run_gradients, "forced_run", lambda *args, **kwargs: jumps.append(args))
+
+    def ours(m: Any, x: Any) -> Any:
+        y = m.enter(x)
+        return m.leave(M.tanh(m.inner(y)) + m.skip(y))
+
+    def theirs(m: Any, x: Any) -> Any:
+        y = m.enter(x)
+        return m.leave(torch.tanh(m.inner(y)) + m.skip(y))
+
+    pair = (
+        Net(ours, enter=M.Linear(4, 4), inner=M.Linear(4, 4), skip=M.Identity(), leave=M.Linear(4, 2)),
+        TorchNet(theirs, enter=T.Linear(4, 4), inner=T.Linear(4, 4), skip=T.Identity(), leave=T.Linear(4, 2)),
+    )
+    report = compare(*pair, draw(8, 4), copy_weights=True, stages=STAGES)
+    rows = next(stage.rows for stage in report.stages if stage.name == "gradients")
+    assert [(row.status, row.ratio <= 8) for row in rows if row.path == "skip"] == [("passed", True)]
+    assert not jumps

@@ -96,11 +96,14 @@ class Run:
         events: All calls in the order in which they begin; the first is that of the model.
         loss: The loss; None in a run without gradients.
         gradients: The gradient of each trainable parameter, by path, in PyTorch's axes.
+        input_gradients: The gradient of each floating argument of the model, in order, and None for the others; empty
+            if they are not known.
     """
 
     events: list[Event]
     loss: Value | None = None
     gradients: dict[str, Value] = field(default_factory=dict)
+    input_gradients: list[Value | None] = field(default_factory=list)
 
     def by_call(self) -> dict[tuple[str, int], Event]:
         """Returns the events by path and number of the call."""
@@ -218,10 +221,10 @@ class Recorder:
         number = self._calls.get(path, 0)
         self._calls[path] = number + 1
         event = Event(path, number, len(self.events), self._open[-1] if self._open else None)
-        event.given, arrays = take_apart((args, kwargs), self.tools.ARRAY)
+        event.given, given = take_apart((args, kwargs), self.tools.ARRAY)
         event.names = argument_names(event.given)
         # taken before the call, which may change its arguments in place
-        event.arguments = [self._taken(array) for array in arrays]
+        event.arguments = [self._taken(array) for array in given]
         self.events.append(event)
         if event.parent is not None:
             event.parent.children.append(event)
@@ -247,9 +250,13 @@ class Recorder:
             return store
 
         tapped = [
-            self.tools.tap(array, storing(index)) if "float" in str(array.dtype) else array
+            self.tools.tap(array, storing(index), any(array is other for other in given))
+            if "float" in str(array.dtype)
+            else array
             for index, array in enumerate(arrays)
         ]
+        for new, taken in zip(tapped, event.outputs, strict=True):
+            self._remember(new, taken)
         return result if all(a is b for a, b in zip(tapped, arrays, strict=True)) else rebuild(event.result, tapped)
 
     def _taken(self, array: Any) -> Any:
@@ -260,9 +267,12 @@ class Recorder:
             return known[1]
         taken = self.tools.snapshot(array)
         taken = self.store.keep(taken) if isinstance(taken, Value) else taken
-        if version is not None:
-            self._known[version] = weakref.ref(array), taken
+        self._remember(array, taken)
         return taken
+
+    def _remember(self, array: Any, taken: Any) -> None:
+        if (version := self.tools.version(array)) is not None:
+            self._known[version] = weakref.ref(array), taken
 
     def finish(self) -> None:
         """Turns the arrays of the events into numpy, after the computation."""

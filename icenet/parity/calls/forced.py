@@ -1,8 +1,9 @@
-"""A run of the reference, with its gradients, in which every module returns what it returned in `a`.
+"""Runs of the reference, with their gradients, in which every module returns values of another run.
 
 A value that is within rounding of the edge of a ReLU may be on the other side of it in `a`, and the gradients of the
-run jump there. In this run each function between two modules is differentiated at the values of `a`, so that nothing
-is left between both but the rounding of the backward pass. One run decides, in place of many nearby ones.
+run jump there. In these runs each function between two modules is differentiated at the values of `a`, or of the
+reference. Nothing is left between both gradients but the jumps, and nothing between those at the values of `a` and
+its own but the rounding of the backward pass. So one or two runs decide, in place of many nearby ones.
 """
 
 from __future__ import annotations
@@ -20,40 +21,36 @@ from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 
 
-def forced_runs(c: Comparison, pairs: list[Pair]) -> tuple[Run, Run] | None:
-    """Returns the runs of `b` and of the reference, with gradients, at the values of `a`.
+def can_force(c: Comparison) -> bool:
+    """Returns whether the reference can compute such runs: it is not recorded, and of PyTorch."""
+    return c.computes_reference and c.b.backend == "torch"
+
+
+def forced_run(c: Comparison, pairs: list[Pair], side: Side, of_a: bool = True) -> Run:
+    """Returns the run of a side of `b`, with gradients, at the values of `a` or of the reference.
 
     Args:
-        c, pairs: The comparison, and the calls of the run of `a`.
-
-    Returns:
-        None if the reference cannot compute them: it is recorded, or of MLX.
+        c, pairs: The comparison, and the calls of the runs of `a` and of the reference.
+        side: `b` in the dtype under test, or the reference.
+        of_a: Whether the modules return the values of `a`; otherwise those of the reference.
     """
-    if not c.computes_reference or c.b.backend != "torch":
-        return None
     values = {
         (pair.path, pair.b.call): {
-            j: align.to_torch(how, pair.a.outputs[i].array)
+            j: align.to_torch(how, pair.a.outputs[i].array) if of_a else pair.b.outputs[j].array
             for i, j, how in pair.outputs
             if j not in pair.masked_outputs and pair.b.outputs[j].is_float
         }
         for pair in pairs
     }
-    loss = (c.losses or (None, None))[1]
-    found = []
-    for side in (c.b, c.reference):
-        calls: dict[str, int] = {}
+    calls: dict[str, int] = {}
 
-        def handle(
-            path: str, call: Any, args: Any, kwargs: Any, side: Side = side, calls: dict[str, int] = calls
-        ) -> Any:
-            number = calls.get(path, 0)
-            calls[path] = number + 1
-            return _forced(side, call(*args, **kwargs), values.get((path, number), {}))
+    def handle(path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        number = calls.get(path, 0)
+        calls[path] = number + 1
+        return _forced(side, call(*args, **kwargs), values.get((path, number), {}))
 
-        with side.tools.intercepting(side.modules, handle):
-            found.append(side.record(c.inputs_a.given, c.inputs_b, c.store, loss, c.targets_b, True))
-    return found[0], found[1]
+    with side.tools.intercepting(side.modules, handle):
+        return side.record(c.inputs_a.given, c.inputs_b, c.store, (c.losses or (None, None))[1], c.targets_b, True)
 
 
 def _forced(side: Side, result: Any, values: Mapping[int, Any]) -> Any:

@@ -79,7 +79,7 @@ class ModuleSide(ModuleCopy):
         with checked, self.opened(None), self.tools.intercepting(modules, handle), self.moved_weights(names):
             states = randomness.generator_states(self.nn)
             try:
-                outputs, _, gradients = self.tools.evaluate(
+                outputs, by_input, gradients = self.tools.evaluate(
                     call, inputs, self.module, names, seed if cotangent else None, self.exact
                 )
             except FileError:  # of a recording
@@ -94,6 +94,7 @@ class ModuleSide(ModuleCopy):
             recorder.finish()
             self.drew = randomness.generator_states(self.nn) != states
         run.loss, run.gradients = outputs[0] if cotangent else None, gradients
+        run.input_gradients = by_input if cotangent else []
         self.ran_backward = self.ran_backward or bool(cotangent)
         self._run = run if inner else before
         return run

@@ -122,7 +122,7 @@ def judge_gradients(
         return
     judged, differing = dict(run.parameters), _differing(run.pairs, found)
     over = [name for name, item in judged.items() if item.ratio > FACTOR * c.factor]
-    quick = _judge_in_order(c, run, over) if over and not differing else {}
+    quick = run.judge_in_order(over) if over and not differing else {}
     # users' classes and the modules that hold these gradients are replayed already
     if over and not differing and not _are_within(quick, over):
         for pair in run.pairs:  # the errors of all modules add up
@@ -175,33 +175,21 @@ def _find_recomputed(c: Comparison, run: RunGradients, row: Row) -> str:
     return find_recomputed(c, name, noise, exact) if noise is not None and exact is not None else ""
 
 
-def _judge_in_order(c: Comparison, run: RunGradients, over: list[str]) -> dict[str, Judgement]:
-    """Returns the judgements of gradients of the run by the parameters with the noise of sums term by term alone."""
-    floors = c.propagated({name: run.exact[name] for name in over}, run.pairs, quick=True)
-    return {name: _judge_with(c, run, name, run.own[name].array, floor) for name, floor in floors.items()}
-
-
 def _are_within(judged: Mapping[str, Judgement], names: list[str]) -> bool:
     """Returns whether gradients are far within that noise. Most sums that all modules agree on are."""
     return all(name in judged and judged[name].ratio <= FACTOR / 2 for name in names)
-
-
-def _judge_with(c: Comparison, run: RunGradients, name: str, own: Array, floor: Array) -> Judgement:
-    noise = run.noise[name]
-    found = judge(own, noise.array, run.exact[name].array, c.dtype, stored=noise.dtype, sampled_noise=floor)
-    return replace(found, plain_ratio=run.parameters[name].ratio)
 
 
 def _judge_again(c: Comparison, run: RunGradients, over: list[str]) -> dict[str, Judgement]:
     """Returns the judgements of gradients of the run by the parameters, although each module agrees."""
     exact = {name: run.exact[name] for name in over}
     floors = c.propagated(exact, run.pairs)
-    judged = {name: [_judge_with(c, run, name, run.own[name].array, floors[name])] for name in floors}
+    judged = {name: [run.judge_with(name, run.own[name].array, floors[name])] for name in floors}
     still_over = [name for name in judged if not judged[name][0].passed]
     if still_over and c.computes_reference:
         for found in repeated(c, {name: exact[name] for name in still_over}):
             for name in still_over:
-                judged[name].append(_judge_with(c, run, name, found[name], floors[name]))
+                judged[name].append(run.judge_with(name, found[name], floors[name]))
             if all(is_decided(judged[name]) for name in still_over):
                 break
     return {name: median(items) for name, items in judged.items()}
