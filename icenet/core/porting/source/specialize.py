@@ -118,44 +118,11 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
     arguments = definition.args
     if arguments.vararg or arguments.kwarg or arguments.kwonlyargs or definition.decorator_list:
         return
-    parameters = [item.arg for item in arguments.args]
-    defaults = dict(zip(parameters[len(parameters) - len(arguments.defaults) :], arguments.defaults, strict=True))
-    found, values = [], []
-    for tree in (*calls.trees, *callers.values(), definition):
-        for call, is_call in _uses(tree, definition.name):
-            if not is_call:
-                return  # passed as a value
-            bound = _bound(call, parameters, defaults)
-            if bound is None:
-                if definition.name in calls.given:
-                    continue  # said there
-                return
-            found.append(call)
-            if tree is definition:  # a call of itself that gives its own argument says nothing
-                bound = {
-                    key: value
-                    for key, value in bound.items()
-                    if not (isinstance(value, ast.Name) and value.id == key)
-                }
-            values.append({key: _known(value, tree, calls) for key, value in bound.items()})
-    values += [
-        {
-            key: given.get(key, _known(defaults[key], definition, calls) if key in defaults else _UNKNOWN)
-            for key in parameters
-        }
-        for given in calls.given.get(definition.name, [])
-    ]
+    found, values = _arguments_of_calls(definition, calls, callers)
     if not values:
         return
-    stored = {
-        item.id for item in ast.walk(definition) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)
-    }
-    inner_names = {
-        item.arg
-        for inner in ast.walk(definition)
-        if isinstance(inner, (ast.Lambda, ast.FunctionDef)) and inner is not definition
-        for item in inner.args.args
-    }
+    parameters = [item.arg for item in arguments.args]
+    stored, inner_names = _own_names(definition)
     constants: dict[str, ast.expr] = {}
     choices: dict[str, list[ast.expr]] = {}
     not_none = set()
@@ -183,12 +150,74 @@ def _fold(definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
     removed = [key for key in constants if key not in used]
     for call in found:
         _without(call, parameters, removed)
-    offset = len(parameters) - len(arguments.defaults)
-    arguments.defaults = [
-        value for index, value in enumerate(arguments.defaults) if parameters[index + offset] not in removed
+    _remove_parameters(definition, removed, found, calls)
+
+
+def _arguments_of_calls(
+    definition: ast.FunctionDef, calls: Calls, callers: dict[str, ast.AST]
+) -> tuple[list[ast.Call], list[dict[str, Any]]]:
+    """Returns the calls of a function in the source, and what each call gives for each parameter.
+
+    There are none if that is not known of all of them.
+    """
+    parameters, defaults = _parameters(definition)
+    found, values = [], []
+    for tree in (*calls.trees, *callers.values(), definition):
+        for call, is_call in _uses(tree, definition.name):
+            if not is_call:
+                return [], []  # passed as a value
+            bound = _bound(call, parameters, defaults)
+            if bound is None:
+                if definition.name in calls.given:
+                    continue  # said there
+                return [], []
+            found.append(call)
+            if tree is definition:  # a call of itself that gives its own argument says nothing
+                bound = {
+                    key: value
+                    for key, value in bound.items()
+                    if not (isinstance(value, ast.Name) and value.id == key)
+                }
+            values.append({key: _known(value, tree, calls) for key, value in bound.items()})
+    values += [
+        {
+            key: given.get(key, _known(defaults[key], definition, calls) if key in defaults else _UNKNOWN)
+            for key in parameters
+        }
+        for given in calls.given.get(definition.name, [])
     ]
+    return found, values
+
+
+def _parameters(definition: ast.FunctionDef) -> tuple[list[str], dict[str, ast.expr]]:
+    """Returns the parameters of a function, and the defaults of the last ones."""
+    arguments = definition.args
+    parameters = [item.arg for item in arguments.args]
+    first = len(parameters) - len(arguments.defaults)
+    return parameters, dict(zip(parameters[first:], arguments.defaults, strict=True))
+
+
+def _own_names(definition: ast.FunctionDef) -> tuple[set[str], set[str]]:
+    """Returns the variables that a function sets, and the parameters of the functions within it."""
+    stored = {
+        item.id for item in ast.walk(definition) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)
+    }
+    inner_names = {
+        item.arg
+        for inner in ast.walk(definition)
+        if isinstance(inner, (ast.Lambda, ast.FunctionDef)) and inner is not definition
+        for item in inner.args.args
+    }
+    return stored, inner_names
+
+
+def _remove_parameters(definition: ast.FunctionDef, removed: list[str], found: list[ast.Call], calls: Calls) -> None:
+    """Removes parameters, and the defaults of those that every call gives."""
+    parameters, defaults = _parameters(definition)
+    arguments = definition.args
+    arguments.defaults = [value for key, value in defaults.items() if key not in removed]
     arguments.args = [item for item in arguments.args if item.arg not in removed]
-    kept = [item.arg for item in arguments.args]
+    kept = [key for key in parameters if key not in removed]
     if definition.name not in calls.given:
         always = set(kept).intersection(*(_given(call, kept) for call in found))
         while arguments.defaults and kept[len(kept) - len(arguments.defaults)] in always:
