@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import icenet.blas  # before mlx
 
 import mlx.core as mx
 import pytest
 import torch
+import torch.nn.functional as F
 from made_ports import close, ported
 from torch import nn
 
@@ -165,3 +168,60 @@ def test_complex_parameters_are_noted_for_the_optimizers() -> None:
 
     notes = icenet.port(Phase(), torch.randn(2, 3)).report.notes
     assert any(note.startswith("w is complex: optimizers of MLX that square gradients") for note in notes)
+
+
+class UNet(nn.Module):
+    """Its skips are in a list, which the way up takes from its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (2, 3, 4, 5)
+        self.downs = nn.ModuleList(
+            nn.ModuleList([nn.Conv2d(a, b, 3, padding=1), nn.Conv2d(b, b, 2, 2)])
+            for a, b in itertools.pairwise(sizes)
+        )
+        self.ups = nn.ModuleList()
+        for size in (5, 4, 3):
+            self.ups.append(nn.ConvTranspose2d(5, size, 2, 2))
+            self.ups.append(nn.Conv2d(2 * size, 5, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for conv, down in self.downs:
+            x = torch.relu(conv(x))
+            skips.append(x)
+            x = down(x)
+        for index in range(0, len(self.ups), 2):
+            x = self.ups[index](x)
+            x = torch.relu(self.ups[index + 1](torch.cat([x, skips.pop()], 1)))
+        return x
+
+
+def test_a_unet_has_its_loops_and_its_list_of_skips() -> None:
+    theirs = UNet().eval()
+    ours, source = ported(theirs, torch.randn(2, 2, 16, 16))
+    for text in ("for conv, down in self.downs:", "skips.append(x)", "for step in range(0, 6, 2):", "skips.pop()"):
+        assert text in source, source
+    assert "x_2" not in source  # nothing reads the earlier x after a skip is in the list
+    x = torch.randn(1, 2, 8, 24)
+    close(ours(mx.array(x.numpy())), theirs(x))
+
+
+def test_expressions_are_those_that_a_person_writes() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            a, b = pair
+            y = F.pad(x, (0, 0, 1, -1)) * (1 / 24)
+            z = torch.einsum("bct,bcs->bts", y.transpose(1, 2), x.transpose(1, 2))
+            largest = torch.zeros_like(x).scatter(2, x.argmax(2, keepdim=True), y[..., :1])
+            return F.glu(largest, 2) + z.sum() + F.mse_loss(a, b) + x[:, 0][:, 2].sum()
+
+    theirs = Mixed()
+    x, a, b = torch.randn(2, 5, 4), torch.randn(2, 3), torch.randn(2, 3)
+    ours, source = ported(theirs, x, (a, b))
+    for text in (
+        *("a, b = pair", "mx.pad(x[:, :-1], ", "1 / 24", "nn.glu(", "mx.put_along_axis("),
+        *('"btc,bsc->bts", y, x', "x[:, 0, 2]"),
+    ):
+        assert text in source, source
+    close(ours(*(mx.array(x.numpy()), (mx.array(a.numpy()), mx.array(b.numpy())))), theirs(x, (a, b)))

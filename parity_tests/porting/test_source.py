@@ -305,10 +305,11 @@ def test_statements_that_repeat_are_a_loop() -> None:
     steps = [f"h = f(x[{step}], h, 7)" for step in range(2, 6)]
     assert rolled("h = y", *steps) == ["h = y", "for step in range(2, 6):", "    h = f(x[step], h, 7)"]
     assert rolled(*["h = f(h)"] * 3) == ["for _ in range(3):", "    h = f(h)"]
+    assert rolled(*(f"h = f(x[{step}])" for step in (0, 2, 4)))[0] == "for step in range(0, 6, 2):"
     for other in (
         ["h = f(h)"] * 2,
         ["a = x[0]", "b = x[1]", "c = x[2]", "return f(a, b, c)"],
-        ["h = f(x[0])", "h = f(x[2])", "h = f(x[4])"],
+        ["h = f(x[0])", "h = f(x[2])", "h = f(x[5])"],
     ):
         assert rolled(*other) == other
 

@@ -44,7 +44,10 @@ def parameters(signature: list[Argument], variable: Callable[[str, str], str]) -
             found.append(f"{name}=None" if has_default else name)
             if has_default:  # Python needs a default value after another one
                 lines += [f"if {name} is None:", f"    raise ValueError('the port was made with {item.name}')"]
-            if not isinstance(item.value, Ref):
+            if isinstance(item.value, (list, tuple)) and all(isinstance(leaf, Ref) for leaf in item.value):
+                parts = [variable(hint, leaf) for leaf, _, hint in leaves(item.value, name, item.name)]
+                lines.append(f"{', '.join(parts)}{',' if len(parts) == 1 else ''} = {name}")
+            elif not isinstance(item.value, Ref):
                 lines += [
                     f"{variable(hint, leaf)} = {text}" for leaf, text, hint in leaves(item.value, name, item.name)
                 ]

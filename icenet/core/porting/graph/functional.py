@@ -242,9 +242,16 @@ def without_copies(graph: Graph) -> Graph:
         return same.get(ref.name, ref)
 
     nodes = []
+    joined: dict[str, list[Ref]] = {}
     for node in graph.nodes:
         node = replace(node, args=map_refs(node.args, given))
         source = node.args.get("self")
+        if node.base == "broadcast_tensors":
+            joined[node.name] = node.args["tensors"]
+        parts = joined.get(source.name) if node.op == "item" and isinstance(source, Ref) else None
+        if parts is not None and _has_shape(tensors[parts[node.args["index"]].name], node.out):
+            same[node.name] = parts[node.args["index"]]
+            continue
         if not isinstance(source, Ref) or tensors.get(source.name) != node.out:
             nodes.append(node)
             continue
@@ -255,6 +262,12 @@ def without_copies(graph: Graph) -> Graph:
         else:
             nodes.append(node)
     return with_nodes(graph, nodes, given)
+
+
+def _has_shape(given: Tensor, out: Tensor) -> bool:
+    """Returns whether broadcasting leaves a shape as it is: none of its sizes is 1, and it has all axes."""
+    is_wide = all(size != 1 or wanted == 1 for size, wanted in zip(given.shape, out.shape, strict=False))
+    return given.ndim == out.ndim and is_wide
 
 
 def _is_identity(node: Node) -> bool:

@@ -105,7 +105,7 @@ class _Pass(Orders):
             self.along(node, name, order, ALONG[base])
         elif base in ("permute", "transpose", "movedim", "t", "swapaxes"):
             self.permuted(node, name, order)
-        elif base in ("flatten", "view", "reshape", "_unsafe_view") and self.merged(node, name, order):
+        elif self.reshaped(node, name, order):
             pass
         elif base in ("unsqueeze", "squeeze", "select"):
             self.changed_rank(node, name, order)
@@ -331,6 +331,12 @@ class _Pass(Orders):
         if new != identity(len(new)):
             self.order[node.name] = new
 
+    def reshaped(self, node: Node, name: str, order: Order) -> bool:
+        """Writes a reshape that joins or splits neighbouring axes. Returns whether this is one."""
+        if node.base not in ("flatten", "view", "reshape", "_unsafe_view"):
+            return False
+        return self.merged(node, name, order) or (node.base != "flatten" and self.split(node, name, order))
+
     def merged(self, node: Node, name: str, order: Order) -> bool:
         """Joins neighbouring axes that are neighbours in memory, too. Returns whether this is such a reshape."""
         shape, out = self.shape(name), node.out.shape
@@ -359,6 +365,20 @@ class _Pass(Orders):
         new = (*map(renumber, before), start, *map(renumber, after))
         flat = Node(node.name, "flatten", {}, node.out, node.place)
         self.emit(flat, {"self": Ref(name), "start_dim": positions[0], "end_dim": positions[-1]}, new)
+        return True
+
+    def split(self, node: Node, name: str, order: Order) -> bool:
+        """Makes several neighbouring axes of one, as [B, C, H*W] to [B, C, H, W]. Returns whether this is that."""
+        shape, out = self.shape(name), node.out.shape
+        count = len(out) - len(shape)
+        at = next((index for index, size in enumerate(shape) if size != out[index]), len(shape)) if count > 0 else 0
+        if count <= 0 or at == len(shape) or tuple(shape[at + 1 :]) != tuple(out[at + count + 1 :]):
+            return False
+        new: list[int] = []
+        for axis in order:
+            new += range(at, at + count + 1) if axis == at else [axis + count * (axis > at)]
+        key = "size" if "size" in node.args else "shape"
+        self.emit(node, {"self": Ref(name), key: [node.args[key][axis] for axis in new]}, tuple(new))
         return True
 
     def changed_rank(self, node: Node, name: str, order: Order) -> None:

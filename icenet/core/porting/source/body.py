@@ -52,7 +52,7 @@ class Frame(Inlining):
         graph = self.graph
         parameters = graph.parameters(self.call)
         results = graph.returns(self.call)
-        final = {name: path for path, name in graph.updates_in(self.call)}
+        final = self.final = {name: path for path, name in graph.updates_in(self.call)}
         is_root = self.call.path == "" and self.call is graph.root
         for index, item in enumerate(self.items):
             for name in self.used_by(item):
@@ -128,7 +128,7 @@ class Frame(Inlining):
 
         def variable(hint: str, value: str) -> str:
             self.last_use.setdefault(value, 0)
-            name = self.variable(hint, value)
+            name = self.variable(self.graph.part_names.get(value, hint), value)
             self.text[value] = name
             return name
 

@@ -61,6 +61,8 @@ class Inlining(SizeVariables):
             return False
         if self.is_element(user) and not (is_part and self.is_listed(user) and not self.is_turn(user)):
             return False  # the loop reads a variable
+        if self.is_plain(node) and self.is_listed(user):
+            return False  # and the first turn not an image in another order
         if length > INLINE or (node.op == "item" and isinstance(user, Call)) or self.is_repeated(node, user):
             return False
         if node.base == "scaled_dot_product_attention":

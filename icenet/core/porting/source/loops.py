@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 from icenet.core.porting.graph.calls import Item
 from icenet.core.porting.record import WHOLE, Node
 from icenet.core.porting.source.lines import RESERVED, Line
-from icenet.core.porting.source.originals import loop_names
+from icenet.core.porting.source.originals import loop_names, tuple_names
 from icenet.core.porting.source.turns import Loop, turns
 
 ELEMENT = re.compile(r"self[\w.\[\]'\"]*\[\d+\](\.\w+)?\(")
@@ -67,6 +68,8 @@ def roll(lines: list[Line], names: dict[str, str]) -> list[Line]:
         ranges = [f"{text}@{start}:{start + count}@" for text in lists]
         given = ranges[0] if len(ranges) == 1 else f"zip({', '.join(ranges)})"
         head = Line(f"for {', '.join(elements)} in {given}:", "", block[0].depth)
+        if len(elements) == 1:
+            head, inner = _in_parts(head, inner, elements[0], others, block[0].origin)
         before = [Line(f"{entry[1]} = {entry[0]}", "", block[0].depth)] if entry else []
         after = lines[index + size * count :]
         lines = [*lines[:index], *before, head, *inner, *after]
@@ -94,7 +97,24 @@ def _enumerated(loop: Loop) -> tuple[Line, list[Line]]:
     if any(re.search(r"\bstep\b", line.code) for line in inner):
         first = f", {loop.start}" if loop.start else ""
         return replace(head, code=f"for step, {name} in enumerate({part}{first}):"), inner
-    return replace(head, code=f"for {name} in {part}:"), inner
+    return _in_parts(
+        replace(head, code=f"for {name} in {part}:"), inner, name, [*loop.before, *loop.after], inner[0].origin
+    )
+
+
+def _in_parts(head: Line, inner: list[Line], name: str, others: list[Line], origin: Any) -> tuple[Line, list[Line]]:
+    """Gives the parts of the element of a loop the variables of the original: `for a, b in self.pairs:`."""
+    parts = tuple_names(*origin[-1]) if origin else ()
+    text = "\n".join(line.code for line in inner)
+    words = {word for line in (*inner, *others) for word in re.findall(r"\w+", line.code)} - {name}
+    element = re.compile(rf"\b{name}\[(\d+)\]")
+    numbers = {int(number) for number in element.findall(text)}
+    is_whole = len(element.findall(text)) == len(re.findall(rf"\b{name}\b", text))
+    if not numbers or not is_whole or max(numbers) >= len(parts) or not words.isdisjoint(parts):
+        return head, inner
+    inner = [replace(line, code=element.sub(lambda match: parts[int(match[1])], line.code)) for line in inner]
+    given = head.code.partition(" in ")[2]
+    return replace(head, code=f"for {', '.join(parts)} in {given}"), inner
 
 
 def _named(block: list[Line], lists: list[str], others: list[Line]) -> list[str]:

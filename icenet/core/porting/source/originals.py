@@ -122,6 +122,51 @@ def loop_names(file: str, line: int) -> dict[str, str]:
     return max(around, key=lambda item: item[0])[1] if around and "/torch/nn/" not in file else {}
 
 
+@functools.lru_cache(maxsize=64)
+def _appends(file: str) -> tuple[tuple[int, str, str], ...]:
+    """Returns the line of each `a.append(b)` of a file, a and b."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ()
+    return tuple(
+        (node.lineno, node.func.value.id, ast.unparse(node.args[0]))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append"
+        if isinstance(node.func.value, ast.Name) and len(node.args) == 1
+    )
+
+
+def appended_to(file: str, line: int, variable: str) -> str:
+    """Returns the list to which the innermost loop around a line appends a variable, empty if it appends to none."""
+    around = max(((first, last) for first, last, _ in _loops(file) if first < line <= last), default=(0, 0))
+    found = {value: name for at, name, value in _appends(file) if around[0] < at <= around[1]}
+    return found.get(variable) or next(iter(found.values()), "")
+
+
+def tuple_names(file: str, line: int) -> tuple[str, ...]:
+    """Returns the variables of the innermost loop around a statement: those of `for a, b in pairs`."""
+    around = [(first, parts) for first, last, parts in _pairs(file) if first < line <= last]
+    return max(around)[1] if around else ()
+
+
+@functools.lru_cache(maxsize=64)
+def _pairs(file: str) -> tuple[tuple[int, int, tuple[str, ...]], ...]:
+    """Returns first and last line of each loop of a file, and its variables if they are a tuple of its element."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ()
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.For):
+            names = node.target.elts if isinstance(node.target, ast.Tuple) else []
+            is_element = not isinstance(node.iter, ast.Call) and all(isinstance(name, ast.Name) for name in names)
+            parts = tuple(ast.unparse(name) for name in names) if is_element else ()
+            found.append((node.lineno, node.end_lineno or node.lineno, parts))
+    return tuple(found)
+
+
 def part_names(file: str, line: int, argument: str) -> tuple[str, ...]:
     """Returns the variables to which the function at a line gives the parts of an argument, none if it does not."""
     function = _function_at(file, line)

@@ -141,6 +141,13 @@ class _Simplify(ast.NodeTransformer):
                 )
         if name == "mx.concatenate" and isinstance(node.args[0], ast.List) and len(node.args[0].elts) == 1:
             return node.args[0].elts[0]
+        if name == "mx.diag" and len(node.args) == 2 and ast.unparse(node.args[1]) == "0":
+            node.args = node.args[:1]
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "flatten":
+            while node.args and ast.unparse(node.args[-1]) == ("0" if len(node.args) == 1 else "-1"):
+                node.args = node.args[:-1]
+        if name == "mx.einsum":
+            _take_axes(node)
         if name == "mx.pad" and len(node.args) == 2 and ast.unparse(node.args[1]).strip("[(0, )]") == "":
             return node.args[0]  # of no elements
         return self.transposed(node)
@@ -154,6 +161,9 @@ class _Simplify(ast.NodeTransformer):
         outer = _permutation(node)
         if outer is None or not isinstance(node.func, ast.Attribute):
             return node
+        product = node.func.value
+        if isinstance(product, ast.Call) and _dotted(product.func) == "mx.einsum":
+            return _with_result(product, outer) or node
         if outer == list(range(len(outer))):
             return node.func.value
         inner = node.func.value
@@ -170,28 +180,31 @@ class _Simplify(ast.NodeTransformer):
         return node
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
-        """Joins x[:, 0][:, None] as x[:, 0, None]."""
+        """Joins x[:, 0][:, None] as x[:, 0, None], and x[:, 0][:, 1] as x[:, 0, 1]."""
         self.generic_visit(node)
         if not isinstance(node.value, ast.Subscript):
             return node
         first, second = _indices(node.value), _indices(node)
         is_plain = all(isinstance(item, ast.Slice) or _is_integer(item) for item in first)
         is_part = not isinstance(node.value.slice, (ast.Tuple, ast.Slice))  # x[0] may be an element of a tuple
-        if not is_plain or is_part or not all(_is_whole(item) or _is_new_axis(item) for item in second):
+        if not is_plain or is_part or not all(_is_whole(i) or _is_new_axis(i) or _is_integer(i) for i in second):
+            return node
+        if not any(_is_new_axis(item) or _is_integer(item) for item in second):
             return node
         joined: list[ast.expr] = []
         for item in first:
             if isinstance(item, ast.Slice):
                 while second and _is_new_axis(second[0]):
                     joined.append(second.pop(0))
-                if second:
-                    second.pop(0)
+                other = second.pop(0) if second else None
+                if other is not None and not _is_whole(other):
+                    if not _is_whole(item):
+                        return node  # an element of a part
+                    item = other
             joined.append(item)
         joined += second
         while joined and _is_whole(joined[-1]):
             joined.pop()
-        if not any(_is_new_axis(item) for item in joined):
-            return node
         return ast.Subscript(node.value.value, ast.Tuple(joined, ast.Load()), node.ctx)
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
@@ -213,6 +226,7 @@ class _Simplify(ast.NodeTransformer):
             and isinstance(right.operand, ast.Constant)
         ):
             return ast.BinOp(node.left, ast.Sub(), right.operand)
+        node.left, node.right = _broadcast(node.left, node.right), _broadcast(node.right, node.left)
         return node
 
     def visit_Constant(self, node: ast.Constant) -> Any:
@@ -221,6 +235,46 @@ class _Simplify(ast.NodeTransformer):
             return node
         written = _written(value)
         return ast.parse(written, mode="eval").body if written else node
+
+
+def _broadcast(value: ast.expr, other: ast.expr) -> ast.expr:
+    """Returns an operand without the `mx.broadcast_to(value, x.shape)` that an operation with x does itself."""
+    is_call = isinstance(value, ast.Call) and _dotted(value.func) == "mx.broadcast_to"
+    if not is_call or not isinstance(value, ast.Call) or not isinstance(other, ast.Name):
+        return value
+    return value.args[0] if ast.unparse(value.args[1]) == f"{other.id}.shape" else value
+
+
+def _letters(node: ast.Call) -> str:
+    """Returns the letters of an `mx.einsum`, empty if they do not name all axes."""
+    spec = ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else ""
+    return spec if isinstance(spec, str) and "." not in spec else ""
+
+
+def _take_axes(node: ast.Call) -> None:
+    """Gives `mx.einsum` its operands without a change of their axes: the letters change."""
+    given, arrow, result = _letters(node).partition("->")
+    if not given:
+        return
+    letters = given.split(",")
+    for number, operand in enumerate(node.args[1:]):
+        if not isinstance(operand, ast.Call) or not isinstance(operand.func, ast.Attribute):
+            continue
+        axes = _permutation(operand) or _swap(operand, len(letters[number]))
+        if axes is not None and len(axes) == len(letters[number]):
+            own = dict(zip(axes, letters[number], strict=True))
+            letters[number] = "".join(own[axis] for axis in range(len(axes)))
+            node.args[number + 1] = operand.func.value
+    node.args[0] = ast.Constant(",".join(letters) + arrow + result)
+
+
+def _with_result(node: ast.Call, axes: list[int]) -> ast.Call | None:
+    """Returns an `mx.einsum` whose result has its axes in another order, None if it does not name them."""
+    head, arrow, result = _letters(node).partition("->")
+    if len(result) != len(axes) or not arrow:
+        return None
+    node.args[0] = ast.Constant(f"{head}->{''.join(result[axis] for axis in axes)}")
+    return node
 
 
 def _is_default(item: ast.keyword) -> bool:
@@ -244,6 +298,9 @@ def _written(value: float) -> str:
     if 2 <= square < 10**6 and math.sqrt(square) == value:
         return f"math.sqrt({square})"
     if 0 < value < 1:
+        whole = round(1 / value)
+        if whole < 10**4 and 1 / whole == value:
+            return f"1 / {whole}"
         square = round(1 / (value * value))
         if 2 <= square < 10**6 and 1 / math.sqrt(square) == value:
             return f"1 / math.sqrt({square})"

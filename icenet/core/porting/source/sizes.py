@@ -35,6 +35,8 @@ def named(shapes: Iterable[Sequence[Dim]], taken: set[str], is_time_first: bool 
 def _letters(shape: Sequence[Dim], is_time_first: bool) -> str:
     """Returns a letter for each axis of a shape. A size that is a number is that of the channels."""
     fixed = [isinstance(size, int) for size in shape]
+    if len(shape) == 5 and fixed[2] and not any(fixed[:2]):
+        return "BTCHW"  # a video
     if len(shape) == 5:
         return "BDHWC" if fixed[-1] and not fixed[1] else "BCDHW"
     if len(shape) == 4:

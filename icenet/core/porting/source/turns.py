@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from icenet.core.porting.source.lines import Line
+from icenet.core.porting.source.originals import appended_to
 
 LONGEST = 40
 """The number of statements of the longest turn."""
@@ -308,7 +309,8 @@ class _Loop:
             for number, statement in enumerate(row):
                 for place, target in enumerate(statement.targets if statement is not None else ()):
                     defined[statement.words[target]] = (turn, number, place)  # type: ignore[union-attr]
-        lists: dict[tuple[int, int], tuple[str, str]] = {}
+        stacks = self.stacks(dict(defined), variables)
+        lists: dict[tuple[int, int], tuple[str, str]] = {key: (name, "") for key, name in stacks.items()}
         lines = []
         for index in range(found.end, len(self.lines)):
             statement, line = self.statements[index], self.lines[index]
@@ -318,6 +320,9 @@ class _Loop:
                 if source is None or place in words:
                     continue
                 turn, key = source[0], source[1:]
+                if key in stacks:
+                    words[place] = f"{stacks[key]}.pop()"
+                    continue
                 if turn == 0 and found.count > 1:
                     others = {name for other, (name, _) in lists.items() if other != key}
                     made = self.listed(statement, place, key, defined, variables[key], others)
@@ -330,6 +335,37 @@ class _Loop:
                 defined.pop(statement.words[target], None)
             lines.append(replace(line, code=statement.put(words)))
         return lines, lists
+
+    def stacks(
+        self, defined: dict[str, _Definition], variables: dict[tuple[int, int], str]
+    ) -> dict[tuple[int, int], str]:
+        """Returns names of lists for the values that later statements read in the opposite order, each once.
+
+        The skips of a U-Net, for example.
+        """
+        found = self.found
+        read: dict[tuple[int, int], list[int]] = {}
+        places: dict[tuple[int, int], set[int]] = {}
+        for index in range(found.end, len(self.lines)):
+            statement = self.statements[index]
+            for place in statement.reads:
+                source = defined.get(statement.words[place])
+                if source is not None:
+                    read.setdefault(source[1:], []).append(source[0])
+                    places.setdefault(source[1:], set()).add(index)
+            for target in statement.targets:
+                defined.pop(statement.words[target], None)
+        stacks: dict[tuple[int, int], str] = {}
+        for key, turns_ in read.items():
+            is_opposite = turns_ == list(reversed(range(found.count))) and len(places[key]) == len(turns_)
+            if not is_opposite or key not in variables:
+                continue  # a list in one statement is a list
+            origin = self.lines[found.index + key[0]].origin
+            file, line = origin[-1] if origin else ("", 0)
+            name = appended_to(file, line, variables[key]) or "skips"
+            if name not in self.used and name not in stacks.values():
+                stacks[key] = name
+        return stacks
 
     def listed(
         self,
@@ -419,7 +455,12 @@ def _meaning(lines: list[Line]) -> list[str]:
         def value(name: str) -> str:
             return f"[{', '.join(lists[name])}]" if name in lists else values.get(name, name)
 
-        text = statement.put({place: value(statement.words[place]) for place in statement.reads})
+        words = {place: value(statement.words[place]) for place in statement.reads}
+        for place in statement.reads:
+            name = statement.words[place]
+            if lists.get(name) and statement.words[place + 1 : place + 4] == [".pop", "(", ")"]:
+                words |= {place: lists[name].pop(), **dict.fromkeys(range(place + 1, place + 4), "")}
+        text = statement.put(words)
         text = _BACKWARDS.sub(lambda match: f"[{', '.join(match[1].split(', ')[::-1])}]", text)
         match = re.fullmatch(r"(\w+)\.append\((.*)\)", line.code)
         if match and match[1] in lists:

@@ -232,10 +232,13 @@ class Values:
         declared: set[str] = set()
         for argument, value in call.given.items():
             leaves = [name for name in refs(value) if self.is_value(name) or name in used]
+            named = value.items() if type(value) is dict else ()  # **kwargs, for example
+            keys = {item.name: key for key, item in named if isinstance(item, Ref)}
             for number, name in enumerate(leaves):
                 if name not in declared and (name in used or call is self.root):
                     declared.add(name)
-                    given.append((argument if len(leaves) == 1 else self.part(call, argument, leaves, number), name))
+                    hint = argument if len(leaves) == 1 else self.part(call, argument, leaves, number)
+                    given.append((keys.get(name, hint), name))
         if call is self.root:
             for ref in self.graph.inputs:
                 if ref.name not in declared:

@@ -40,6 +40,8 @@ class Variables(Statements):
         self.uses: Counter[str] = Counter()
         self.scope: set[str] = set()
         self.collected: list[str] = []
+        self.final: dict[str, str] = {}
+        """The paths of the arrays that a value updates, by the value."""
         self.lines: list[Line] = []
         """The statements so far."""
 
@@ -197,6 +199,8 @@ class Variables(Statements):
         state = self.state_of(item)
         if state:
             return state
+        if name in self.final and (place is None or not place.targets):  # self.mean.mul_(0.9).add_(...)
+            return self.final[name].rpartition(".")[2]
         if isinstance(item, Node) and item.op == "item" and place is not None and len(place.targets) == 1:
             part = self.becomes_later(item)  # qkv = x.chunk(3), and then q, k, v = map(f, qkv)
             if part:

@@ -16,6 +16,7 @@ from icenet.core.porting.record import Graph, Module
 from icenet.core.porting.source import sequences
 from icenet.core.porting.source.body import Frame
 from icenet.core.porting.source.classes import MARK, Class, Instance, class_source, resolve
+from icenet.core.porting.source.joined_names import join_names
 from icenet.core.porting.source.lines import Body
 from icenet.core.porting.source.modes import either
 from icenet.core.porting.source.renaming import free_arguments, free_names
@@ -147,6 +148,7 @@ class _Writer:
             trees = [by_line[id(line)] for line in body.lines if id(line) in by_line]
             free_names(body, trees, names)
             free_arguments(body, trees, arguments)
+            join_names(body, by_line)
         for line, tree in statements:
             line.code = text(tree)
         for body in (body for item in classes for body in item.bodies):  # two values may now have one variable

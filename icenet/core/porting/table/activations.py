@@ -73,4 +73,4 @@ def rrelu(n: Operation) -> str:
 
 @entry("glu")
 def glu(n: Operation) -> str:
-    return n.call("glu", n["self"], n["dim"])
+    return f"nn.glu({n['self']}, axis={n['dim']})"

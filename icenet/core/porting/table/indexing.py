@@ -120,6 +120,12 @@ def scatter(n: Operation) -> str:
     is_vector = index is not None and source is not None and source.shape == index.shape and index.ndim == 1
     if is_vector and mode == "sum" and include and n.out.ndim == 1 and n.out.dtype != "bool":
         return f"{n.atom('self')}.at[{n['index']}].add({text})"
+    axis = n.args["dim"] % max(n.out.ndim, 1)
+    is_whole = source is not None and index is not None and source.shape == index.shape
+    shapes = [(*shape[:axis], *shape[axis + 1 :]) for shape in (n.out.shape, index.shape if index else ())]
+    is_whole = is_whole and shapes[0] == shapes[1]
+    if mode is None and is_whole and n.out.ndim and n.out.dtype != "bool":
+        return f"mx.put_along_axis({n['self']}, {n['index']}, {text}, axis={n['dim']})"
     return n.call("scatter", n["self"], n["dim"], n["index"], text, repr(mode), repr(include))
 
 

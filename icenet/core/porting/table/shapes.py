@@ -332,11 +332,15 @@ def pad(n: Operation) -> str:
     tensor = n.tensor("self")
     assert tensor is not None
     pairs = [(widths[index], widths[index + 1]) for index in range(0, len(widths), 2)][::-1]
-    if mode == "constant" and all(isinstance(size, int) and size >= 0 for pair in pairs for size in pair):
+    if mode == "constant" and all(isinstance(size, int) for pair in pairs for size in pair):
         before = [(0, 0)] * (tensor.ndim - len(pairs))
         value = n.get("value", 0)
-        text = repr([*before, *pairs])
-        return f"mx.pad({n['self']}, {text}" + (f", constant_values={n.source(value)})" if value else ")")
+        text = repr([*before, *((max(a, 0), max(b, 0)) for a, b in pairs)])
+        cut = [":"] * len(before) + [f"{-a if a < 0 else ''}:{b if b < 0 else ''}" for a, b in pairs]
+        while cut and cut[-1] == ":":
+            cut.pop()
+        given = f"{n.atom('self')}[{', '.join(cut)}]" if cut else n["self"]
+        return f"mx.pad({given}, {text}" + (f", constant_values={n.source(value)})" if value else ")")
     if mode == "constant":
         return n.call("pad", n["self"], n.source(widths), n.source(n.get("value", 0)))
     return n.call(f"pad_{mode}", n["self"], n.source(widths))
