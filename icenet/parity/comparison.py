@@ -76,7 +76,8 @@ def compare(
             squared distance from random targets.
         optimizer: The optimizer of each side: an `mlx.optimizers.Optimizer`, a class of `torch.optim` or a `partial`
             of it, or a function of the module; default: SGD with momentum.
-        steps: Number of free-running training steps; default: 2, or 1 for more than a million parameters.
+        steps: Number of free-running training steps; default: 2, or 1 for more than a million parameters or values
+            that all modules together return.
         seed: Seed of drawn inputs, cotangents and targets.
         draws: Number of random inputs, if none are given; default: 3.
         copy_weights: Whether to compare with the weights of `b` in a copy of `a`. False: with those that `a` has;

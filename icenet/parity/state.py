@@ -57,6 +57,8 @@ class Comparison(ABC):
         backward_error: What the backward pass of `a` raises; None if it returns.
         first_runs: The loss and the gradients of each side on the first inputs.
         gradients: Those of the reference.
+        jumps: Whether gradients of a run differ as values of `a` are on the other side of an edge, or seem to.
+        computed: The number of values that all modules together return for the first inputs.
         ties: Paths of the modules whose gradients differ only at ties.
         factor: How much less exact the sums of `a` are than those of `b`, as far as it is known.
         loss_noise: The noise of the loss.
@@ -92,6 +94,8 @@ class Comparison(ABC):
         self.dtype, self.seed, self.steps, self.options = dtype, seed, steps, options
         self.losses, self.optimizers = options["loss"], options["optimizer"]
         self.gradients: dict[str, Array] = {}
+        self.jumps = False
+        self.computed = 0
         self.inputs_a = Inputs(((), {}), [])
         self.inputs_b: list[Value] = []
         self.trains = True

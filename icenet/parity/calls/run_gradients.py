@@ -68,6 +68,7 @@ class RunGradients:
         self.in_order: dict[str, Judgement] = {}
         self.replayed: set[int] = set()
         if self._may_jump():
+            c.jumps = True
             self._judge_at_own_values(runs)
         self._judge_sums()
 

@@ -99,6 +99,7 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
         if first:
             c.first_runs = [(float(np.asarray(run.loss.array)), run.gradients) if run.loss else None for run in three]
             c.gradients = {name: np.asarray(item.array) for name, item in three[2].gradients.items()}
+            c.computed = sum(item.array.size for event in three[2].events for item in event.outputs)
         has_gradients = c.wants("gradients") and c.backward_error is None
         backward = RunGradients(c, pairs, three) if has_gradients else None
         undecided = backward.undecided() if backward else ()
