@@ -369,12 +369,8 @@ class TransformerModel(BaseModel):
 
     @property
     def cpu_prefill_columns(self) -> int:
-        """See `icenet.core.models.interface`: as many as their attention scores stay in the cache of the processor.
-
-        512 tokens of 34M parameters in fp32 take 495 ms in passes of 128, 531 of 256, 580 of 512 (AMD EPYC, one
-        thread). Each pass casts weights of half precision and dequantizes packed ones, so these have longer passes.
-        """
-        return 512 if self.compute_dtype != mx.float32 or self.quantized_layers() else 128
+        """See `icenet.core.models.interface`."""
+        return ops.cpu_prefill_columns(self)
 
     def reserve_positions(self, length: int) -> None:
         """Makes the tables of positions for sequences of `length` tokens, before a step that is captured."""

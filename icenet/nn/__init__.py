@@ -21,7 +21,7 @@ from icenet.nn.loss import cross_entropy, linear_cross_entropy
 from icenet.nn.norm import BatchNorm2d, LayerNorm, RMSNorm, make_norm
 from icenet.nn.recurrent import GRU, LSTM, RNN
 from icenet.nn.rotary import PositionTable, RotaryPositions
-from icenet.nn.scheduling import start
+from icenet.nn.scheduling import cpu_prefill_columns, start
 
 __all__ = [
     "BatchNorm2d",
@@ -50,6 +50,7 @@ __all__ = [
     "biased_mask",
     "by_distance",
     "checkpoint",
+    "cpu_prefill_columns",
     "cross_entropy",
     "flatten_pixels",
     "gated_activation",

@@ -1,8 +1,9 @@
-"""When the operations of a forward pass start, MLX."""
+"""When the operations of a forward pass start, and how many columns it reads, MLX."""
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -23,3 +24,13 @@ def start(x: Array) -> None:
     if not on_cpu():
         with contextlib.suppress(ValueError):  # of a graph that is being transformed
             mx.async_eval(x)
+
+
+def cpu_prefill_columns(model: Any) -> int:
+    """Returns how many columns of prompts a transformer reads in one pass on a CPU.
+
+    As many as their attention scores stay in the cache of the processor: 512 tokens of 34M parameters in fp32 take
+    495 ms in passes of 128, 531 of 256, 580 of 512 (AMD EPYC, one thread). Each pass casts weights of half precision
+    and dequantizes packed ones, so these have longer passes.
+    """
+    return 512 if model.compute_dtype != mx.float32 or model.quantized_layers() else 128

@@ -21,7 +21,7 @@ from icenet_torch.nn.loss import cross_entropy, linear_cross_entropy
 from icenet_torch.nn.norm import BatchNorm2d, LayerNorm, RMSNorm, make_norm
 from icenet_torch.nn.recurrent import GRU, LSTM, RNN
 from icenet_torch.nn.rotary import PositionTable, RotaryPositions
-from icenet_torch.nn.scheduling import start
+from icenet_torch.nn.scheduling import cpu_prefill_columns, start
 
 __all__ = [
     "BatchNorm2d",
@@ -50,6 +50,7 @@ __all__ = [
     "biased_mask",
     "by_distance",
     "checkpoint",
+    "cpu_prefill_columns",
     "cross_entropy",
     "flatten_pixels",
     "gated_activation",
