@@ -17,8 +17,8 @@ from icenet.parity.trace import Call, Value
 Array = npt.NDArray[Any]
 
 
-def nearby(values: npt.ArrayLike, dtype: str, sample: int) -> Floats:
-    """Returns values that differ from the given ones by up to 4 ulps of `dtype`, not rounded to it.
+def nearby(values: npt.ArrayLike, dtype: str, sample: int, ulps: int = 4) -> Floats:
+    """Returns values that differ from the given ones by up to some ulps of `dtype`, not rounded to it.
 
     The difference is a function of the value and the sample, so it does not depend on the axes of the array, and
     equal values stay equal. Zeros and values that are not finite (masks) stay.
@@ -28,7 +28,7 @@ def nearby(values: npt.ArrayLike, dtype: str, sample: int) -> Floats:
     def uniform(part: Floats, start: int) -> Floats:
         return _hash(part.astype(np.float32).view(np.uint32), key).astype(np.float64) * 2.0**-31 - 1
 
-    return _moved(values, dtype, 8, uniform)
+    return _moved(values, dtype, 2 * ulps, uniform)
 
 
 def perturb_by_ulp(values: npt.ArrayLike, dtype: str, key: npt.NDArray[np.uint32], sample: int) -> Floats:
@@ -90,17 +90,18 @@ class Perturbation:
         dtype: Compute dtype under test.
         sample: Number of the sample, 0 to SAMPLES - 1.
         rounds: Whether values are also moved by an ulp, as by one more rounding.
+        ulps: By how many ulps of their own dtype the values of the problem are moved at most.
     """
 
-    def __init__(self, dtype: str, sample: int, rounds: bool = True) -> None:
-        self.dtype, self.sample, self.rounds = dtype, sample, rounds
+    def __init__(self, dtype: str, sample: int, rounds: bool = True, ulps: int = 4) -> None:
+        self.dtype, self.sample, self.rounds, self.ulps = dtype, sample, rounds, ulps
 
     def __call__(self, value: Value, *name: str | int) -> Value:
         """Returns the value of the nearby problem. `name` is the key of the move by an ulp."""
         if not value.is_float or is_binary(value.array):
             return value
-        moved = round_to(nearby(value.array, value.dtype, self.sample), value.dtype).astype(value.array.dtype)
-        nearest = Value(moved, value.dtype)
+        moved = round_to(nearby(value.array, value.dtype, self.sample, self.ulps), value.dtype)
+        nearest = Value(moved.astype(value.array.dtype), value.dtype)
         return self.rounded(nearest, *name) if self.rounds else nearest
 
     def rounded(self, value: Value, *name: str | int) -> Value:

@@ -67,7 +67,8 @@ Repetition: the noise of an ill-conditioned value has outliers. Example: the gra
 values that are nearly equal, in half precision, is the reciprocal of a difference of rounding errors. No number of
 samples bounds the next outlier. A wrong computation is wrong in each run, an outlier is not. So if a ratio exceeds
 FACTOR with these floors as well, MLX also solves REPEATS = 8 of the nearby problems, and the median of the 9 ratios
-decides. (Not for the update of a training step.)
+decides. (Not for the update of a training step.) For the gradients of a port these are problems further away, so that
+no value is within rounding of the same edge (`icenet.parity.ports.pair`).
 
 FACTOR stays the same; the noise and the error are only measured with more samples.
 """
@@ -126,6 +127,7 @@ class Samples(Generic[F]):
         torch: By PyTorch in the dtype under test, perturbed (floor 5).
         mlx: By MLX; None if a value is judged by its only run.
         in_order: By PyTorch that sums term by term, perturbed (floor 6); None for IceNet's own layers.
+        repeated: By PyTorch in float64, the problems that `mlx` solves; None if they are those of `reference`.
         count: The largest number of samples; None for SAMPLES.
         may_jump: Whether the gradients are those of a whole model, which may jump (floor 7).
         in_order_first: Whether floor 6 is tried before floor 5. What passes with one of them passes in either order;
@@ -136,6 +138,7 @@ class Samples(Generic[F]):
     torch: F
     mlx: F | None = None
     in_order: F | None = None
+    repeated: F | None = None
     count: int | None = None
     may_jump: bool = False
     in_order_first: bool = False
@@ -146,12 +149,15 @@ class Samples(Generic[F]):
 
     def map(self, function: Callable[[F], G]) -> Samples[G]:
         """Returns the results of a function for each field that is not None."""
-        mlx, in_order = (None if item is None else function(item) for item in (self.mlx, self.in_order))
+        mlx, in_order, repeated = (
+            None if item is None else function(item) for item in (self.mlx, self.in_order, self.repeated)
+        )
         return Samples(
             function(self.reference),
             function(self.torch),
             mlx,
             in_order,
+            repeated,
             self.count,
             self.may_jump,
             self.in_order_first,
@@ -362,7 +368,7 @@ class _Resampling:
             failed = [name for name in decided if not median(repeats[name]).passed]
             if self._samples.mlx is None or not self._needed(undecided, failed, FEW):
                 break
-            run, exact_run = self._samples.mlx(index), self._reference(index)
+            run, exact_run = self._samples.mlx(index), (self._samples.repeated or self._reference)(index)
             for name, judgements in repeats.items():
                 # the error there, at the reference here
                 value, exact = (np.asarray(values[name].array, np.float64) for values in (run, exact_run))

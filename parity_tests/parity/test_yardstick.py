@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -276,6 +278,25 @@ def test_a_value_that_passes_by_repetition_does_not_end_the_sampling_of_the_othe
     runs.repeat = lambda index: runs.run(1.0, other=14.0)  # type: ignore[method-assign]
     found = runs.judge()
     assert found["output"].passed and not found["other"].passed and runs.torch == FEW + SAMPLES
+
+
+def test_a_gradient_may_be_repeated_in_problems_further_away() -> None:
+    """In all nearby problems the input of a ReLU is on the other side in MLX; further away it is not."""
+    exact, noise = np.ones(100), 1e-7 * np.random.default_rng(0).standard_normal(100)
+
+    def judged(nearby: float, further: float) -> Judgement:
+        def of(array: np.ndarray) -> Callable[[int], dict[str, Value]]:
+            return lambda index: {"gradient:weight": Value(array, "fp32")}
+
+        far = 1.5 * exact
+        samples = Samples(of(exact), of(exact + noise), of(far + noise + further * (np.arange(100) == 3)))
+        samples = dataclasses.replace(samples, repeated=of(far), may_jump=True)
+        ours = of(exact + noise + nearby * (np.arange(100) == 3))(0)
+        found = judge_values(ours, of(exact + noise)(0), of(exact)(0), samples=samples)
+        return found["gradient:weight"]
+
+    assert judged(0.02, 0.0).passed
+    assert not judged(0.02, 0.02).passed
 
 
 @pytest.mark.parametrize(("count", "limit"), LIMITS.items())

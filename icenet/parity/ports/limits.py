@@ -83,7 +83,7 @@ def find_limits(
         example: The example.
         guards: The guards of the export. The first that limits the port at some sizes is the one that counts there.
         runs: Whether the original takes some inputs.
-        serves: Whether the port computes what the original computes on some inputs.
+        serves: Whether the original takes some inputs and the port computes the same on them.
     """
     shapes: list[tuple[int, ...]] = [array.shape for array in arrays_of(example)]
     tried: dict[tuple[tuple[Place, int], ...], bool] = {}
@@ -108,8 +108,8 @@ def find_limits(
                     is_tried = False
                     continue
                 given = with_sizes(example, changed)
-                tried[key] = not runs(given) or serves(given)
-            if not tried[key] and (equal := _equality(example, shapes, changed, runs, serves)):
+                tried[key] = serves(given) or not runs(given)  # in this order most need no further run
+            if not tried[key] and (equal := _equality(example, shapes, changed, serves)):
                 limiting.append(equal)
                 found.guards.append(equal)
             elif not tried[key]:
@@ -125,7 +125,6 @@ def _equality(
     example: Arguments,
     shapes: list[tuple[int, ...]],
     changed: dict[Place, int],
-    runs: Callable[[Arguments], bool],
     serves: Callable[[Arguments], bool],
 ) -> Guard | None:
     """Returns the guard that two sizes are equal, if the port serves a size that all equal ones have; None if not.
@@ -139,7 +138,7 @@ def _equality(
         others = [other for other in others if other not in changed]
         for some in (others, *([other] for other in others if len(others) > 1)):
             given = with_sizes(example, {**changed, **dict.fromkeys(some, size)})
-            if some and runs(given) and serves(given):
+            if some and serves(given):
                 return Guard("size == other", {"size": (place,), "other": (some[0],)})
     return None
 

@@ -73,6 +73,14 @@ MOST_KEPT = 2**24
 """Elements up to which nearby problems are solved once for all ports: FEW results of 16 bytes are kept of each."""
 
 
+FAR = 2**12
+"""By how many ulps the problems are moved at most in which a gradient over the tolerance is repeated.
+
+It is too much for a value that is within rounding of the edge of a ReLU to stay there: such a value is on the other
+side in MLX in most problems that are 4 ulps away, too. A wrong gradient is wrong in these problems as well.
+"""
+
+
 class Pair:
     """The original and its port in one mode, on some inputs.
 
@@ -258,11 +266,12 @@ class Pair:
         sums = backends.module("torch", "tools.sums").summing_in_order
         has_gradients = any(name.startswith("gradient:") for name in names)
         size = sum(self.reference[name].array.size for name in names)
-        kept = functools.lru_cache(maxsize=3 * FEW if size <= MOST_KEPT else 1)
+        far = FAR if has_gradients else 4
+        kept = functools.lru_cache(maxsize=FEW) if size <= MOST_KEPT else lambda run: run
 
         @functools.lru_cache(maxsize=1)
-        def nearby(sample: int) -> tuple[list[Array], list[Array] | None, dict[str, Array]]:
-            perturb = Perturbation("fp32", sample, rounds=False)
+        def nearby(sample: int, ulps: int) -> tuple[list[Array], list[Array] | None, dict[str, Array]]:
+            perturb = Perturbation("fp32", sample, rounds=False, ulps=ulps)
 
             def moved(array: Array) -> Array:
                 value = perturb(Value(array, short_dtype(array.dtype)))
@@ -274,19 +283,20 @@ class Pair:
             weights = {path: np.asarray(perturb(value).array) for path, value in own.items()}
             return [moved(array) for array in self.inputs], cotangents, weights
 
-        def original(side: Any, sample: int, **options: Any) -> dict[str, Value]:
-            inputs, cotangents, weights = nearby(sample)
+        def original(side: Any, sample: int, ulps: int = 4, **options: Any) -> dict[str, Value]:
+            inputs, cotangents, weights = nearby(sample, ulps)
             found = self._original(side, inputs, cotangents, weights=weights, **options)
             return {name: _real(found[name]) for name in names}
 
         def port(model: Any, sample: int) -> dict[str, Value]:
-            found = self._port(model, *nearby(sample))
+            found = self._port(model, *nearby(sample, far))
             return {name: _real(found[name]) for name in names}
 
         samples: Samples[Any] = Samples(
             reference=kept(lambda sample: original(self.exact, sample)),
             torch=kept(lambda sample: original(self.single, sample)),
             in_order=kept(lambda sample: original(self.single, sample, within=lambda module: sums(sample))),
+            repeated=kept(lambda sample: original(self.exact, sample, far)) if has_gradients else None,
             count=FEW,
             may_jump=True,
             in_order_first=True,
