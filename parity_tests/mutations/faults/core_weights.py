@@ -152,8 +152,8 @@ FAULTS: dict[str, list[Fault]] = {
         ),
         Fault(
             "axes are guessed from shapes",
-            'if other != "plain" and ',
-            "if False and ",
+            'has_other_axes = other != "plain" and ',
+            "has_other_axes = False and ",
             ["core/weights/test_copy_errors.py::test_equal_shapes_of_other_kinds_are_refused"],
         ),
         Fault(

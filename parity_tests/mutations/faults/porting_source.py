@@ -126,8 +126,8 @@ FAULTS: dict[str, list[Fault]] = {
     "icenet/core/porting/source/turns.py": [
         Fault(
             "a loop ends a turn early",
-            "{start}, {start + found.count}",
-            "{start}, {start + found.count - 1}",
+            '{low + found.count}" if low else str(found.count)',
+            '{low + found.count - 1}" if low else str(found.count - 1)',
             ["porting/test_source.py::test_statements_that_repeat_are_a_loop"],
         ),
     ],
