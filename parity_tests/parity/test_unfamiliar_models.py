@@ -235,3 +235,49 @@ def test_results_that_depend_on_rounding_are_said() -> None:
     pair = net(lambda m, x: mx.sin(3e6 * m.q(x)), lambda m, x: torch.sin(3e6 * m.q(x)), q=linear(5, 8))
     report = compare(*pair, draw(2, 5), stages=["forward"], copy_weights=True)
     assert report.passed and any("b in fp32 is off from float64 by" in note for note in report.notes), report
+
+
+def mlx_cell(m: Any, x: Any, h: Any) -> Any:
+    (xr, xz, xn), (hr, hz, hn) = mx.split(m.x2h(x), 3, -1), mx.split(m.h2h(h), 3, -1)
+    z = mx.sigmoid(xz + hz)
+    return (1 - z) * mx.tanh(xn + mx.sigmoid(xr + hr) * hn) + z * h
+
+
+CELL = {
+    f"cell.{own}.{part}": f"cell.{part}_{name}"
+    for own, name in (("x2h", "ih"), ("h2h", "hh"))
+    for part in ("weight", "bias")
+}
+
+
+@pytest.mark.parametrize("rename", [CELL, {theirs: ours for ours, theirs in CELL.items()}])
+def test_parameters_that_rename_moves_to_another_module(rename: dict[str, str]) -> None:
+    for fault in (0.0, 0.01):
+        cell = Pair(net(mlx_cell, None, x2h=linear(5, 18), h2h=linear(6, 18)).ours, T.GRUCell(5, 6))
+        pair = net(
+            lambda m, x, h, fault=fault: m.cell(m.inner(x), h) + fault,
+            lambda m, x, h: m.cell(m.inner(x), h),
+            inner=linear(3, 5), cell=cell,
+        )  # fmt: skip
+        report = compare(*pair, (draw(4, 3), draw(4, 6)), rename=rename, stages=["forward", "gradients"])
+        assert report.passed is not bool(fault) and report.copied_weights, report
+        assert report.culprit == ("" if fault else None), report.verdict
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_an_array_that_the_model_hands_to_one_of_its_layers(is_given: bool) -> None:
+    """A bias of attention scores, without which the layer of b cannot run."""
+
+    def ours(m: Any, x: Any, bias: Any = None) -> Any:
+        y = m.inner(x)
+        return mx.softmax(y if bias is None else y + bias, axis=-1)
+
+    layer = net(ours, lambda m, x, bias: torch.softmax(m.inner(x) + bias, -1), inner=linear(5, 8))
+    pair = net(
+        lambda m, x, bias: m.layer(x, bias) if is_given else m.layer(x),
+        lambda m, x, bias: m.layer(x, bias),
+        layer=layer,
+    )
+    report = compare(*pair, (draw(4, 5), draw(4, 8)), stages=["forward"], copy_weights=True)
+    assert report.passed is is_given and report.culprit == (None if is_given else ""), report.verdict
+    assert is_given or "layer gets the argument 1 in b only" in report.cause, report.cause

@@ -67,7 +67,10 @@ def between(pair: Pair, child: Pair) -> str:
     name = relative(child.path, pair.path)
     if index == 0:
         return f"before {name}"
-    return f"between {relative(pair.children[index - 1].path, pair.path)} and {name}"
+    before = pair.children[index - 1]
+    if before.path == child.path:
+        return f"between {name} (call {before.b.call + 1}) and {name} (call {child.b.call + 1})"
+    return f"between {relative(before.path, pair.path)} and {name}"
 
 
 def first_gradient(pair: Pair, judgements: Mapping[str, Judgement]) -> Origin | None:

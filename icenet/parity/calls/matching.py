@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,10 +116,32 @@ def _renamed(a: Side, b: Side, rename: Rename) -> dict[str, str | None]:
     return {path: given[path] if path else path for path in a.modules}
 
 
-def _applied(rename: Callable[[str], str | None], side: Side) -> dict[str, str | None]:
-    """Returns the new path of each module; nothing if the function fails, as one of other names may."""
+def renamed_arrays(a: Side, b: Side, rename: Rename) -> dict[str, str]:
+    """Returns the name in `b` of each array of `a` that `rename` moves there, such as a gate to packed gates."""
+    if rename is None:
+        return {}
+    found: dict[str, str | None] = {}
+    for side, other, is_forward in ((a, b, True), (b, a, False)):
+        names = list(side.shapes)
+        if callable(rename):
+            given = _applied(rename, side, names)
+        elif all_match(rename, [*side.modules, *names]):
+            given = apply_rename(rename, names)
+        else:
+            continue
+        both = ((old, new) for old, new in given.items() if new in other.shapes and new != old)
+        found |= {(old if is_forward else new): (new if is_forward else old) for old, new in both}
+        if found:
+            break
+    return {ours: theirs for ours, theirs in found.items() if theirs is not None}
+
+
+def _applied(
+    rename: Callable[[str], str | None], side: Side, names: Iterable[str] | None = None
+) -> dict[str, str | None]:
+    """Returns the new path of each module, or name; nothing if the function fails, as one of other names may."""
     try:
-        return {path: call_rename(rename, path) for path in side.modules}
+        return {path: call_rename(rename, path) for path in (side.modules if names is None else names)}
     except UsageError:
         return {}
 

@@ -23,6 +23,7 @@ from icenet.parity.calls.replays import replay
 from icenet.parity.calls.sides import Side
 from icenet.parity.causes.trial import Trial
 from icenet.parity.state import Comparison
+from icenet.parity.trace import Value
 from icenet.parity.yardstick import Judgement
 
 Array = npt.NDArray[Any]
@@ -51,9 +52,8 @@ def find_passed(c: Comparison, pair: Pair, outer: Pair, judgements: Mapping[str,
         for side, own, event in (("b", c.reference, pair.b), ("a", c.a, pair.a)):
             numbers = only.get(side, []) if side == "a" or c.computes_reference else []
             for left_out in (*({n} for n in numbers), *([set(numbers)] if len(numbers) > 1 else [])):
-                try:
-                    without = trial.named(own.replay(replace(trial.given, left_out=frozenset(left_out))))
-                except align.ReplayError:  # it needs the argument
+                without = _replayed_without(trial, own, event, frozenset(left_out))
+                if not without:
                     continue
                 trial.ours = {**ours, **without} if side == "a" else ours
                 if trial.explains(trial.exact if side == "a" else without):
@@ -64,6 +64,22 @@ def find_passed(c: Comparison, pair: Pair, outer: Pair, judgements: Mapping[str,
                 if trial.explains(trial.replay()):
                     return f"{child} gets {name} = {number.ours!r} in a, {number.theirs!r} in b"
     return ""
+
+
+def _replayed_without(trial: Trial, side: Side, event: Event, numbers: frozenset[int]) -> dict[str, Value]:
+    """Returns what a side computes without some arguments, or with zeros in their place; empty if it fails."""
+    try:
+        return trial.named(side.replay(replace(trial.given, left_out=numbers)))
+    except align.ReplayError:  # it needs the argument, as a bias that is added
+        before = list(event.arguments)
+        try:
+            for n in numbers:
+                event.arguments[n] = replace(before[n], array=np.zeros_like(before[n].array))
+            return trial.named(side.replay(trial.given))
+        except align.ReplayError:
+            return {}
+        finally:
+            event.arguments[:] = before
 
 
 def passes_on(c: Comparison, outer: Pair, pair: Pair) -> bool:

@@ -75,6 +75,8 @@ def find_exchanged(trial: Trial) -> str:
         is_other = theirs.dtype.kind == "f" and align.is_near(ours, theirs)
         if is_other and trial.explains_array(np.asarray(trial.exact[name].array, np.float64)):
             names = [relative(child.path, trial.pair.path) for child in (first, second)]
+            if first.path == second.path:
+                names = [f"{names[0]} (call {child.b.call + 1})" for child in (first, second)]
             return f"{names[0]} and {names[1]} are exchanged in a: each gets what the other one gets in b"
     return ""
 

@@ -14,6 +14,7 @@ from icenet.core.weights import layout
 from icenet.parity import align
 from icenet.parity.calls.convolutions import align_convolutions, align_points
 from icenet.parity.calls.events import Run
+from icenet.parity.calls.matching import renamed_arrays
 from icenet.parity.calls.pairing import first_mismatch, pair_calls, relative
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.runs import Draws, check_draws, run_training, with_equal_draws
@@ -45,14 +46,19 @@ def _pair_parameters(c: Comparison) -> tuple[dict[str, str], list[tuple[str, str
         and match.b is not None
         and c.b.kinds.get(match.b) in align.DIFFERENT_CALLS
         and c.a.kinds.get(match.a) == c.b.kinds.get(match.b)
+        and c.a.backend != c.b.backend
     } | c.opaque
     c.different = {path for path in different if path is not None}
     to_b = c.a.names
     to_a = set(to_b.values())
     names: dict[str, str] = {}
     one_sided: list[tuple[str, str, str]] = []
+    renamed = renamed_arrays(c.a, c.b, c.options.get("rename"))
     for name in shapes_a:
         holder, rest = split_at(name, c.a.modules)
+        if name in renamed and not is_within(split_at(renamed[name], c.b.modules)[0], different):
+            names[name] = renamed[name]
+            continue
         if holder not in to_b or is_within(to_b[holder], different):
             continue
         other = f"{to_b[holder]}.{rest}" if to_b[holder] else rest
