@@ -117,7 +117,8 @@ def _add_rows(c: Comparison, stage: Stage, ratios: Array, losses: Sequence[float
 def _known_noise(c: Comparison) -> float:
     """Returns the noise that the losses of all steps have at least: that of the first one, and of equal outputs."""
     _, theirs, exact = c.first_runs
-    return math.nan if theirs is None or exact is None else max(c.loss_noise, abs(theirs[0] - exact[0])) or math.nan
+    known = 0.0 if theirs is None or exact is None else max(c.loss_noise, abs(theirs[0] - exact[0]))
+    return known if known and math.isfinite(known) else math.nan  # which no ratio passes
 
 
 def _quick_ratios(
