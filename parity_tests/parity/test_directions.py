@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import icenet.blas  # before mlx: it decides which BLAS MLX finds
@@ -16,7 +17,7 @@ from pairs import draw
 
 import icenet
 from icenet.core.errors import WeightsError
-from icenet.parity import compare
+from icenet.parity import compare, read_trace, record
 from icenet_torch.tools.recurrent_parts import Parts, with_parts
 
 BY_NAME = {"rnn.*_l0": "ahead.*_l0", "rnn.*_l0_reverse": "back.*_l0"}
@@ -86,7 +87,7 @@ def test_layers_in_a_list_with_a_dropout_between_them(batch_first: bool) -> None
     assert report.passed and "rnn.3 is compared with the reverse direction of layer 1 of rnn" in notes(report), report
 
 
-def test_the_model_itself_may_be_the_layer() -> None:
+def test_the_model_itself_may_be_the_layer(tmp_path: Path) -> None:
     class Both(M.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -97,8 +98,20 @@ def test_the_model_itself_may_be_the_layer() -> None:
 
     theirs = T.GRU(5, 4, bidirectional=True, batch_first=True)
     assert compare(Both(), theirs, draw(3, 7, 5), copy_weights=True).passed
-    single = compare(M.GRU(5, 4), T.GRU(5, 4, batch_first=True), draw(3, 7, 5), copy_weights=True)
+    theirs = T.GRU(5, 4, batch_first=True)
+    single = compare(M.GRU(5, 4), theirs, draw(3, 7, 5), copy_weights=True)
     assert single.passed and single.losses, single  # the last state, which only PyTorch returns, is not trained
+    record(theirs, draw(3, 7, 5), tmp_path / "trace")
+    assert compare(M.GRU(5, 4), read_trace(tmp_path / "trace"), copy_weights=True).passed
+
+
+def test_recurrent_layers_of_one_framework_have_the_same_weights() -> None:
+    pairs = [(M.LSTM(5, 4), M.LSTM(5, 4)), (T.GRU(5, 4, batch_first=True), T.GRU(5, 4, batch_first=True))]
+    for ours, theirs in pairs:
+        options = {"stages": ["weights", "forward", "gradients"]}
+        assert compare(ours, theirs, draw(3, 7, 5), copy_weights=True, **options).passed
+        report = compare(ours, theirs, draw(3, 7, 5), copy_weights=False, **options)
+        assert report.failed_stage is not None and report.failed_stage.name == "weights"
 
 
 def test_faults_between_the_directions_are_named() -> None:

@@ -34,7 +34,8 @@ def copy_weights(c: Comparison) -> None:
             theirs = c.b.modules[path]
             if not c.computes_reference:  # a trace has the arrays alone
                 held = c.b.weights()
-                theirs = {name[len(path) + 1 :]: held[name] for name in held if name.startswith(f"{path}.")}
+                start = f"{path}." if path else ""
+                theirs = {name[len(start) :]: held[name] for name in held if name.startswith(start)}
             modules.from_torch(theirs, c.a.modules[back[path]])
     if copies:
         values = c.b.weights()
