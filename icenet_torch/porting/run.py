@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -187,7 +188,9 @@ class Reference:
                 calls.assigned(module, weights or {}),
                 within(module),
                 _Precision(self.dtypes),
+                warnings.catch_warnings(),
             ):
+                warnings.simplefilter("ignore")  # the module's own, at each of the sizes that are tried
                 return self._run(args, kwargs, cotangents)
         finally:
             torch.set_default_dtype(default)

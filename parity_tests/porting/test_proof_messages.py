@@ -102,6 +102,12 @@ def test_a_fixed_size_is_said_and_another_one_is_an_error(tmp_path: Path) -> Non
         saved(mx.zeros((2, 6, 5)))
 
 
+def test_dynamic_is_no_flag() -> None:
+    with pytest.raises(UsageError, match=r"dynamic=False: give the dynamic_shapes of torch.export.export"):
+        icenet.port(Steps(), R(2, 4, 5), dynamic=False)
+    assert icenet.port(nn.Linear(3, 2), R(2, 3), dynamic=(None,)).report.passed
+
+
 def test_a_fixed_size_in_a_structure_is_refused() -> None:
     torch.manual_seed(0)
     port = icenet.port(StepsOfDict(), ({"x": R(2, 3, 5)},))

@@ -359,6 +359,11 @@ def _export(
 ) -> tuple[Graph, Graph | None, Any, list[str]]:
     examples = backends.module("torch", "porting.inputs")
     examples.check_arguments(module, args, kwargs)
+    if isinstance(dynamic, (bool, int, str)):
+        raise UsageError(
+            f"dynamic={dynamic!r}: give the dynamic_shapes of torch.export.export, such as (None,) for one argument "
+            "whose sizes are fixed, or leave it out, which opens every size"
+        )
     is_open = dynamic is None and widened
     wide_args, wide_kwargs = examples.widened(args, kwargs) if is_open else (args, kwargs)
     shapes = "auto" if dynamic is None else dynamic

@@ -98,8 +98,9 @@ def _mean(x, axis, keepdims):
 def _nothing(x, axis, keepdims, value=math.nan):
     axes = range(x.ndim) if axis is None else [axis] if isinstance(axis, int) else axis
     axes = [index % x.ndim for index in axes]
-    shape = [1 if index in axes else size for index, size in enumerate(x.shape) if keepdims or index not in axes]
-    return mx.full(shape, value, x.dtype)
+    if keepdims:
+        return mx.full([1 if index in axes else size for index, size in enumerate(x.shape)], value, x.dtype)
+    return mx.full([size for index, size in enumerate(x.shape) if index not in axes], value, x.dtype)
 
 
 def nanmean(x, axis=None, keepdims=False):
