@@ -36,8 +36,8 @@ class Pointwise(nn.Module):
 
 
 def is_pointwise(layer: nn.Module) -> bool:
-    """Returns whether a layer of PyTorch computes each position alone, with one matrix."""
-    if layer._forward_pre_hooks or type(layer) not in (nn.Linear, *_CONVOLUTIONS):
+    """Returns whether a layer of PyTorch computes each position alone, with one matrix and no hooks."""
+    if layer._forward_pre_hooks or layer._forward_hooks or type(layer) not in (nn.Linear, *_CONVOLUTIONS):
         return False
     if isinstance(layer, nn.Linear):
         return True

@@ -86,7 +86,8 @@ def with_parts(module: nn.Module, counts: Mapping[str, int]) -> nn.Module:
     Args:
         module: Any module.
         counts: How many layers of one direction the other side has, by class: "LSTM", "GRU" or "RNN". Those of a
-            class are divided if there are as many as parts.
+            class are divided if there are as many as parts. A layer with hooks, such as that of the old
+            `torch.nn.utils.weight_norm`, stays whole: they would not be called.
     """
     layers = [inner for inner in module.modules() if type(inner) in (nn.LSTM, nn.GRU, nn.RNN)]
     needed = Counter({type(layer).__name__: 0 for layer in layers})
@@ -94,7 +95,8 @@ def with_parts(module: nn.Module, counts: Mapping[str, int]) -> nn.Module:
         needed[type(layer).__name__] += len(part_names(layer))
     memo: dict[int, Any] = {}
     for layer in layers:
-        is_divided = len(part_names(layer)) > 1 and not layer.proj_size
+        has_hooks = layer._forward_pre_hooks or layer._forward_hooks
+        is_divided = len(part_names(layer)) > 1 and not layer.proj_size and not has_hooks
         if is_divided and needed[type(layer).__name__] <= counts.get(type(layer).__name__, 0):
             shown = type(type(layer).__name__, (Parts,), {"__module__": Parts.__module__})
             memo[id(layer)] = shown(layer)

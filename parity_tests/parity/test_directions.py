@@ -159,6 +159,21 @@ def test_a_direction_that_is_missing_is_told() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("kind", ["input", "output", "weight"])
+def test_a_layer_with_hooks_is_not_divided(kind: str) -> None:
+    """The parts would compute without the hooks, and agree."""
+    theirs = TorchTagger()
+    if kind == "weight":
+        torch.nn.utils.weight_norm(theirs.rnn, "weight_hh_l0")
+    elif kind == "input":
+        theirs.rnn.register_forward_pre_hook(lambda module, args: (torch.tanh(args[0]),))
+    else:
+        theirs.rnn.register_forward_hook(lambda module, args, found: (torch.tanh(found[0]), found[1]))
+    report = compare(Tagger(), theirs, draw(3, 7, 5), copy_weights=True)
+    assert report.culprit == "rnn" and "2 directions, a has ahead, back of one layer and direction" in report.verdict
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
 @pytest.mark.parametrize("options", [{}, {"batch_first": True, "bias": False}, {"num_layers": 2, "dropout": 0.3}])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_the_parts_compute_what_the_layer_does(kind: str, options: dict[str, Any]) -> None:

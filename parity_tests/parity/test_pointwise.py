@@ -97,3 +97,23 @@ def test_a_convolution_that_is_no_matrix_is_a_difference(options: dict[str, Any]
     a, b = Net(M.Linear(5, 6), M.Linear(6, 4)), TorchNet(T.Conv2d(5, 6, 1, **options), T.Conv2d(6, 4, 1))
     report = compare(a, b, draw(2, 7, 8, 5), copy_weights=True)
     assert report.culprit == "first" and "weight is [6, 5] in a, [6, 5, 1, 1] in b" in report.verdict
+
+
+def test_layers_with_hooks_and_arrays_of_other_modules_keep_their_shapes() -> None:
+    """A hook changes what the layer computes, and what reads the weight of a layer needs its axes."""
+
+    class Reader(T.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = TorchNet(T.Conv1d(5, 6, 1), T.Identity())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            layer = self.inner.first
+            return T.functional.gelu(T.functional.conv1d(x, layer.weight, layer.bias))
+
+    hooked = TorchNet(T.Conv1d(5, 6, 1), T.Identity())
+    hooked.first.register_forward_hook(lambda module, args, y: torch.tanh(y))
+    moved = {f"first.{name}": f"inner.first.{name}" for name in ("weight", "bias")}
+    for b, rename in ((hooked, None), (Reader(), moved)):
+        report = compare(Net(M.Linear(5, 6), M.Identity()), b, draw(2, 7, 5), rename=rename, copy_weights=True)
+        assert "weight is [6, 5] in a, [6, 5, 1] in b" in report.verdict, report

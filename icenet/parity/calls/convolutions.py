@@ -68,10 +68,12 @@ def align_points(c: Comparison) -> None:
         own, other = c.a.shapes[ours], c.b.shapes[theirs]
         short, long = sorted((own, other), key=len)
         holder, leaf = layout.split(ours)
+        path = c.a.names.get(holder)
         is_layer = c.a.layer_kinds.get(holder) in ("linear", "conv1d", "conv2d", "conv3d") and leaf == "weight"
+        if path is None or layout.split(theirs)[0] != path:  # `rename` moves the array to another module
+            continue
         if not is_layer or len(short) != 2 or len(long) == 2 or long != (*short, *[1] * (len(long) - 2)):
             continue
-        path = c.a.names[holder]
         if all(isinstance(side, ModuleSide) and side.set_weight_shape(path, own) for side in (c.b, c.reference)):
             kinds = [side.classes[place].rpartition(".")[2] for side, place in ((c.a, holder), (c.b, path))]
             c.notes_of(path).append(f"a {kinds[0]} in a, and a {kinds[1]} in b whose weight has the same values")

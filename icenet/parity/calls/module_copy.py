@@ -239,7 +239,7 @@ class ModuleCopy(Side):
         """Gives a linear layer or a convolution of size 1 of PyTorch the shape of the other one's weight.
 
         Returns:
-            False if the layer at the path is none of both, or its weight is that of another layer, too.
+            False if the layer at the path is neither, or its weight is that of another layer, too.
         """
         points = backends.module("torch", "tools.pointwise")
         layer = self.modules[path]
