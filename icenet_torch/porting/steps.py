@@ -121,11 +121,11 @@ class Steps:
             if size is None:
                 return join(tensors, dim, **options)
             first = tensors[0]
-            parts = {item.shape[dim] if name == "cat" and item.ndim else 1 for item in tensors}
-            if name == "cat" and (len(parts) > 1 or not all(type(part) is int for part in parts)):
+            parts = [item.shape[dim] if name == "cat" and item.ndim else 1 for item in tensors]
+            if not all(type(part) is int and part == parts[0] for part in parts):  # open sizes have no sum here
                 return join(tensors, dim)
             dim %= first.ndim + (name == "stack")
-            made: torch.Tensor = getattr(torch.ops.icenet_step, name)(list(tensors), dim, size * parts.pop())
+            made: torch.Tensor = getattr(torch.ops.icenet_step, name)(list(tensors), dim, size * parts[0])
             return made
 
         return joined

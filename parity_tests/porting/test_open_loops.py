@@ -77,6 +77,16 @@ class Parts(nn.Module):
         return torch.cat(found, dim=1)
 
 
+class Repeated(nn.Module):
+    """Joins as many parts of an open size as the example has steps."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x[:, 0]
+        for t in range(1, x.shape[1]):
+            y = torch.sin(y) + x[:, t]
+        return torch.cat([x, x + 1, x, x, x], 1) + y.unsqueeze(1)
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -84,6 +94,7 @@ class Parts(nn.Module):
         (Partition(), ["T = x.shape[1]", "for step in range(1, T):"]),
         (Average(), ["for step in range(1, T):"]),
         (Parts(), ["for step in range(T):", "self.cell(x[:, step], h)"]),
+        (Repeated(), ["for step in range(1, T):"]),
     ],
 )
 def test_a_loop_over_a_length_has_its_size(module: nn.Module, expected: list[str]) -> None:
