@@ -15,6 +15,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Pointwise(nn.Module):
     """Computes what a layer does with a weight that has other axes of length 1 at its end.
 
+    It has the attributes and the hooks of the layer. `weight` is a view in the layer's shape, for code that reads it;
+    the parameter has the other shape.
+
     Args:
         layer: A linear layer, or a convolution for which `is_pointwise` is true.
         shape: The shape of the weight.
@@ -22,22 +25,37 @@ class Pointwise(nn.Module):
 
     def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(layer.weight.detach().reshape(shape), layer.weight.requires_grad)
+        self.__dict__.update({name: item for name, item in vars(layer).items() if name != "_parameters"})
+        self._parameters["weight"] = nn.Parameter(layer.weight.detach().reshape(shape), layer.weight.requires_grad)
         self.bias = layer.bias
-        self.train(layer.training)
-        self._axes = layer.weight.ndim
+        self._shape = layer.weight.shape
+
+    @property
+    def weight(self) -> Tensor:
+        parameter = self._parameters["weight"]
+        assert parameter is not None
+        return parameter.reshape(self._shape)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight.flatten(1)
-        if self._axes == 2:
-            return nn.functional.linear(input, weight, self.bias)
-        function = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self._axes - 3]
-        return function(input, weight.reshape(*weight.shape, *[1] * (self._axes - 2)), self.bias)
+        axes = len(self._shape)
+        if axes == 2:
+            return nn.functional.linear(input, self.weight, self.bias)
+        function = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[axes - 3]
+        return function(input, self.weight, self.bias)
 
 
-def is_pointwise(layer: nn.Module) -> bool:
-    """Returns whether a layer of PyTorch computes each position alone, with one matrix and no hooks."""
-    if layer._forward_pre_hooks or layer._forward_hooks or type(layer) not in (nn.Linear, *_CONVOLUTIONS):
+def is_pointwise(layer: nn.Module, model: nn.Module) -> bool:
+    """Returns whether a layer of PyTorch computes each position alone, with one matrix that no other module has.
+
+    Args:
+        layer: Any layer.
+        model: The model that has the layer.
+    """
+    # the old spectral_norm and weight_norm compute the weight in such a hook
+    if layer._forward_pre_hooks or type(layer) not in (nn.Linear, *_CONVOLUTIONS):
+        return False
+    held = [parameter for module in model.modules() for parameter in module._parameters.values()]
+    if sum(parameter is layer.weight for parameter in held) > 1:
         return False
     if isinstance(layer, nn.Linear):
         return True
@@ -59,7 +77,7 @@ def with_weight_shape(model: nn.Module, path: str, shape: tuple[int, ...]) -> nn
     with torch.no_grad():
         new = Pointwise(layer, shape)
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+        for name, child in module._modules.items():  # at each place: named_children has a shared layer once
             if child is layer:
-                setattr(module, name, new)
+                module._modules[name] = new
     return new if not path else model

@@ -11,6 +11,7 @@ import mlx.nn as M
 import pytest
 import torch
 import torch.nn as T
+import torch.nn.functional as F
 from pairs import draw
 
 from icenet.parity import compare
@@ -99,8 +100,8 @@ def test_a_convolution_that_is_no_matrix_is_a_difference(options: dict[str, Any]
     assert report.culprit == "first" and "weight is [6, 5] in a, [6, 5, 1, 1] in b" in report.verdict
 
 
-def test_layers_with_hooks_and_arrays_of_other_modules_keep_their_shapes() -> None:
-    """A hook changes what the layer computes, and what reads the weight of a layer needs its axes."""
+def test_an_array_of_another_module_keeps_its_shape() -> None:
+    """What reads the weight of a layer needs its axes."""
 
     class Reader(T.Module):
         def __init__(self) -> None:
@@ -109,11 +110,60 @@ def test_layers_with_hooks_and_arrays_of_other_modules_keep_their_shapes() -> No
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             layer = self.inner.first
-            return T.functional.gelu(T.functional.conv1d(x, layer.weight, layer.bias))
+            return F.gelu(F.conv1d(x, layer.weight, layer.bias))
 
-    hooked = TorchNet(T.Conv1d(5, 6, 1), T.Identity())
-    hooked.first.register_forward_hook(lambda module, args, y: torch.tanh(y))
     moved = {f"first.{name}": f"inner.first.{name}" for name in ("weight", "bias")}
-    for b, rename in ((hooked, None), (Reader(), moved)):
-        report = compare(Net(M.Linear(5, 6), M.Identity()), b, draw(2, 7, 5), rename=rename, copy_weights=True)
-        assert "weight is [6, 5] in a, [6, 5, 1] in b" in report.verdict, report
+    report = compare(Net(M.Linear(5, 6), M.Identity()), Reader(), draw(2, 7, 5), rename=moved, copy_weights=True)
+    assert "weight is [6, 5] in a, [6, 5, 1] in b" in report.verdict, report
+    theirs, ours = TorchNet(T.Conv2d(6, 6, 1), T.Conv2d(6, 4, 1)), Net(M.Linear(6, 6), M.Linear(6, 4))
+    theirs.table, ours.table = theirs.first.weight, mx.zeros((6, 6, 1, 1))
+    assert not compare(ours, theirs, draw(2, 5, 5, 6), copy_weights=True).passed  # in `b` they are one parameter
+
+
+class Reading(TorchNet):
+    """Reads the weight and the attributes of a layer, and has it at two places."""
+
+    def __init__(self) -> None:
+        super().__init__(T.Conv2d(6, 6, 1), T.Conv2d(6, 4, 1))
+        self.again = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.first.weight[:, 0, 0, 0].sum() * self.first.out_channels
+        return self.second(F.conv2d(self.again(self.first(x)), self.again.weight)) * scale
+
+
+class Read(Net):
+    def __init__(self) -> None:
+        super().__init__(M.Linear(6, 6), M.Linear(6, 4))
+        self.again = self.first
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.second(self.again(self.first(x)) @ self.first.weight.T) * self.first.weight[:, 0].sum() * 6
+
+
+def test_weights_and_attributes_that_the_code_reads() -> None:
+    ours, theirs, images = Read(), Reading(), draw(2, 5, 5, 6)
+    assert compare(ours, theirs, images, copy_weights=True).passed
+    ours.again = M.Linear(6, 6)
+    assert not compare(ours, theirs, images, copy_weights=True).passed
+
+
+def test_hooks_of_a_layer_are_called() -> None:
+    seen: list[torch.Tensor] = []
+    options: dict[str, Any] = {"copy_weights": True, "stages": ["forward"]}
+    ours, theirs = Net(M.Linear(5, 6), M.Linear(6, 4)), TorchNet(T.Conv1d(5, 6, 1), T.Conv1d(6, 4, 1))
+    theirs.first.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert compare(ours, theirs, draw(2, 7, 5), **options).passed and seen
+    theirs.first.register_forward_hook(lambda module, args, y: torch.tanh(y))
+    report = compare(ours, theirs, draw(2, 7, 5), **options)
+    assert report.failed_stage is not None and report.failed_stage.name == "forward" and "tanh" in report.cause, (
+        report
+    )
+
+
+@pytest.mark.parametrize("keys", [None, "weight"])
+def test_what_only_a_freezes_is_named(keys: str | None) -> None:
+    ours, theirs = Net(M.Linear(5, 6), M.Linear(6, 4)), TorchNet(T.Linear(5, 6), T.Linear(6, 4))
+    ours.first.freeze(keys=keys)
+    report = compare(ours, theirs, draw(7, 5), copy_weights=True)
+    assert report.culprit == "first" and "weight is frozen in a, and trained in b" in str(report), report

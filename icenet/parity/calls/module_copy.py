@@ -239,12 +239,11 @@ class ModuleCopy(Side):
         """Gives a linear layer or a convolution of size 1 of PyTorch the shape of the other one's weight.
 
         Returns:
-            False if the layer at the path is neither, or its weight is that of another layer, too.
+            False if the layer at the path is neither, or another module has its weight, too, by any name.
         """
         points = backends.module("torch", "tools.pointwise")
         layer = self.modules[path]
-        is_shared = sum(getattr(inner, "weight", None) is layer.weight for inner in self.modules.values()) > 1
-        if self.backend != "torch" or is_shared or not points.is_pointwise(layer):
+        if self.backend != "torch" or not points.is_pointwise(layer, self.module):
             return False
         self.module = points.with_weight_shape(self.module, path, shape)
         self.modules = self.tools.distinct_modules(self.module)
