@@ -65,7 +65,7 @@ class Comparison(ABC):
         draws: The random numbers that the modules of `a` draw without a key, if they are shared.
         mirrored: Paths in `b` of modules for which it was tried to mirror the uniform numbers of `a`, without effect.
         moved: Paths in `b` of the modules whose inputs have their channels last in `a`, and first in `b`.
-        exchanged: Paths in `b` of the modules whose inputs are [B, L, ...] in one side, [L, B, ...] in the other.
+        exchanged: Paths in `b` of the modules whose inputs are [B, L, ...] on one side, [L, B, ...] on the other.
         tell: Shows the progress.
     """
 

@@ -41,8 +41,8 @@ def _set_thresholds(mmap: int, trim: int) -> None:
     if sys.platform != "linux" or mmap <= _mmap_threshold or any(os.environ.get(name) for name in VARIABLES):
         return
     library = ctypes.CDLL(None)
-    # musl has no such function; older versions of glibc refuse more than 32 MB; the other one alone would fix the
-    # first at 128 kB
+    # musl has no such function. Older versions of glibc refuse more than 32 MB for the first threshold. The second
+    # one is then not set either, because it alone would keep the first at 128 kB.
     if hasattr(library, "mallopt") and library.mallopt(_M_MMAP_THRESHOLD, mmap):
         library.mallopt(_M_TRIM_THRESHOLD, trim)
         _mmap_threshold = mmap

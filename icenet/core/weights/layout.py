@@ -15,7 +15,7 @@ mlx.nn.Conv1d/2d/3d (out, *space, in/groups) and ConvTranspose (out, *space, in)
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,11 @@ def split(path: str) -> tuple[str, str]:
 def join(module: str, name: str) -> str:
     """Returns the path of a parameter or a layer in a module: ("stem.conv", "weight") -> "stem.conv.weight"."""
     return f"{module}.{name}" if module else name
+
+
+def is_of_size_1(shape: Sequence[int], linear: Sequence[int]) -> bool:
+    """Returns whether a shape is that of a convolution of size 1 with the matrix of a linear layer."""
+    return len(linear) == 2 < len(shape) and tuple(shape) == (*linear, *[1] * (len(shape) - 2))
 
 
 def parameter_kind(kinds: Mapping[str, str], path: str) -> str:

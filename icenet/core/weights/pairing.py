@@ -266,7 +266,7 @@ class Pairing:
         has_no_groups = kind == "conv3d" or kind.startswith("conv_transpose")
         if has_no_groups and is_weight and given[0] == shape[0] and given[1] < shape[1] and shape[1] % given[1] == 0:
             return " (Conv3d and transposed convolutions of MLX have no groups)"
-        if kind == "linear" and _is_of_size_1(given, shape):
+        if kind == "linear" and layout.is_of_size_1(given, shape):
             return " (a convolution of size 1 has this shape: give the module of PyTorch, which tells the kinds)"
         if kind == "plain" and sorted(given) == sorted(shape):
             return (
@@ -428,7 +428,7 @@ class Pairing:
         kinds = sorted((self._mlx.kinds.get(module, ""), self._torch.kinds.get(their_module, "")))
         short, long = sorted((tuple(self._shapes[place.name]), tuple(self._torch.shapes[theirs])), key=len)
         are_kinds = kinds[0] in ("conv1d", "conv2d", "conv3d") and kinds[1] == "linear"
-        return are_kinds and name == their_name == "weight" and _is_of_size_1(long, short)
+        return are_kinds and name == their_name == "weight" and layout.is_of_size_1(long, short)
 
     def _turned(self, place: _Place, theirs: str, array: Array, to_torch: bool = False) -> Array:
         if self._is_point(place, theirs):
@@ -480,11 +480,6 @@ def _optional_biases(mlx: MLXWeights) -> tuple[dict[str, Shape], dict[str, str]]
 
 def _attention_layers(kind: str) -> Iterable[str]:
     return (f"{attention}.{name}" for attention in ATTENTION_OF.get(kind, ()) for name in (*PROJECTIONS, "out_proj"))
-
-
-def _is_of_size_1(shape: Shape, linear: Shape) -> bool:
-    """Returns whether a shape is that of a convolution of size 1 with the matrix of a linear layer."""
-    return len(linear) == 2 < len(shape) and tuple(shape) == (*linear, *[1] * (len(shape) - 2))
 
 
 def _axes(kind: str, name: str) -> object:

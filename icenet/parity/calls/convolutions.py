@@ -72,7 +72,7 @@ def align_points(c: Comparison) -> None:
         is_layer = c.a.layer_kinds.get(holder) in ("linear", "conv1d", "conv2d", "conv3d") and leaf == "weight"
         if path is None or layout.split(theirs)[0] != path:  # `rename` moves the array to another module
             continue
-        if not is_layer or len(short) != 2 or len(long) == 2 or long != (*short, *[1] * (len(long) - 2)):
+        if not is_layer or not layout.is_of_size_1(long, short):
             continue
         if all(isinstance(side, ModuleSide) and side.set_weight_shape(path, own) for side in (c.b, c.reference)):
             kinds = [side.classes[place].rpartition(".")[2] for side, place in ((c.a, holder), (c.b, path))]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from icenet.core import backends
+from icenet.core.weights import layout
 from icenet.core.weights.rename import Rename, all_match, apply_rename, call_rename
 from icenet.parity.calls.sides import Side
 from icenet.parity.trace import class_name
@@ -39,7 +40,9 @@ def parts_of(b: Side) -> dict[str, tuple[str, ...]]:
 def part_weights(b: Side) -> dict[str, str]:
     """Returns the name in the whole layer of a weight of each part, such as `rnn.weight_hh_l0`, by its path."""
     return {
-        _join(path, name): _join(path, f"weight_hh_{name}") for path, names in parts_of(b).items() for name in names
+        layout.join(path, name): layout.join(path, f"weight_hh_{name}")
+        for path, names in parts_of(b).items()
+        for name in names
     }
 
 
@@ -73,7 +76,7 @@ def match_parts(a: Side, b: Side, found: Mapping[str, tuple[str, str]]) -> dict[
     """
     matched: dict[str, tuple[str, str]] = {}
     for path, names in parts_of(b).items():
-        missing = [name for name in names if _join(path, name) not in found]
+        missing = [name for name in names if layout.join(path, name) not in found]
         taken = {ours for ours, _ in (*found.values(), *matched.values())}
         own = found[path][0] if path in found else ""
         free = [other for other in a.modules if a.classes[other].startswith(_MLX) and other not in taken]
@@ -84,11 +87,11 @@ def match_parts(a: Side, b: Side, found: Mapping[str, tuple[str, str]]) -> dict[
         for name in missing:
             is_reverse = name.endswith("_reverse")
             pool = [o for o in free if not are_named or bool(_REVERSE.search(o)) == is_reverse]
-            ours = next((other for other in pool if _fits(a, other, b, _join(path, name))), None)
+            ours = next((other for other in pool if _fits(a, other, b, layout.join(path, name))), None)
             if ours is not None:
                 free.remove(ours)
                 which = f"{'reverse' if is_reverse else 'forward'} direction of layer {name[1:].partition('_')[0]}"
-                matched[_join(path, name)] = ours, f"{ours} is compared with the {which} of {path or 'b'}"
+                matched[layout.join(path, name)] = ours, f"{ours} is compared with the {which} of {path or 'b'}"
     return matched
 
 
@@ -100,7 +103,3 @@ def _fits(a: Side, ours: str, b: Side, theirs: str) -> bool:
         for side, path in ((a, ours), (b, theirs))
     ]
     return same and weights[0] == weights[1]
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -219,7 +219,7 @@ class RunGradients:
     def _is_frameworks(self, path: str) -> bool:
         """Returns whether the module at a path in `b` is a layer of the frameworks on both sides."""
         c, own = self._c, self._c.a.own_path(path)
-        names = c.a.classes.get(own or "", "") if own is not None else "", c.b.classes.get(path, "")
+        names = "" if own is None else c.a.classes.get(own, ""), c.b.classes.get(path, "")
         return all(name.startswith(FRAMEWORK_LAYERS) for name in names)
 
 

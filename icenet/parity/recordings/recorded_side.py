@@ -92,10 +92,10 @@ class RecordedSide(Side):
         self.train = train
 
     def set_sequence_first(self, path: str) -> None:
-        """Masks are recorded."""
+        """Does nothing: what a dropout returned is recorded."""
 
     def set_channels(self, path: str, is_moved: bool) -> None:
-        """Does nothing: the masks of dropout are drawn."""
+        """Does nothing: what a dropout returned is recorded."""
 
     @property
     def run_mode(self) -> str:

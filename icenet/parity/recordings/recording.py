@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from icenet.core import backends, rng
 from icenet.core.errors import UsageError
+from icenet.core.weights.layout import join
 from icenet.parity import align, resampling
 from icenet.parity import inputs as drawing
 from icenet.parity.arguments import Progress, check_numbers
@@ -348,7 +349,7 @@ class _Recording:
         if gradients:
             values = [self._apart(pair, index, value) for index, value in enumerate(values)]
             pair.parameters = self.reference.parameters_within(pair.path)
-            size = sum(math.prod(self.reference.shapes.get(_joined(pair.path, n), (0,))) for n in pair.parameters)
+            size = sum(math.prod(self.reference.shapes.get(join(pair.path, n), (0,))) for n in pair.parameters)
             if whole.children and not children and size > SMALL:
                 pair.parameters = [name for name in pair.parameters if "." not in name]
         perturbed = self.b.perturbation is not None
@@ -471,10 +472,6 @@ class _Recording:
 
         found["noise"], found["in_order"] = (noise.get("curve") for noise in self._noise(sample, FEW))
         return {name: [_number(x) for x in v] if isinstance(v, list) else v for name, v in found.items()}
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _number(value: float) -> Any:

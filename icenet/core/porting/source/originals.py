@@ -27,13 +27,17 @@ class Function:
     parts: dict[str, tuple[str, ...]]
 
 
+def _tree(file: str) -> ast.Module:
+    """Returns the syntax tree of a file, an empty one if it is none of Python."""
+    try:
+        return ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ast.Module([], [])
+
+
 @functools.lru_cache(maxsize=64)
 def _functions(file: str) -> tuple[Function, ...]:
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return ()
-    return tuple(_function(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return tuple(_function(node) for node in ast.walk(_tree(file)) if isinstance(node, ast.FunctionDef))
 
 
 def _function(function: ast.FunctionDef) -> Function:
@@ -78,13 +82,9 @@ def second_name(file: str, variable: str, after: int, until: int) -> str:
 @functools.lru_cache(maxsize=64)
 def _loops(file: str) -> tuple[tuple[int, int, dict[str, str]], ...]:
     """Returns first and last line of each loop of a file, and the variables of its elements by the lists."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return ()
     found = []
     kinds = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree(file)):
         if isinstance(node, kinds):
             names = _elements(node) if isinstance(node, ast.For) else {}
             found.append((node.lineno, node.end_lineno or node.lineno, names))
@@ -125,20 +125,19 @@ def loop_names(file: str, line: int) -> dict[str, str]:
 @functools.lru_cache(maxsize=64)
 def _appends(file: str) -> tuple[tuple[int, str, str], ...]:
     """Returns the line of each `a.append(b)` of a file, a and b."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return ()
     return tuple(
         (node.lineno, node.func.value.id, ast.unparse(node.args[0]))
-        for node in ast.walk(tree)
+        for node in ast.walk(_tree(file))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append"
         if isinstance(node.func.value, ast.Name) and len(node.args) == 1
     )
 
 
 def appended_to(file: str, line: int, variable: str) -> str:
-    """Returns the list to which the innermost loop around a line appends a variable, empty if it appends to none."""
+    """Returns the list to which the innermost loop around a line appends a variable, or else another value.
+
+    Empty if the loop appends to none.
+    """
     around = max(((first, last) for first, last, _ in _loops(file) if first < line <= last), default=(0, 0))
     found = {value: name for at, name, value in _appends(file) if around[0] < at <= around[1]}
     return found.get(variable) or next(iter(found.values()), "")
@@ -153,12 +152,8 @@ def tuple_names(file: str, line: int) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=64)
 def _pairs(file: str) -> tuple[tuple[int, int, tuple[str, ...]], ...]:
     """Returns first and last line of each loop of a file, and its variables if they are a tuple of its element."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return ()
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree(file)):
         if isinstance(node, ast.For):
             names = node.target.elts if isinstance(node.target, ast.Tuple) else []
             is_element = not isinstance(node.iter, ast.Call) and all(isinstance(name, ast.Name) for name in names)

@@ -239,10 +239,9 @@ class _Simplify(ast.NodeTransformer):
 
 def _broadcast(value: ast.expr, other: ast.expr) -> ast.expr:
     """Returns an operand without the `mx.broadcast_to(value, x.shape)` that an operation with x does itself."""
-    is_call = isinstance(value, ast.Call) and _dotted(value.func) == "mx.broadcast_to"
-    if not is_call or not isinstance(value, ast.Call) or not isinstance(other, ast.Name):
-        return value
-    return value.args[0] if ast.unparse(value.args[1]) == f"{other.id}.shape" else value
+    if isinstance(value, ast.Call) and _dotted(value.func) == "mx.broadcast_to" and isinstance(other, ast.Name):
+        return value.args[0] if ast.unparse(value.args[1]) == f"{other.id}.shape" else value
+    return value
 
 
 def _letters(node: ast.Call) -> str:
