@@ -38,7 +38,7 @@ def test_every_module_has_a_docstring_and_postponed_annotations() -> None:
 
 
 def defined(path: Path) -> set[str]:
-    """Returns the names at the top of a module, imported ones included."""
+    """Returns the names that a module defines at any depth, imported ones included."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

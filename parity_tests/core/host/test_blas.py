@@ -6,7 +6,6 @@ MLX product of 42s was computed by the stub.
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -382,46 +381,6 @@ for value in (OTHER, "none"):
 """
     lines = answer(code.replace("OTHER", repr(two)), ICENET_BLAS=one)
     assert lines == [f"BackendError {one} {one}"] * 2
-
-
-# ---- all imports of MLX --------------------------------------------------------------------------
-
-
-def unguarded(source: str) -> list[int]:
-    """Returns the lines that import mlx without a module-level import of icenet.blas before them."""
-    tree = ast.parse(source)
-    guards = [
-        node.lineno
-        for node in tree.body
-        if (isinstance(node, ast.Import) and any(alias.name == "icenet.blas" for alias in node.names))
-        or (
-            isinstance(node, ast.ImportFrom) and node.module == "icenet" and any(a.name == "blas" for a in node.names)
-        )
-    ]
-    first = min(guards, default=sys.maxsize)
-    uses = []
-    for node in ast.walk(tree):
-        if not isinstance(node, (ast.Import, ast.ImportFrom)):
-            continue
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-        if any(name.split(".")[0] == "mlx" for name in names) and node.lineno < first:
-            uses.append(node.lineno)
-    return uses
-
-
-def test_every_module_that_imports_mlx_imports_the_fast_blas_first() -> None:
-    files = sorted((ROOT / "icenet").rglob("*.py"))
-    assert ROOT / "icenet" / "tools" / "environment.py" in files
-    offenders = {str(path.relative_to(ROOT)): lines for path in files if (lines := unguarded(path.read_text()))}
-    assert offenders == {}
-
-
-def test_the_check_above_can_fail() -> None:
-    assert unguarded("import icenet.blas\nimport mlx.core as mx\n") == []
-    assert unguarded("import mlx.core as mx\nimport icenet.blas\n") == [1]
-    assert unguarded("def f():\n    from mlx import nn\n") == [2]
-    assert unguarded("from icenet import blas\nfrom mlx.utils import tree_map\n") == []
 
 
 def test_a_program_without_products_loads_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
