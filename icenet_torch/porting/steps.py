@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from icenet.core.porting.record import OpenLoop
+from icenet.core.porting.source.conditions import numbers_around
 from icenet.core.porting.source.originals import loop_at
 from icenet_torch.porting.sizes import changed_names
 
@@ -56,19 +58,23 @@ class Steps:
     def __init__(self) -> None:
         self.found: list[tuple[str, tuple[int, int], Any, Any]] = []
         """File, first and last line of each loop, and the bounds of its range."""
+        self.numbers: set[int] = set()
+        """What the functions with the loops compare, and the classes of the module."""
 
     def loops(self) -> list[OpenLoop]:
         """Returns the loops, with the expressions that their sizes have at the end of the export."""
-        loops = [
-            OpenLoop(file, first, last, _text(start), _text(stop), _value(start), _value(stop))
-            for file, (first, last), start, stop in self.found
-        ]
+        loops = []
+        for file, (first, last), start, stop in self.found:
+            low, high = _value(start), _value(stop)
+            numbers = tuple(sorted(item for item in self.numbers if high - low <= item <= MOST_STEPS))
+            loops.append(OpenLoop(file, first, last, _text(start), _text(stop), low, high, numbers))
         return list(dict.fromkeys(loops))
 
     @contextlib.contextmanager
     def open(self, module: nn.Module) -> Iterator[None]:
         """Replaces `range` in the files of a module's classes, `torch.stack` and `torch.cat`."""
         self.found.clear()
+        self.numbers = _numbers_of(module)
         before = {name: getattr(torch, name) for name in ("stack", "cat", "unbind")}
         with changed_names(module, lambda names: {} if "range" in names else {"range": self.range}):
             torch.stack, torch.cat = self.joining("stack", torch.stack), self.joining("cat", torch.cat)  # type: ignore[assignment]
@@ -103,14 +109,17 @@ class Steps:
         self.found.append((*lines, low, high))
         return builtins.range(_value(start), _value(stop), step)
 
-    @staticmethod
-    def lines() -> tuple[str, tuple[int, int]] | None:
+    def lines(self) -> tuple[str, tuple[int, int]] | None:
         """Returns the file and the lines of the loop whose head calls a method of this object, None without one."""
         caller: Any = sys._getframe(2)
         while caller.f_code.co_filename == __file__:
             caller = caller.f_back
-        lines = loop_at(caller.f_code.co_filename, caller.f_lineno)
-        return None if lines is None else (caller.f_code.co_filename, lines)
+        file = caller.f_code.co_filename
+        lines = loop_at(file, caller.f_lineno)
+        if lines is None:
+            return None
+        self.numbers |= _integers(numbers_around(file, caller.f_lineno), {**caller.f_globals, **caller.f_locals})
+        return file, lines
 
     def joining(self, name: str, join: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """Returns `torch.stack` or `torch.cat` of lists that have a size of a loop."""
@@ -154,6 +163,34 @@ class _Parts(Sequence[torch.Tensor]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         return self.whole.select(self.dim, index)
+
+
+MOST_STEPS = 1000
+"""The largest number of a condition beyond which a loop is tried."""
+
+
+def _numbers_of(module: nn.Module) -> set[int]:
+    """Returns the integers that the classes of a module compare, divide by, or slice with."""
+    found = set()
+    for inner in module.modules():
+        code = getattr(inspect.unwrap(type(inner).forward), "__code__", None)
+        if code is not None and not type(inner).__module__.startswith("torch."):
+            names = {**inspect.unwrap(type(inner).forward).__globals__, "self": inner}
+            found |= _integers(numbers_around(code.co_filename, code.co_firstlineno, whole_class=True), names)
+    return found
+
+
+def _integers(values: tuple[int | str, ...], names: dict[str, Any]) -> set[int]:
+    """Returns the integers among some values, which are integers and names such as `self.window`."""
+    found: set[Any] = set()
+    for value in values:
+        if isinstance(value, str):
+            first, *rest = value.split(".")
+            with contextlib.suppress(Exception):  # it is no name, or not set
+                found.add(functools.reduce(getattr, rest, names[first]))
+        else:
+            found.add(value)
+    return {value for value in found if type(value) is int}
 
 
 def _value(size: Any) -> int:

@@ -236,3 +236,44 @@ def test_expressions_are_those_that_a_person_writes() -> None:
     ):
         assert text in source, source
     close(ours(*(mx.array(x.numpy()), (mx.array(a.numpy()), mx.array(b.numpy())))), theirs(x, (a, b)))
+
+
+class Late(nn.Module):
+    """A decision that no turn of the example makes."""
+
+    def __init__(self, decides: str) -> None:
+        super().__init__()
+        self.decides, self.warm_up = decides, 14
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, found = x[:, 0], []
+        for t in range(x.shape[1]):
+            if self.decides == "break" and t > self.warm_up:
+                break
+            h = torch.tanh(h + x[:, t])
+            if self.decides == "modulo" and t and t % 16 == 0:
+                h = h * 2
+            found.append(h)
+        return torch.stack(found[-20:], 1).sum(1) if self.decides == "slice" else h
+
+
+class First(nn.Module):
+    """A loop over the first of some weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.sum(1)
+        for t in range(x.shape[1]):
+            h = torch.tanh(h + x[:, t : t + 1].sum(1) * self.w[t])
+        return h
+
+
+@pytest.mark.parametrize("module", [Late("break"), Late("modulo"), Late("slice"), First()])
+def test_turns_that_the_example_does_not_have_are_tried(module: nn.Module) -> None:
+    port = icenet.port(module, torch.randn(2, 4, 3))
+    for size in (3, 40):
+        with pytest.raises(ValueError, match=f"x has {size} in dimension 1; the port was made for 4"):
+            port.module(mx.zeros((2, size, 3)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -162,6 +163,12 @@ class OpenLoop:
     low: int
     high: int
     """The bounds in the example."""
+    numbers: tuple[int, ...] = ()
+    """Numbers of steps beyond which a turn may be another one: 14 in `if t > 14:`."""
+
+    def symbols(self) -> list[str]:
+        """Returns the open sizes in its bounds."""
+        return re.findall(r"\b[a-z]+\d+\b", f"{self.start} {self.stop}")
 
     def surrounds(self, place: Place | None) -> bool:
         """Returns whether a statement is in the loop, or led to by one that is."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from icenet.core.porting.build import Plan
+from icenet.core.porting.record import OpenLoop
 
 Array = np.ndarray
 Arguments = tuple[Any, Any]
@@ -83,6 +84,7 @@ def other_sizes(plan: Plan, given: Arguments, accepts: Callable[[Arguments], boo
     ]
     if plan.graph.loops:  # whose steps may be a part of a size
         unusual.append([lambda name, size: 2 * size + 1])
+        unusual += _other_steps(plan.graph.loops)
     found: list[Arguments] = []
     shapes = {sizes_text(given)}
     for ways in (larger, *unusual):
@@ -93,6 +95,27 @@ def other_sizes(plan: Plan, given: Arguments, accepts: Callable[[Arguments], boo
                 shapes.add(sizes_text(new))
                 break
     return found
+
+
+def _other_steps(loops: list[OpenLoop]) -> list[list[Callable[[str, int], int]]]:
+    """Returns fewer steps of each loop than in the example, and those at which its turns may become others."""
+
+    def fewer(symbols: set[str]) -> Callable[[str, int], int]:
+        return lambda name, size: max(size // 2, 2) if name in symbols and size > 2 else size
+
+    def beyond(loop: OpenLoop, number: int) -> Callable[[str, int], int]:
+        steps = max(loop.high - loop.low, 1)
+        return lambda name, size: (number + 2) * -(-size // steps) if name in loop.symbols() else size
+
+    every = {symbol for loop in loops for symbol in loop.symbols()}
+    return [
+        ways
+        for loop in loops
+        for ways in (
+            [fewer(set(loop.symbols())), fewer(every)],
+            [beyond(loop, number) for number in reversed(loop.numbers)],  # the largest that the original takes
+        )
+    ]
 
 
 def _resized(given: Arguments, chosen: dict[str, int], plan: Plan) -> Arguments | None:

@@ -92,7 +92,7 @@ def prove(
                 report.notes.append(f"not compared: {error}")
         if not training and report.passed:
             progress("comparing, other sizes")
-            guards = [*ones, *(Guard(*guard) for guard in run.guards(program))]
+            guards = [*ones, *_of_one_step(plan), *(Guard(*guard) for guard in run.guards(program))]
             _try_limits(plan, model, exact, single, example, report, guards)
             _try_fixed_sizes(plan, model, exact, single, example, report)
             if len({check.sizes for check in report.checks}) == 1:
@@ -111,6 +111,17 @@ def _places_of_one(example: Arguments, given: Arguments) -> tuple[tuple[int, int
         for dim in range(len(new))
         if new[dim] == 1 < old[dim]
     )
+
+
+def _of_one_step(plan: Plan) -> list[Guard]:
+    """Returns the conditions that the sizes of loops are not 1, which an export does not try."""
+    shapes = [plan.graph.tensors[ref.name].shape for ref in plan.graph.inputs]
+    found = []
+    for symbol in dict.fromkeys(symbol for loop in plan.graph.loops for symbol in loop.symbols()):
+        places = [(number, dim) for number, shape in enumerate(shapes) for dim, n in enumerate(shape) if n == symbol]
+        if places:
+            found.append(Guard("size >= 2", {"size": tuple(places)}))
+    return found
 
 
 def _agreed(pair: Pair) -> list[Check]:
@@ -160,11 +171,16 @@ def _try_fixed_sizes(plan: Plan, model: Any, exact: Any, single: Any, example: A
             near = with_sizes(example, dict.fromkeys(chosen, size + (32 if size % 32 == 0 else 1)))
             far = with_sizes(example, dict.fromkeys(chosen, 4 * size))  # of which an integer can be the square root
             tries_of = (near, far) if sum(array.size for array in arrays_of(far)) <= _LARGEST else (near,)
-            given = next((item for item in tries_of if _runs(single, item)), None)
-            if given is None:  # the module does not have this size
+            larger = next((item for item in tries_of if _runs(single, item)), None)
+            # a loop may run over the first elements of a list of layers
+            less = with_sizes(example, dict.fromkeys(chosen, max(size // 2, 2)))
+            tried = [larger] if larger is not None else []
+            tried += [less] if size > 2 and _runs(single, less) else []
+            if not tried:  # the module does not have this size
                 continue
-            if agreed := _agreed(Pair(plan, model, exact, single, given, False)):
-                report.checks += agreed
+            agreed = [_agreed(Pair(plan, model, exact, single, given, False)) for given in tried]
+            if all(agreed):
+                report.checks += [check for checks in agreed for check in checks]
                 continue  # all at once; each alone may differ, as a source may read the width from the height
             for number, dim in set(chosen) & set(places):
                 report.fixed.setdefault(plan.graph.inputs[number].name, {})[dim] = size

@@ -41,7 +41,7 @@ class SizeVariables(Variables):
                     reads.setdefault(str(self.graph.size(name)), []).append(index)
         for loop in self.loops():
             start = next(index for index, item in enumerate(self.items) if loop.surrounds(item.place))
-            for symbol in _symbols(loop):
+            for symbol in loop.symbols():
                 reads.setdefault(symbol, []).extend([start] * 2)  # a loop reads a variable
         targets = {
             name
@@ -140,7 +140,7 @@ class SizeVariables(Variables):
 
     def unpack_sizes(self) -> None:
         """Writes the statements that give sizes to variables, those that are read."""
-        in_loops = {self.sizes.get(symbol, "") for loop in self.loops() for symbol in _symbols(loop)}
+        in_loops = {self.sizes.get(symbol, "") for loop in self.loops() for symbol in loop.symbols()}
         for line, text, names, tensor in self.unpackings:
             self.name_length(names, tensor)
             words = {word for other in self.lines if other is not line for word in re.findall(r"\w+", other.code)}
@@ -209,8 +209,3 @@ class SizeVariables(Variables):
     def operation(self, node: Node) -> str:
         """Returns the source of an operation."""
         raise NotImplementedError
-
-
-def _symbols(loop: OpenLoop) -> list[str]:
-    """Returns the open sizes in the bounds of a loop."""
-    return re.findall(r"\b[a-z]+\d+\b", f"{loop.start} {loop.stop}")
