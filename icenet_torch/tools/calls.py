@@ -51,6 +51,7 @@ def working_copy(module: nn.Module, dtype: str = "fp32", exact: bool = False) ->
     if not shares:
         # `to` and `double` would make complex numbers real, or leave them in complex64
         copied = copied._apply(lambda item: item.to(DTYPES[dtype]) if item.is_floating_point() else item)
+    _share_hooks(module, copied)
     if exact:
         copied = copied._apply(_widened)
         for inner in copied.modules():
@@ -78,7 +79,17 @@ def _doubled(item: Any) -> Any:
 def detached(module: nn.Module) -> nn.Module:
     """Returns a copy of a module with parameters of its own, which may be updated."""
     with torch.no_grad():
-        return copy.deepcopy(module, held_results(module))
+        copied = copy.deepcopy(module, held_results(module))
+    _share_hooks(module, copied)
+    return copied
+
+
+def _share_hooks(module: nn.Module, copied: nn.Module) -> None:
+    """Gives the parameters of a copy the hooks of their gradients, which `copy.deepcopy` leaves out."""
+    for own, other in zip(module.parameters(), copied.parameters(), strict=True):
+        if other is not own and other.requires_grad:
+            for hook in (own._backward_hooks or {}).values():
+                other.register_hook(hook)
 
 
 def held_results(module: nn.Module) -> dict[int, Any]:

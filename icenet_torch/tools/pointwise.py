@@ -54,6 +54,8 @@ def is_pointwise(layer: nn.Module, model: nn.Module) -> bool:
     # the old spectral_norm and weight_norm compute the weight in such a hook
     if layer._forward_pre_hooks or type(layer) not in (nn.Linear, *_CONVOLUTIONS):
         return False
+    if layer.weight._backward_hooks:  # they take the gradient in the shape of the layer
+        return False
     held = [parameter for module in model.modules() for parameter in module._parameters.values()]
     if sum(parameter is layer.weight for parameter in held) > 1:
         return False

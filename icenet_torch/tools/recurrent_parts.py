@@ -1,13 +1,14 @@
 """Recurrent layers of several layers or directions as one module for each of them, as they are written with MLX.
 
 `mlx.nn.LSTM`, `GRU` and `RNN` have one layer and one direction. So a user writes two of them for
-`bidirectional=True`, and one for each of `num_layers`. `with_parts` returns a module whose layers can be compared
-with those one by one.
+`bidirectional=True`, and one for each of `num_layers`. MLX has no cells, so a user calls such a layer with a sequence
+of one step. `with_parts` returns a module whose layers and cells can be compared with those one by one.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,40 @@ from icenet_torch.tools.calls import held_results
 _SIZES = (
     "input_size", "hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "mode", "proj_size"
 )  # fmt: skip
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_CELLS: dict[type, type[nn.RNNBase]] = {nn.LSTMCell: nn.LSTM, nn.GRUCell: nn.GRU, nn.RNNCell: nn.RNN}
+_WEIGHT = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)(?:_(l\d+(?:_reverse)?))?")
+
+
+class Cell(nn.Module):
+    """Computes what a cell of PyTorch does, with a layer that gets a sequence of one step.
+
+    The layer is `l0`, and has the parameters of the cell.
+
+    Args:
+        whole: An LSTMCell, GRUCell or RNNCell.
+    """
+
+    part_names = ("l0",)
+
+    def __init__(self, whole: nn.RNNCellBase) -> None:
+        super().__init__()
+        for name in ("input_size", "hidden_size", "bias"):
+            setattr(self, name, getattr(whole, name))
+        self.l0 = _part(whole, "", whole.input_size)
+        self.train(whole.training)
+
+    def __getattr__(self, name: str) -> Any:
+        found = _weight(self, name)
+        return super().__getattr__(name) if found is None else found
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        is_pair = isinstance(hx, tuple)
+        given = tuple(item.unsqueeze(0) for item in hx) if is_pair else hx if hx is None else hx.unsqueeze(0)
+        _, state = self.l0(input.unsqueeze(-2), given)
+        return tuple(item.squeeze(0) for item in state) if isinstance(state, tuple) else state.squeeze(0)
 
 
 class Parts(nn.Module):
@@ -44,6 +79,10 @@ class Parts(nn.Module):
             setattr(self, name, _part(whole, name, size))
         self.between = nn.Dropout(whole.dropout) if whole.dropout and whole.num_layers > 1 else None
         self.train(whole.training)
+
+    def __getattr__(self, name: str) -> Any:
+        found = _weight(self, name)
+        return super().__getattr__(name) if found is None else found
 
     def flatten_parameters(self) -> None:
         """Does nothing: the parts have arrays of their own."""
@@ -72,8 +111,10 @@ class Parts(nn.Module):
         return input, torch.cat(states)
 
 
-def part_names(whole: nn.RNNBase) -> list[str]:
-    """Returns the names of the parts of a recurrent layer: `l0`, `l0_reverse`, `l1`, ..."""
+def part_names(whole: nn.Module) -> list[str]:
+    """Returns the names of the parts of a recurrent layer: `l0`, `l0_reverse`, `l1`, ...; of a cell, `l0`."""
+    if not isinstance(whole, nn.RNNBase):
+        return ["l0"]
     ends = ("", "_reverse") if whole.bidirectional else ("",)
     return [f"l{layer}{end}" for layer in range(whole.num_layers) for end in ends]
 
@@ -89,16 +130,17 @@ def with_parts(module: nn.Module, counts: Mapping[str, int]) -> nn.Module:
             class are divided if there are as many as parts. A layer with hooks, such as that of the old
             `torch.nn.utils.weight_norm`, stays whole: they would not be called.
     """
-    layers = [inner for inner in module.modules() if type(inner) in (nn.LSTM, nn.GRU, nn.RNN)]
-    needed = Counter({type(layer).__name__: 0 for layer in layers})
+    layers = [inner for inner in module.modules() if type(inner) in (*_CELLS, *_CELLS.values())]
+    needed: Counter[str] = Counter()
     for layer in layers:
-        needed[type(layer).__name__] += len(part_names(layer))
+        needed[_class_of(layer)] += len(part_names(layer))
     memo: dict[int, Any] = {}
     for layer in layers:
-        has_hooks = layer._forward_pre_hooks or layer._forward_hooks
-        is_divided = len(part_names(layer)) > 1 and not layer.proj_size and not has_hooks
-        if is_divided and needed[type(layer).__name__] <= counts.get(type(layer).__name__, 0):
-            shown = type(type(layer).__name__, (Parts,), {"__module__": Parts.__module__})
+        has_hooks = any(vars(layer)[name] for name in _HOOKS)
+        is_cell = type(layer) in _CELLS
+        is_divided = is_cell or (len(part_names(layer)) > 1 and not layer.proj_size)
+        if is_divided and not has_hooks and needed[_class_of(layer)] <= counts.get(_class_of(layer), 0):
+            shown = type(type(layer).__name__, (Cell if is_cell else Parts,), {"__module__": Parts.__module__})
             memo[id(layer)] = shown(layer)
     if not memo:
         return module
@@ -107,14 +149,31 @@ def with_parts(module: nn.Module, counts: Mapping[str, int]) -> nn.Module:
     return copied
 
 
-def _part(whole: nn.RNNBase, name: str, size: int) -> nn.RNNBase:
-    """Returns one layer and direction of a recurrent layer, with its parameters."""
-    options: dict[str, Any] = {"nonlinearity": whole.nonlinearity} if isinstance(whole, nn.RNN) else {}
-    options |= {"bias": whole.bias, "batch_first": whole.batch_first, "device": "meta"}
-    part: nn.RNNBase = type(whole)(size, whole.hidden_size, **options)
+def _class_of(layer: nn.Module) -> str:
+    return _CELLS.get(type(layer), type(layer)).__name__
+
+
+def _part(whole: Any, name: str, size: int) -> nn.RNNBase:
+    """Returns one layer and direction of a recurrent layer, or the layer for a cell, with its parameters.
+
+    Args:
+        whole: The recurrent layer or cell.
+        name: The name of the part; empty for a cell.
+        size: Size of its inputs.
+    """
+    options: dict[str, Any] = {"nonlinearity": whole.nonlinearity} if hasattr(whole, "nonlinearity") else {}
+    options |= {"bias": whole.bias, "batch_first": getattr(whole, "batch_first", True), "device": "meta"}
+    part: nn.RNNBase = _CELLS.get(type(whole), type(whole))(size, whole.hidden_size, **options)
     for own in list(part._parameters):
-        setattr(part, own, getattr(whole, own.replace("_l0", f"_{name}")))
+        setattr(part, own, getattr(whole, own.replace("_l0", f"_{name}" if name else "")))
     return part
+
+
+def _weight(divided: nn.Module, name: str) -> Any:
+    """Returns the weight of a part by its name in the whole, for code that reads it; None for other names."""
+    found = _WEIGHT.fullmatch(name)
+    part = vars(divided).get("_modules", {}).get(found[2] or "l0") if found else None
+    return None if part is None or found is None else getattr(part, f"{found[1]}_l0")
 
 
 def _at(state: Any, index: int) -> Any:

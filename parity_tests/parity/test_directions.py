@@ -190,3 +190,89 @@ def test_the_parts_compute_what_the_layer_does(kind: str, options: dict[str, Any
         expected, found = whole(*given), parts(*given)
         flat = [[y[0], *(y[1] if kind == "LSTM" else y[1:])] for y in (expected, found)]
         assert all(np.allclose(p.detach(), q.detach(), atol=1e-12) for p, q in zip(*flat, strict=True))
+
+
+class Steps(M.Module):
+    """Calls a layer with one step at a time: MLX has no cells."""
+
+    def __init__(self, kind: str, factor: float = 1.0, **options: Any) -> None:
+        super().__init__()
+        self.cell, self.head = getattr(M, kind)(5, 4, **options), M.Linear(4, 3)
+        self.factor = factor
+
+    def __call__(self, x: mx.array) -> mx.array:
+        state: tuple[mx.array, ...] = ()
+        found = []
+        for t in range(x.shape[1]):
+            states = self.cell(x[:, t : t + 1], *state)
+            state = tuple(s[:, 0] for s in (states if isinstance(states, tuple) else (states,)))
+            state = (*state[:-1], self.factor * state[-1])
+            found.append(self.head(state[0]))
+        return mx.stack(found, axis=1)
+
+
+class TorchSteps(T.Module):
+    def __init__(self, kind: str, reads: bool = False, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.head, self.reads = getattr(T, f"{kind}Cell")(5, 4, **options), T.Linear(4, 3), reads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state, found = None, []
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+            found.append(self.head(state[0] if isinstance(state, tuple) else state))
+        return torch.stack(found, 1) + (self.cell.weight_hh.sum() if self.reads else 0)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_layer_that_gets_one_step_is_a_cell(kind: str) -> None:
+    ours, theirs = Steps(kind), TorchSteps(kind)
+    icenet.from_torch(theirs, ours)
+    for options in ({}, {"dtype": "bf16"}):
+        report = compare(ours, theirs, draw(3, 4, 5), copy_weights=False, **options)
+        assert report.passed and f"cell is compared with the {kind}Cell cell" in notes(report), report
+    ours.factor = 1.001
+    report = compare(ours, theirs, draw(3, 4, 5), copy_weights=False, stages=["forward"])
+    assert report.culprit == "" and "multiplied by 1.001 in a" in report.cause, report
+    back = TorchSteps(kind)
+    icenet.to_torch(ours, back)
+    total = [m.cell.bias_ih + m.cell.bias_hh for m in (theirs, back)]
+    assert torch.allclose(*total) and torch.equal(theirs.cell.weight_ih, back.cell.weight_ih)
+
+
+def test_options_of_cells_and_weights_that_the_code_reads() -> None:
+    report = compare(Steps("RNN"), TorchSteps("RNN", nonlinearity="relu"), draw(3, 4, 5), copy_weights=True)
+    assert report.culprit == "cell.l0" and report.failed_stage.name == "forward", report
+    report = compare(Steps("GRU", bias=False), TorchSteps("GRU"), draw(3, 4, 5), copy_weights=True)
+    assert report.culprit == "cell.l0" and "give the layers of both modules the same option bias" in report.verdict
+    report = compare(
+        Steps("GRU"), TorchSteps("GRU", reads=True), draw(3, 4, 5), copy_weights=True, stages=["forward"]
+    )
+    assert report.culprit == "" and "after" in report.where, report
+
+
+def test_one_direction_may_have_the_name_of_the_whole_layer() -> None:
+    class Named(M.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.rnn_back, self.head = M.GRU(5, 4), M.GRU(5, 4), M.Linear(8, 3)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.head(both(self.rnn, self.rnn_back, x))
+
+    assert compare(Named(), TorchTagger(), draw(3, 7, 5), copy_weights=True, stages=["forward", "gradients"]).passed
+
+
+def test_hooks_of_gradients_are_called() -> None:
+    theirs = TorchTagger()
+    theirs.rnn.weight_hh_l0_reverse.register_hook(lambda gradient: 2 * gradient)
+    assert not compare(Tagger(), theirs, draw(3, 7, 5), copy_weights=True).passed
+    options: dict[str, Any] = {"copy_weights": True, "stages": ["forward", "gradients"]}
+    theirs = TorchTagger()
+    theirs.rnn.register_full_backward_hook(lambda layer, inputs, outputs: (2 * inputs[0],))
+    assert not compare(Tagger(), theirs, draw(3, 7, 5), **options).passed  # the layer stays whole
+    theirs = TorchTagger()
+    theirs.head.weight.register_hook(lambda gradient: 2 * gradient)
+    report = compare(Tagger(), theirs, draw(3, 7, 5), **options)
+    assert report.culprit == "head" and "multiplied by 0.5 in a" in report.cause, report

@@ -135,7 +135,9 @@ class Pairing:
             for alias in (layer.path, *self._paths.aliases(layer.path))
             for name in layer.theirs
         ]
-        for name, place in (*own_names, *layer_names):
+        # a cell of PyTorch, for which MLX has a layer that gets a sequence of one step, has no number
+        cell_names = [(name.removesuffix("_l0"), place) for name, place in layer_names if name.endswith("_l0")]
+        for name, place in (*own_names, *layer_names, *cell_names):
             places.setdefault(name, place)
         return places
 

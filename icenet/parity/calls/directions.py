@@ -1,8 +1,8 @@
-"""Which recurrent layers of MLX are the layers and directions of one recurrent layer of PyTorch.
+"""Which recurrent layers of MLX are the layers and directions of one recurrent layer of PyTorch, or a cell of it.
 
 `mlx.nn.LSTM`, `GRU` and `RNN` have one layer and one direction. In copies of the module of PyTorch, a layer with
 several of them is divided into one module for each (`icenet_torch.tools.recurrent_parts`): `rnn.l0`,
-`rnn.l0_reverse`.
+`rnn.l0_reverse`. A cell has a layer of its weights within, `cell.l0`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ def parts_of(b: Side) -> dict[str, tuple[str, ...]]:
     """Returns the names of the parts of each divided layer, by its path."""
     found = {path: getattr(module, "part_names", ()) for path, module in b.modules.items()}
     return {path: names for path, names in found.items() if names}
+
+
+def is_part(a: Side, ours: str, b: Side, theirs: str) -> bool:
+    """Returns whether a layer of MLX has the path of a divided layer, one of whose parts it is."""
+    return a.classes.get(ours, "").startswith(_MLX) and theirs in parts_of(b)
 
 
 def part_weights(b: Side) -> dict[str, str]:
@@ -90,8 +95,9 @@ def match_parts(a: Side, b: Side, found: Mapping[str, tuple[str, str]]) -> dict[
             ours = next((other for other in pool if _fits(a, other, b, layout.join(path, name))), None)
             if ours is not None:
                 free.remove(ours)
-                which = f"{'reverse' if is_reverse else 'forward'} direction of layer {name[1:].partition('_')[0]}"
-                matched[layout.join(path, name)] = ours, f"{ours} is compared with the {which} of {path or 'b'}"
+                which = f"{'reverse' if is_reverse else 'forward'} direction of layer {name[1:].partition('_')[0]} of"
+                which = kind if (kind := b.classes[path].rpartition(".")[2]).endswith("Cell") else which
+                matched[layout.join(path, name)] = ours, f"{ours or 'a'} is compared with the {which} {path or 'b'}"
     return matched
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from icenet.core.errors import UsageError
 from icenet.core.weights.rename import Rename, all_match, apply_rename, call_rename
-from icenet.parity.calls.directions import match_parts, part_weights, renamed_parts
+from icenet.parity.calls.directions import is_part, match_parts, part_weights, renamed_parts
 from icenet.parity.calls.sides import Side
 
 
@@ -39,7 +39,7 @@ def match_modules(a: Side, b: Side, rename: Rename = None) -> list[Match]:
     names = {**_renamed(a, b, rename), **renamed_parts(a, b, rename)}
     found: dict[str, tuple[str, str]] = {}  # path in b: path in a, note
     for ours, theirs in names.items():
-        if theirs in b.modules and theirs not in found:
+        if theirs in b.modules and theirs not in found and not is_part(a, ours, b, theirs):
             found[theirs] = ours, "" if ours == theirs else "renamed"
     found |= match_parts(a, b, found)
     taken = {ours for ours, _ in found.values()}

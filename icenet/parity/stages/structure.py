@@ -118,7 +118,7 @@ def compare_parameters(c: Comparison, stage: Stage, inputs: Inputs) -> None:
                 "weight_hh_l0 and so on, as icenet port writes)"
             )
         raise StageFailed
-    weights.copy_weights(c)
+    weights.copy_weights(c, stage)
 
 
 def _parts_of_recurrence(c: Comparison, path: str) -> str:

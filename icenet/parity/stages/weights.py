@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from icenet.core.errors import WeightsError
 from icenet.core.models import modules
 from icenet.parity import align
 from icenet.parity.measures import half_ulp, rms, round_to, sum_of_products
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Histogram, Row, Stage
 from icenet.parity.results.rows import histogram, split_at
+from icenet.parity.stages import StageFailed
 from icenet.parity.state import Comparison
 
 Array = npt.NDArray[Any]
@@ -22,8 +24,12 @@ _ROUNDED = 1e-6
 """Largest relative difference of a buffer that both sides compute, such as a table of angles."""
 
 
-def copy_weights(c: Comparison) -> None:
-    """Gives a copy of `a` the weights of `b`, if the user wants it or its own have nothing in common with them."""
+def copy_weights(c: Comparison, stage: Stage) -> None:
+    """Gives a copy of `a` the weights of `b`, if the user wants it or its own have nothing in common with them.
+
+    Raises:
+        StageFailed: A layer whose weights are converted has others in `a`. The stage is failed.
+    """
     copies = c.options["copy_weights"]
     if copies is None and _were_never_copied(c):
         copies, c.report.copied_weights = True, True
@@ -36,7 +42,14 @@ def copy_weights(c: Comparison) -> None:
                 held = c.b.weights()
                 start = f"{path}." if path else ""
                 theirs = {name[len(start) :]: held[name] for name in held if name.startswith(start)}
-            modules.from_torch(theirs, c.a.modules[back[path]])
+            try:
+                modules.from_torch(theirs, c.a.modules[back[path]])
+            except WeightsError as error:
+                note = str(error).partition("; ")[2]
+                stage.rows.append(Row(path, "", status=states.DIFFERS, ratio=math.inf, note=note))
+                c.fail(stage, path, note=note)
+        if stage.status == states.FAILED:
+            raise StageFailed
     if copies:
         values = c.b.weights()
         c.a.assign({ours: values[theirs] for ours, theirs in c.parameter_names.items()})

@@ -205,7 +205,7 @@ def test_an_lstm_of_several_layers_and_directions() -> None:
     ours.backward = [mnn.LSTM(5, 6), mnn.LSTM(12, 6)]
     with pytest.raises(WeightsError) as raised:
         icenet.from_torch(theirs, ours)
-    assert is_one_line(raised.value, "layer.weight_ih_l1_reverse", "'lstm.*_l1': 'layers.1.*_l0'")
+    assert is_one_line(raised.value, "layer.weight_ih_l1_reverse", "rename={'layer.*_l0_reverse': 'PATH.*_l0'}")
     names = {f"layer.*_l{i}": f"forward.{i}.*_l0" for i in (0, 1)}
     names |= {f"layer.*_l{i}_reverse": f"backward.{i}.*_l0" for i in (0, 1)}
     icenet.from_torch(theirs, ours, names)
