@@ -19,6 +19,7 @@ from torch import nn
 
 import icenet
 from icenet.core.errors import FileError, PortError, UsageError
+from icenet.core.porting.table import TABLE
 from icenet.parity.ports.inputs import drawn_like
 from icenet.parity.ports.proof import locate
 from icenet.parity.ports.report import Check, PortReport
@@ -189,6 +190,23 @@ def test_a_difference_in_training_names_mode_and_parameter() -> None:
     report.checks.append(Check("training", "3x4", "gradients", 1e5, 0.1, "fc.weight"))
     found = locate(None, None, None, ((), {}), report)  # type: ignore[arg-type]
     assert found == "gradient of fc.weight in training mode on 3x4, 1e+05 times the noise of rounding"
+
+
+class Smooth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.gelu(self.first(x))
+        return torch.tanh(self.last(h))
+
+
+def test_a_small_error_of_an_operation_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two formulas of GELU differ by less than 1e-3."""
+    monkeypatch.setitem(TABLE, "gelu", lambda n: f"nn.gelu_approx({n['self']})")
+    with pytest.raises(PortError, match=r"differs: aten\.gelu at .*test_proof_messages\.py:\d+ \(h = F\.gelu"):
+        icenet.port(Smooth(), torch.randn(2, 4))
 
 
 class Raises(nn.Module):

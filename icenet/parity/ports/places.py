@@ -29,19 +29,31 @@ def random_operations(plan: Plan) -> list[str]:
     return found
 
 
+GROWTH = 32
+"""By how many times an operation increases the relative error of all before it if it is another computation."""
+
+
 def first_difference(plan: Plan, program: Any, module: Any, given: Arguments) -> str | None:
-    """Returns the first operation of the evaluation mode whose value differs on some arguments, with its line."""
+    """Returns the first operation of the evaluation mode whose value differs on some arguments, with its line.
+
+    It is the one at which the error rises above that of rounding in the operations before it, relative to its result
+    and its inputs, whose difference may be small. Without one, it is the first with an error of 1e-3.
+    """
+    before, sizes, large = 2.0**-22, dict[str, float](), None
     for node, ours, wanted in values_of(plan, program, module, given):
         if ours.shape != wanted.shape:
             return f"aten.{node.op} at {node.place}: shape {list(ours.shape)} instead of {list(wanted.shape)}"
         if wanted.size and wanted.dtype.kind in "fc":
             finite = np.isfinite(wanted)
-            error = np.abs(ours - wanted)[finite]
-            if error.size and float(error.max()) > 1e-3 * max(float(np.abs(wanted[finite]).max()), 1e-6):
+            error = float(np.abs(ours - wanted)[finite].max(initial=0.0))
+            sizes[node.name] = size = max(float(np.abs(wanted[finite]).max(initial=0.0)), 1e-6)
+            if not error <= GROWTH * before * max(size, *(sizes.get(name, 0.0) for name in refs(node.args))):
                 return f"aten.{node.op} at {node.place}"
+            before = max(before, error / size)
+            large = large or (f"aten.{node.op} at {node.place}" if error > 1e-3 * size else None)
         elif wanted.size and not (ours == wanted).all():
-            return f"aten.{node.op} at {node.place}"
-    return None
+            return large or f"aten.{node.op} at {node.place}"
+    return large
 
 
 def values_of(
