@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import logging
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from icenet.core.config import ImageDataConfig
 from icenet.core.data.images import files
 from icenet.core.data.images.dataset import ImageDataset
 from icenet.core.data.images.decode import decode
-from icenet.core.data.images.files import find_images
+from icenet.core.data.images.files import FileImages, find_images
 from icenet.core.errors import ConfigError, DataError
+from icenet.core.host import threads
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 """Colour types of PNG."""
@@ -224,3 +226,24 @@ def test_damaged_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     with pytest.raises(DataError) as caught:
         decode(path, None, 3)
     assert is_one_line(caught.value, str(path), "Git LFS pointer", "git lfs pull")
+
+
+def test_threads_decode_what_one_decodes_and_leave_the_filters_of_warnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = np.random.default_rng(0)
+    paths = [tmp_path / f"{index:03}.png" for index in range(300)]  # more than are decoded at once
+    for path in paths:
+        pixels = drawn.integers(0, 256, (9, 7, 4), np.uint8)
+        pixels[..., 3] = 255 * drawn.integers(0, 2)  # some are transparent
+        Image.fromarray(pixels).save(path)
+    indices = drawn.permutation(300)
+    filters = list(warnings.filters)
+    found = []
+    for cores in (1, 8):
+        monkeypatch.setattr(threads, "usable_cores", lambda cores=cores: cores)
+        images = FileImages(paths, 5, 3)
+        found.append(images.take(indices))
+        assert images.is_transparent
+    np.testing.assert_array_equal(*found)
+    assert warnings.filters == filters

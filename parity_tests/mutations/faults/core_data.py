@@ -22,8 +22,8 @@ FAULTS: dict[str, list[Fault]] = {
     "icenet/core/data/images/augment.py": [
         Fault(
             "a crop is off by one",
-            "crop = source[top : top + height, left : left + width]",
-            "crop = source[top : top + height, left + 1 : left + 1 + width]",
+            "crop = source[max(0, down) : height + min(0, down),",
+            "crop = source[max(0, down) - 1 : height + min(0, down) - 1,",
             ["core/data/test_images.py::test_augmentation"],
         ),
         Fault(

@@ -20,30 +20,28 @@ def augment(images: Pixels, indices: NDArray[np.int64], seed: int, epoch: int, *
         seed: Seed of the run.
         epoch: The epoch, counted from 0.
         flip: Whether to mirror images horizontally, each with probability 1/2.
-        padding: Width of the border of zeros, in pixels; a crop has the size of the image. 0: no crop.
+        padding: Width of the border of zeros, in pixels, less than the size of an image; a crop has that size. 0: no
+            crop.
 
     Returns:
         uint8 `[B, H, W, C]`.
     """
-    count, height, width, channels = images.shape
+    height, width, channels = images.shape[1:]
     keys = rng.fold(rng.key(seed, "augment", epoch)[None, :], indices)  # [B, 2]
-    corners = np.zeros((count, 2), int)  # top and left edge of each crop
-    mirrored = np.zeros(count, np.bool_)
-    if padding:
-        edge = (padding, padding)
-        images = np.pad(images, ((0, 0), edge, edge, (0, 0)))
-        words = rng.fold(keys, "crop").astype(np.uint64)  # [B, 2]
-        corners = ((words * np.uint64(2 * padding + 1)) >> np.uint64(32)).astype(int)
-    if flip:
-        mirrored = rng.fold(keys, "flip")[:, 0] >= 2**31
-    result = np.empty((count, height, width, channels), np.uint8)
-    for image, source, (top, left), mirror in zip(result, images, corners, mirrored, strict=True):
-        crop = source[top : top + height, left : left + width]
-        if mirror:  # by channel: 64 images of 224 x 224 x 3 take 3 ms instead of 9
+    words = rng.fold(keys, "crop").astype(np.uint64)  # [B, 2]
+    # how far a crop lies below and to the right of its image, from -padding to padding: 0 without a border
+    shifts = ((words * np.uint64(2 * padding + 1)) >> np.uint64(32)).astype(int) - padding
+    mirrored = rng.fold(keys, "flip")[:, 0] >= 2**31 if flip else np.zeros(len(images), np.bool_)
+    result = np.zeros(images.shape, np.uint8)
+    for image, source, (down, right), mirror in zip(result, images, shifts.tolist(), mirrored, strict=True):
+        target = image[:, ::-1] if mirror else image
+        inside = target[max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)]
+        crop = source[max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)]
+        if mirror:  # by channel: 64 images of 224 x 224 x 3 take 2.3 ms, and 20 with a mirrored copy of all of them
             for channel in range(channels):
-                image[..., channel] = crop[:, ::-1, channel]
+                inside[..., channel] = crop[..., channel]
         else:
-            image[:] = crop
+            inside[:] = crop
     return result
 
 

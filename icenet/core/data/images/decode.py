@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,33 @@ def _is_lfs_pointer(path: Path) -> bool:
     return False
 
 
+_quiet = contextlib.ExitStack()
+_quiet_users = 0
+_quiet_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Ignores warnings while a thread is in the block.
+
+    The filters belong to the process: threads that enter and leave `warnings.catch_warnings` in turn would leave them
+    changed. So the first thread changes them, and the last one restores them.
+    """
+    global _quiet_users
+    with _quiet_lock:
+        if _quiet_users == 0:
+            _quiet.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _quiet_users += 1
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_users -= 1
+            if _quiet_users == 0:
+                _quiet.close()
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """Opens an image whose header is checked. Pillow decodes the pixels when they are used.
@@ -103,20 +131,18 @@ def opened(path: Path) -> Iterator[Any]:
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: is empty (0 bytes); remove it, or download it again")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about unusual tags, and about a size that is checked here
-            with Image.open(path) as image:
-                if math.prod(image.size) > MAX_PIXELS:
-                    raise DataError(
-                        f"{path}: claims {image.size[0]:,} x {image.size[1]:,} pixels and is not opened "
-                        f"(the limit is {MAX_PIXELS:,}); shrink it"
-                    )
-                if image.mode not in _MODES and _white(image) is None:
-                    raise DataError(
-                        f"{path}: has pixels of mode {image.mode}, which have no exact 8-bit form; save it as "
-                        "8-bit RGB or grey"
-                    )
-                yield image
+        with _without_warnings(), Image.open(path) as image:  # of unusual tags, and of a size that is checked here
+            if math.prod(image.size) > MAX_PIXELS:
+                raise DataError(
+                    f"{path}: claims {image.size[0]:,} x {image.size[1]:,} pixels and is not opened "
+                    f"(the limit is {MAX_PIXELS:,}); shrink it"
+                )
+            if image.mode not in _MODES and _white(image) is None:
+                raise DataError(
+                    f"{path}: has pixels of mode {image.mode}, which have no exact 8-bit form; save it as "
+                    "8-bit RGB or grey"
+                )
+            yield image
     except DataError:
         raise
     except FileNotFoundError:
