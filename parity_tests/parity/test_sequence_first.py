@@ -129,15 +129,16 @@ def test_a_recurrent_layer() -> None:
 
 
 def test_axes_are_exchanged_only_in_models_that_have_such_layers() -> None:
-    """Otherwise a swapped batch is a difference of the caller."""
+    """Otherwise a swapped batch is a difference of the caller, and a layer within gets other rows."""
 
     class Swapped(M.Module):
-        def __init__(self) -> None:
+        def __init__(self, is_restored: bool) -> None:
             super().__init__()
-            self.up, self.down = M.Linear(4, 6), M.Linear(6, 2)
+            self.up, self.down, self.is_restored = M.Linear(4, 6), M.Linear(6, 2), is_restored
 
         def __call__(self, x: mx.array) -> mx.array:
-            return self.down(self.up(x).swapaxes(0, 1))
+            y = self.down(self.up(x).swapaxes(0, 1))
+            return y.swapaxes(0, 1) if self.is_restored else y
 
     class Straight(T.Module):
         def __init__(self) -> None:
@@ -147,6 +148,8 @@ def test_axes_are_exchanged_only_in_models_that_have_such_layers() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.down(self.up(x))
 
-    report = compare(Swapped(), Straight(), np.asarray(draw(2, 7, 4)))
+    report = compare(Swapped(True), Straight(), draw(2, 7, 4), stages=["forward"])
+    assert report.passed and any(note.startswith("down: called with other rows") for note in report.notes), report
+    report = compare(Swapped(False), Straight(), np.asarray(draw(2, 7, 4)))
     assert report.culprit == "" and report.failed_stage is not None
     assert report.failed_stage.name == "structure", report.verdict

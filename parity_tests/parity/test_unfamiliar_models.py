@@ -98,6 +98,11 @@ def test_a_change_that_overflows_explains_nothing() -> None:
     pair = between(lambda x: mx.exp(-40 * mx.abs(x)), lambda x: 2 * torch.exp(-40 * x.abs()))
     line = verdict(pair, draw(6, 5))
     assert "it is multiplied by 0.5 in a" in line or "a scale is 1 in a, 2 in b" in line, line
+    pair = between(
+        lambda x: mx.exp(-50 * x * x) * (1 + 0.1 * mx.sin(7 * x)),
+        lambda x: torch.exp(-0.5 * (10 * x) ** 2),  # of 0.5 * (10 * x) ** 2 most overflow
+    )
+    assert "cause:" not in verdict(pair, draw(6, 5))
 
 
 def test_images_that_are_flattened_within_a_concatenation() -> None:

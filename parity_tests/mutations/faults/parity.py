@@ -117,6 +117,12 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet/parity/resampling.py": [
         Fault(
+            "a gradient of a port is repeated in problems that are near",
+            "(self._samples.repeated or self._reference)(index)",
+            "self._reference(index)",
+            ["parity/test_yardstick.py::test_a_gradient_may_be_repeated_in_problems_further_away"],
+        ),
+        Fault(
             "a ratio of 24 after 3 samples is decided",
             "LIMITS = {3: 50 * FACTOR,",
             "LIMITS = {3: 3 * FACTOR,",

@@ -97,6 +97,12 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet/parity/calls/pairing.py": [
         Fault(
+            "batch and sequence may be exchanged in any model",
+            "align.sequence_first(a.array, b.array) if sequence_first and found",
+            "align.sequence_first(a.array, b.array) if found",
+            ["parity/test_sequence_first.py::test_axes_are_exchanged_only_in_models_that_have_such_layers"],
+        ),
+        Fault(
             "masked values by other numbers are a difference",
             "    return ours.is_float and align.masks_otherwise(",
             "    return False and align.masks_otherwise(",

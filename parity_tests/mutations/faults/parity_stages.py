@@ -71,6 +71,12 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet/parity/causes/trial.py": [
         Fault(
+            "a change whose values overflow explains a difference",
+            " or _overflows(found, exact, self.c.dtype)",
+            "",
+            ["parity/test_unfamiliar_models.py::test_a_change_that_overflows_explains_nothing"],
+        ),
+        Fault(
             "a cause need not remove the difference",
             "return found <= ACCEPTED and found < self.before / 4",
             "return True",
@@ -169,6 +175,20 @@ FAULTS: dict[str, list[Fault]] = {
             "        if ours.is_float != theirs.is_float:\n",
             "        if False:\n",
             ["parity/test_outputs.py::test_unequal_outputs_of_any_kind_are_found[a boolean for a float]"],
+        ),
+    ],
+    "icenet/parity/stages/training.py": [
+        Fault(
+            "gradients of the first step count as compared if their stage did not run",
+            'is_judged = c.stages["gradients"].status == states.PASSED',
+            "is_judged = True",
+            ["parity/test_training_steps.py::test_gradients_that_no_stage_compared_are_compared_in_the_steps"],
+        ),
+        Fault(
+            "gradients of training steps with equal updates are not compared",
+            "return ratios if all(c.gradients_agree(inputs, *pair) for pair in zip(*modules, strict=True)) else None",
+            "return ratios",
+            ["parity/test_training_steps.py::test_a_step_that_is_wrong_is_found_in_a_model_with_ties"],
         ),
     ],
     "icenet/parity/stages/weights.py": [

@@ -21,6 +21,14 @@ FAULTS: dict[str, list[Fault]] = {
             ["porting/test_idioms.py::test_sizes_of_inputs_stay_open_and_an_expression_is_computed_once"],
         ),
     ],
+    "icenet/core/porting/source/joined_names.py": [
+        Fault(
+            "a variable has the name of one that is read later",
+            "if other not in conflicts.of(name):",
+            "if True:",
+            ["porting/test_source_classes.py::test_values_of_all_turns_stay_apart"],
+        ),
+    ],
     "icenet/core/porting/source/originals.py": [
         Fault(
             "a second name in a loop is not found",

@@ -105,10 +105,44 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet_torch/tools/calls.py": [
         Fault(
+            "complex buffers are real in the reference",
+            "wide = torch.complex128 if item.is_complex() else torch.float64 if",
+            "wide = torch.float64 if item.is_complex() else torch.float64 if",
+            ["parity/test_unfamiliar_models.py::test_buffers_of_complex_numbers"],
+        ),
+        Fault(
+            "the gradient by a result that a module passes on is that by all its uses",
+            "        tensor = tensor.view_as(tensor) if is_passed_on else tensor\n",
+            "",
+            ["parity/test_backward.py::test_a_module_that_returns_its_argument_has_the_gradient_by_its_own_use"],
+        ),
+        Fault(
             "the reference casts to fp32",
             "            return args[0].to(torch.float64)\n",
             "            return func(*args)\n",
             ["parity/test_compare.py::test_the_reference_computes_in_float64_where_code_names_fp32"],
+        ),
+    ],
+    "icenet_torch/tools/pointwise.py": [
+        Fault(
+            "a convolution with a padding is a matrix",
+            " and set(padding) == {0}",
+            "",
+            ["parity/test_pointwise.py::test_a_convolution_that_is_no_matrix_is_a_difference"],
+        ),
+    ],
+    "icenet_torch/tools/recurrent_parts.py": [
+        Fault(
+            "a recurrent layer is divided without its hooks",
+            " and not has_hooks",
+            "",
+            ["parity/test_directions.py::test_a_layer_with_hooks_is_not_divided"],
+        ),
+        Fault(
+            "the reverse direction of a recurrent layer reads forward",
+            "given = input.flip(time) if direction else input",
+            "given = input",
+            ["parity/test_directions.py::test_the_parts_compute_what_the_layer_does"],
         ),
     ],
     "icenet_torch/tools/state_dict.py": [
