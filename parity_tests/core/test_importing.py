@@ -7,10 +7,19 @@ import signal
 import sys
 import threading
 import types
+from collections.abc import Iterator
 
 import pytest
 
 from icenet.core.importing import interrupt_deferred, without_garbage_collection
+
+
+@pytest.fixture(autouse=True)
+def python_handles_ctrl_c() -> Iterator[None]:
+    """A shell starts background processes with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_is_raised_at_the_end_of_the_block() -> None:
