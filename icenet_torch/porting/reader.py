@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 import operator
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,10 @@ from torch.utils import _pytree as pytree
 
 from icenet.core.errors import PortError
 from icenet.core.porting.graph.functional import DROPOUTS
-from icenet.core.porting.record import Argument, Array, Dtype, Graph, Module, Node, Place, Ref, Tensor, refs
+from icenet.core.porting.record import Array, Dtype, Graph, Node, Place, Ref, Tensor
 from icenet.core.porting.statements import place_at
 from icenet_torch.porting.failures import FRAME, HERE, TORCH
+from icenet_torch.porting.modules import file_of, fill_of, module_of, shared_arrays, shared_modules, signature_of
 
 _DROPPED = (
     "_assert_scalar",
@@ -52,7 +52,7 @@ class Reader:
         self.module, self.program, self.training = module, program, training
         self.args, self.kwargs = args, kwargs
         self.files = {
-            path: "" if isinstance(inner, (nn.Sequential, nn.ModuleList)) else _file_of(type(inner))
+            path: "" if isinstance(inner, (nn.Sequential, nn.ModuleList)) else file_of(type(inner))
             for path, inner in module.named_modules()
         }
         self.stack: list[str] = []
@@ -74,7 +74,7 @@ class Reader:
         aliases: dict[str, int] = {}
         arrays: dict[str, Array] = {}
         inputs: list[Any] = []
-        shared = _shared(self.module)
+        shared = shared_arrays(self.module)
         stored = {
             **dict(self.module.named_parameters(remove_duplicate=False)),
             **dict(self.module.named_buffers(remove_duplicate=False)),
@@ -101,7 +101,7 @@ class Reader:
                 small = isinstance(constant, torch.Tensor) and constant.numel() <= 16 and not constant.is_complex()
                 number = constant.tolist() if small and torch.isfinite(constant).all() else None  # type: ignore[union-attr]
                 is_saved = name == "parameter" or (name == "buffer" and spec.persistent is not False)
-                fill = _fill(stored.get(path))
+                fill = fill_of(stored.get(path))
                 is_trained = spec.target in trainable
                 arrays[node.name] = Array(
                     path, tensors[node.name], name, is_trained, number, fill=fill, is_saved=is_saved
@@ -125,11 +125,11 @@ class Reader:
         flat = iter(inputs)
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         input_tree = pytree.tree_unflatten([self.leaf(next(flat, None), leaf) for leaf in leaves], spec)
-        modules = {path: _module(path, inner) for path, inner in self.module.named_modules()}
+        modules = {path: module_of(path, inner) for path, inner in self.module.named_modules()}
         for path, item in modules.items():  # a module that another one has already is no child
             item.children = [name for name in item.children if (f"{path}.{name}" if path else name) in modules]
         return Graph(
-            signature=_signature(self.module, input_tree),
+            signature=signature_of(self.module, input_tree),
             nodes=self.nodes,
             inputs=[item for item in inputs if isinstance(tensors[item.name], Tensor)],
             input_tree=input_tree,
@@ -137,7 +137,7 @@ class Reader:
             arrays=arrays,
             modules=modules,
             shared=shared,
-            shared_modules=_shared_modules(self.module),
+            shared_modules=shared_modules(self.module),
             tensors=tensors,
             aliases=aliases,
             training=self.training,
@@ -375,21 +375,6 @@ class Reader:
         )
 
 
-def _fill(value: torch.Tensor | None) -> float | None:
-    """Returns the number that all elements of a tensor are, None if they differ."""
-    if value is None or not value.is_floating_point() or value.numel() == 0:
-        return None
-    flat = value.detach().reshape(-1)
-    return float(flat[0]) if flat[0] == flat[-1] and bool((flat == flat[0]).all()) else None
-
-
-def _file_of(kind: type) -> str:
-    try:
-        return inspect.getsourcefile(kind) or ""
-    except TypeError:
-        return ""
-
-
 def _restore(value: Any, tensors: Sequence[Any]) -> Any:
     """The inverse of `_describe`, with references in the place of tensors."""
     if isinstance(value, dict):
@@ -415,88 +400,3 @@ def _plain(tree: Any) -> Any:
         return type(tree)(_plain(item) for item in tree) if type(tree) in (list, tuple) else [*map(_plain, tree)]
     leaves, _ = pytree.tree_flatten(tree)
     return [_plain(item) for item in leaves] if leaves and leaves[0] is not tree else tree
-
-
-_SIMPLE = (bool, int, float, str, type(None))
-
-
-def _module(path: str, module: nn.Module) -> Module:
-    settings = {}
-    for name, value in vars(module).items():
-        if name.startswith("_") or name == "training":
-            continue
-        if isinstance(value, _SIMPLE) or (
-            isinstance(value, (tuple, list)) and all(isinstance(item, _SIMPLE) for item in value)
-        ):
-            settings[name] = tuple(value) if isinstance(value, list) else value
-    for name in ("weight", "bias"):
-        if name in module._parameters:
-            settings[f"has_{name}"] = module._parameters[name] is not None
-    settings["is_plain_call"] = type(module).forward is getattr(_base(type(module)), "forward", None)
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    base = _base(type(module))
-    if base is not type(module) and settings["is_plain_call"] and base is not None:
-        kind = f"{base.__module__}.{base.__qualname__}"  # a subclass that computes what its base does
-    children = [name for name, child in module._modules.items() if child is not None]
-    try:
-        arguments = [
-            name
-            for name, item in inspect.signature(module.forward).parameters.items()
-            if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
-        ]
-    except (TypeError, ValueError):
-        arguments = []
-    own_class = type(module).__name__ if kind.rpartition(".")[2] != type(module).__name__ else ""
-    return Module(path, kind, settings, children, arguments, own_class)
-
-
-def _signature(module: nn.Module, input_tree: Any) -> list[Argument]:
-    """Returns the parameters of a module with references; none if one of them takes any number of arguments."""
-    args, kwargs = input_tree
-    signature = inspect.signature(module.forward)
-    given = signature.bind(*args, **kwargs).arguments
-    found = []
-    for name, item in signature.parameters.items():
-        if item.kind in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
-            if given.get(name):
-                return []
-            continue
-        value = given.get(name, item.default)
-        has_default = _is_simple(item.default)
-        if not any(refs(value)) and not _is_simple(value):
-            if item.kind != item.KEYWORD_ONLY:
-                return []  # a value without a source: a device, for example
-            continue
-        found.append(Argument(name, value, item.kind == item.KEYWORD_ONLY, has_default))
-    return found
-
-
-def _is_simple(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_simple, value))
-    return type(value) in _SIMPLE
-
-
-def _base(kind: type) -> type | None:
-    """Returns the class of torch.nn from which a class is derived."""
-    return next(
-        (base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules") and base is not nn.Module),
-        None,
-    )
-
-
-def _shared(module: nn.Module) -> dict[str, str]:
-    owners: dict[int, str] = {}
-    shared = {}
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    for path, value in named:
-        owner = owners.setdefault(id(value), path)
-        if owner != path:
-            shared[path] = owner
-    return shared
-
-
-def _shared_modules(module: nn.Module) -> dict[str, str]:
-    owners = {id(inner): path for path, inner in module.named_modules()}
-    named = module.named_modules(remove_duplicate=False)
-    return {path: owners[id(inner)] for path, inner in named if owners[id(inner)] != path}
