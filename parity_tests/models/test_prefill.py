@@ -168,7 +168,7 @@ def test_blocks_start_early_only_where_nothing_is_transformed(
 
 
 @both_backends
-def test_the_passes_over_a_prompt(backend: str) -> None:
+def test_the_passes_over_a_prompt(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(backend, {})
 
     def columns(rows: int, on_cpu: bool, **options: Any) -> int:
@@ -176,6 +176,9 @@ def test_the_passes_over_a_prompt(backend: str) -> None:
         return request.prefill_columns(rows, model if on_cpu else SimpleNamespace(is_on_cpu=False))
 
     assert columns(8, True) == (128 if backend == "mlx" else 512)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "quantized_layers", lambda _: {"head": None})
+        assert columns(8, True) == 512
     model.set_weight_dtype("bf16")
     assert columns(8, True) == (512 if backend == "mlx" else 2048)
     assert (columns(1, False), columns(8, False)) == (8192, 1024)

@@ -356,6 +356,12 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet/nn/scheduling.py": [
         Fault(
+            "MLX dequantizes weights in each of many short passes over a prompt",
+            "model.compute_dtype != mx.float32 or model.quantized_layers()",
+            "model.compute_dtype != mx.float32",
+            ["models/test_prefill.py::test_the_passes_over_a_prompt"],
+        ),
+        Fault(
             "MLX reads prompts of half precision in short passes on a CPU",
             "model.compute_dtype != mx.float32 or model.quantized_layers()",
             "model.quantized_layers()",
