@@ -252,6 +252,12 @@ def test_options_of_cells_and_weights_that_the_code_reads() -> None:
     assert report.culprit == "" and "after" in report.where, report
 
 
+def test_a_cell_in_a_trace_is_told(tmp_path: Path) -> None:
+    record(TorchSteps("GRU"), draw(3, 1, 5), tmp_path / "trace", steps=1)
+    report = compare(Steps("GRU"), read_trace(tmp_path / "trace"), copy_weights=True)
+    assert report.culprit == "cell" and "a GRUCell with hooks or in a trace" in report.cause, report
+
+
 def test_one_direction_may_have_the_name_of_the_whole_layer() -> None:
     class Named(M.Module):
         def __init__(self) -> None:

@@ -109,6 +109,7 @@ def compare_parameters(c: Comparison, stage: Stage, inputs: Inputs) -> None:
             stage.rows.append(Row(path, "", status=states.DIFFERS, ratio=math.inf, note=note))
             c.fail(stage, path, note=note)
     if stage.status == states.FAILED:
+        c.report.cause = c.report.cause or _cell_without_layer(c, c.report.culprit or "")
         if parts := _parts_of_recurrence(c, c.report.culprit or ""):
             name = c.report.culprit or "the model"
             c.report.cause = c.report.cause or ("" if parts in stage.note else f"{name} has {parts} in b")
@@ -129,6 +130,18 @@ def _parts_of_recurrence(c: Comparison, path: str) -> str:
     directions = 2 if any(name.endswith("_reverse") for name in steps) else 1
     layers = len(steps) // directions
     return f"{layers} layer{'s' * (layers > 1)} and {directions} direction{'s' * (directions > 1)}"
+
+
+def _cell_without_layer(c: Comparison, path: str) -> str:
+    """Returns why a cell of `b` is not compared with a recurrent layer of `a`; an empty text for other modules."""
+    own, theirs = c.a.own_path(path), c.b.classes.get(path, "").rpartition(".")[2]
+    is_layer = own is not None and c.a.classes[own].startswith("mlx.nn.layers.recurrent.")
+    if not is_layer or theirs not in ("LSTMCell", "GRUCell", "RNNCell"):
+        return ""
+    return (
+        f"a {theirs} with hooks or in a trace is compared only with a module of the same parameters (weight_ih, "
+        "weight_hh and so on)"
+    )
 
 
 def _single_layers(c: Comparison, path: str) -> str:
