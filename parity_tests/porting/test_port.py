@@ -136,12 +136,15 @@ def test_training_follows_the_original(ports: dict[str, Any]) -> None:
     close(port_of(ports, "Branches")[0].module.mean, torch.zeros(4))  # the comparison left the buffers unchanged
 
 
-def test_channels_last_and_half_precision() -> None:
+def test_channels_last_and_half_precision(tmp_path: Path) -> None:
     module = made(nets.Net)
     port = icenet.port(module, image(), layout="nhwc", dtype="bf16")
     ours = port.module(mx.array(image().numpy().transpose(0, 2, 3, 1)).astype(mx.bfloat16))
     assert ours.dtype == mx.bfloat16 and "transpose" not in port.source
     np.testing.assert_allclose(np.array(ours.astype(mx.float32)), module(image()).detach().numpy(), atol=0.05)
+    runpy.run_path(
+        str(port.save(tmp_path / "port") / "model.py"), run_name="__main__"
+    )  # its images are channels last
 
 
 def test_a_saved_port_runs_alone(tmp_path: Path, ports: dict[str, Any]) -> None:

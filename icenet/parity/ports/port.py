@@ -131,7 +131,8 @@ _LOADED_BY_NAME = """    for name, array in mx.load(str(folder / "weights.safete
 
 def _file(port: Port) -> str:
     """Returns the text of model.py: the source, a function that loads the weights, and a call on zeros."""
-    zeros = [f"mx.zeros({tuple(array.shape)}, mx.{_mlx(array)})" for array in port.inputs]
+    shapes = [tuple(array.shape[axis] for axis in _axes(array.ndim, port.layout == "nhwc")) for array in port.inputs]
+    zeros = [f"mx.zeros({shape}, mx.{_mlx(array)})" for shape, array in zip(shapes, port.inputs, strict=True)]
     names = _parameters(port.source, port.plan.class_name)
     given = signature.call_text(port.plan.graph.signature, port.plan.graph.inputs, zeros, names)
     result = "\n".join(wrapped(f"result = model({given})", 4))
@@ -159,6 +160,11 @@ if __name__ == "__main__":
 {result}
     print(tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, mx.array) else x, result))
 '''
+
+
+def _axes(ndim: int, nhwc: bool) -> tuple[int, ...]:
+    """Returns the axes of the original in the order in which the port takes them."""
+    return (0, *range(2, ndim), 1) if nhwc and ndim == 4 else tuple(range(ndim))
 
 
 def _parameters(source: str, class_name: str) -> list[str]:
@@ -296,8 +302,7 @@ def _with_sizes(plan: Plan, report: PortReport, nhwc: bool) -> str:
             texts.update({leaf: text for leaf, text, _ in signature.leaves(item.value, item.name, item.name)})
 
     def axes(name: str) -> tuple[int, ...]:
-        ndim = plan.graph.tensors[name].ndim
-        return (0, *range(2, ndim), 1) if nhwc and ndim == 4 else tuple(range(ndim))
+        return _axes(plan.graph.tensors[name].ndim, nhwc)
 
     def size_text(name: str, dim: int) -> str:
         return f"{texts[name]}.shape[{axes(name).index(dim)}]"
