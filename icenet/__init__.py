@@ -59,9 +59,11 @@ if TYPE_CHECKING:
 else:  # a type checker that reads `__getattr__` takes every name for one of this package
 
     def __getattr__(name: str) -> Any:
-        """Returns a function of `_FUNCTIONS`, or `__version__`, and keeps it."""
+        """Returns a function of `_FUNCTIONS`, `__version__` or the package `parity`, and keeps it."""
         if name == "__version__":
             found = _version()
+        elif name == "parity":
+            import icenet.parity as found
         else:
             module = next((module for module, names in _FUNCTIONS.items() if name in names), None)
             if module is None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from icenet.core.config import Config, ImageDataConfig
 from icenet.core.data.datasets import sequence_length
-from icenet.core.errors import IceNetError
+from icenet.core.errors import IceNetError, UsageError
 from icenet.core.report import canvas
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.runs.run_folder import run_of
@@ -81,7 +81,8 @@ def read(paths: Sequence[Path]) -> list[Run]:
     """Reads the runs of several folders, each once. Their names are the shortest distinct ends of their paths.
 
     Raises:
-        IceNetError: A folder is not a run, or has no metrics.
+        UsageError: A folder is not a run.
+        IceNetError: A run has no metrics yet.
     """
     folders = list(dict.fromkeys(_folder(path).resolve() for path in paths))
     runs = []
@@ -103,11 +104,11 @@ def _folder(path: Path) -> Path:
     if path.name == "metrics.jsonl" and path.is_file():
         return path.parent
     if not path.exists():
-        raise IceNetError(f"{path}: no such run; icenet runs lists the runs")
+        raise UsageError(f"{path}: no such run; icenet runs lists the runs")
     for folder in (path, run_of(path)):
         if folder is not None and (folder / "metrics.jsonl").is_file():
             return folder
-    raise IceNetError(f"{path}: contains no metrics.jsonl, so it is not a run with steps; leave it out")
+    raise UsageError(f"{path}: contains no metrics.jsonl, so it is not a run with steps; leave it out")
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -207,6 +207,10 @@ def _sync(path: Path) -> None:
 
 def write_error(path: Path, error: OSError) -> str:
     """Returns the reason why `path` cannot be written, and a remedy."""
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        blocking = next((parent for parent in path.parents if parent.exists()), path)
+        if not blocking.is_dir():
+            return f"cannot be written, because {blocking} is not a folder; choose another place"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"cannot be written ({error.strerror}); check the folder and its permissions"
     free = ""

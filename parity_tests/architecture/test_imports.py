@@ -229,6 +229,8 @@ def fresh(program: str, *blocked: str) -> str:
 
 def test_the_public_api_loads_no_framework() -> None:
     assert fresh(f"import icenet; [getattr(icenet, name) for name in icenet.__all__]; {FRAMEWORKS}") == ""
+    program = "names = icenet.parity.__all__; [getattr(icenet.parity, name) for name in names]; "
+    assert fresh(f"import icenet; {program} assert {{*names}} <= {{*dir(icenet.parity)}}; {FRAMEWORKS}") == ""
 
 
 def test_the_shared_modules_work_without_a_framework() -> None:

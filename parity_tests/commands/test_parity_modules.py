@@ -203,7 +203,11 @@ ERRORS = [
     ("parity record ref.py:Net --out . --input x.npz", USAGE, ["other files"]),
     ("parity record ref.py:make --out new --input x.npz", USAGE, ["module"]),
     ("parity record ref.py:Broken --out new --input x.npz", USAGE, ["Broken", "missing"]),
-    ("parity record ref.py:Net --out x.npz/trace --input x.npz", FAILURE, ["x.npz/trace", "cannot be written"]),
+    (
+        "parity record ref.py:Net --out x.npz/trace --input x.npz",
+        FAILURE,
+        ["x.npz is not a folder", "cannot be written"],
+    ),
     ("parity check mine.py:Net absent", USAGE, ["absent", "icenet parity record"]),
     ("parity check mine.py:Net .", USAGE, ["not a trace"]),
     ("parity check mine.py:Net trace --input x.npz", USAGE, ["--input"]),

@@ -71,7 +71,8 @@ def expand(
         if replaces or "tokenizer" not in data:
             data["tokenizer"] = found.tokenizer
         length = found.model.get("max_seq_length")
-        if length is not None and length > MAX_LENGTH and not data.get("seq_length"):
+        is_given = bool(data.get("seq_length")) or ("data", "seq_length") in changed
+        if length is not None and length > MAX_LENGTH and not is_given:
             data["seq_length"] = MAX_LENGTH
             _log.warning(
                 f"data.seq_length: {MAX_LENGTH} tokens, not the {length:,} of the model; set it for another length"

@@ -315,7 +315,9 @@ def _section_at(schema: type[Section], location: KeyPath) -> type[Section] | Non
 
 def unknown_family(values: Any, known: Sequence[str]) -> str:
     """Describes a missing or unknown `type` in a section `model`."""
-    family = values.get("type") if isinstance(values, Mapping) else None
+    if values is not None and not isinstance(values, Mapping):
+        return f"the section must be a mapping of keys, such as {{type: transformer}}, not {shown(values)}"
+    family = (values or {}).get("type")
     if family is None:
         return f"required; one of {', '.join(known)}, or my_models.py:MyModel"
     if isinstance(family, str) and family.endswith(".py"):

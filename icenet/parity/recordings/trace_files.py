@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core.errors import DataError, FileError, UsageError
-from icenet.core.files import write_text
+from icenet.core.files import write_error, write_text
 from icenet.parity.calls.events import Slot, Store
 from icenet.parity.trace import Value
 
@@ -81,7 +81,7 @@ class TraceWriter:
             (self.folder / MANIFEST).unlink(missing_ok=True)  # first: the trace is not complete meanwhile
             self._file: BinaryIO = (self.folder / ARRAYS).open("w+b")
         except OSError as error:
-            raise FileError(f"{self.folder}: cannot be written ({error.strerror})") from error
+            raise FileError(f"{self.folder}: {write_error(self.folder, error)}") from error
         self._places: list[tuple[int, str, tuple[int, ...]]] = []
         self._known: dict[bytes, int] = {}
         self._end = 0
@@ -151,8 +151,9 @@ class TraceWriter:
         try:
             yield
         except OSError as error:
-            where = f"{self.folder / ARRAYS}: cannot be written ({error.strerror})"
-            raise FileError(f"{where}; the recording is deleted, because it is incomplete") from error
+            path = self.folder / ARRAYS
+            reason = f"{path}: {write_error(path, error)}"
+            raise FileError(f"{reason}; the recording is deleted, because it is incomplete") from error
 
 
 class TraceStore(Store):

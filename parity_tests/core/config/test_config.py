@@ -236,6 +236,7 @@ BAD_FILES = [
     ("model: {type: transfomer}\n", ["c.yaml:1: model.type:", "'transfomer'", "transformer"]),
     ("model: {hidden_size: 4}\n", ["c.yaml:1: model.type:", "required"]),
     ("model:\n", ["c.yaml:1: model.type:", "required"]),
+    ("model: [1]\n", ["c.yaml:1: model.type:", "mapping of keys", "not [1]"]),
     ("seed: 3\n", ["c.yaml: model:", "required"]),
     ("", ["c.yaml: model:", "required"]),
     (f"{MODEL}seed: -1\n", ["c.yaml:3: seed:", "greater than or equal to 0", "not -1"]),

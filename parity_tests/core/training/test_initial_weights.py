@@ -133,7 +133,9 @@ def test_a_long_context_is_not_a_long_training_sequence(tmp_path: Path, caplog: 
     path = written(tmp_path)
     assert Config.from_yaml(path, [f"model.path={tmp_path / 'saved'}"]).data.seq_length == 1024
     assert "data.seq_length: 1024" in caplog.text
+    caplog.clear()
     assert Config.from_yaml(path, [f"model.path={tmp_path / 'saved'}", "data.seq_length=9"]).data.seq_length == 9
+    assert caplog.text == ""
 
 
 def test_the_code_of_a_model_is_not_trusted_by_its_path(tmp_path: Path) -> None:
