@@ -29,7 +29,7 @@ def start(x: Array) -> None:
 def cpu_prefill_columns(model: Any) -> int:
     """Returns how many columns of prompts a transformer reads in one pass on a CPU.
 
-    As many as their attention scores stay in the cache of the processor: 512 tokens of 34M parameters in fp32 take
+    So many that their attention scores stay in the cache of the processor: 512 tokens of 34M parameters in fp32 take
     495 ms in passes of 128, 531 of 256, 580 of 512 (AMD EPYC, one thread). Each pass casts weights of half precision
     and dequantizes packed ones, so these have longer passes.
     """

@@ -46,14 +46,14 @@ def find_ignored(trial: Trial) -> str:
     ):
         if not np.isin(value.array, (0, 1)).all() or len(np.unique(value.array)) < 2:
             continue
-        for number_of_all in (1, 0):
+        for fill in (1, 0):
             values = list(trial.given.values)
-            values[index] = replace(value, array=np.full_like(value.array, number_of_all))
+            values[index] = replace(value, array=np.full_like(value.array, fill))
             if trial.explains(trial.replay(values=values)):
                 event = trial.pair.b
                 what = f"the argument {argument_name(trial.c.b, event, number)}"
                 what = what if source is None else f"the output of {source.path}"
-                return f"{what}, a mask, has no effect in a, as if all its elements were {number_of_all}"
+                return f"{what}, a mask, has no effect in a, as if all its elements were {fill}"
     return ""
 
 

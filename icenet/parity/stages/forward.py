@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 
 
 _LARGE_NOISE = 0.01
-"""Share of an output from which on its rounding errors in fp32 are said."""
+"""Rounding error of an output of `b` in fp32, relative to its size, above which a note says so."""
 
 
 def modes_differ(c: Comparison, stage: Stage) -> bool:

@@ -62,7 +62,7 @@ class Inlining(SizeVariables):
         if self.is_element(user) and not (is_part and self.is_listed(user) and not self.is_turn(user)):
             return False  # the loop reads a variable
         if self.is_plain(node) and self.is_listed(user):
-            return False  # and the first turn not an image in another order
+            return False  # a permuted image, too: the other turns read a variable there
         if length > INLINE or (node.op == "item" and isinstance(user, Call)) or self.is_repeated(node, user):
             return False
         if node.base == "scaled_dot_product_attention":

@@ -165,7 +165,7 @@ class Statements:
         return targets[final.index(name)].strip("_")
 
     def part_of(self, value: str, item: Item) -> int:
-        """Returns which part of a result a value is a form of, within the statement of an item; -1 for none."""
+        """Returns which part of a result a value is computed from in the statement of an item; -1 for none."""
         node = self.graph.by_name.get(value)
         while node is not None and node.op != "item":
             given = node.args.get("self")
