@@ -58,6 +58,8 @@ def test_gradients_at_ties_change_the_training_and_are_no_difference(steps: int)
     assert "in each step" in stage.note
     assert abs(report.losses["a"][1] - report.losses["b"][1]) > 1e-6  # far above the rounding of the losses
     assert all(row.status == "passed" and row.ratio < 8 for row in stage.rows)
+    gaps = [abs(a - b) for a, b in zip(report.losses["a"], report.losses["b"], strict=True)]
+    assert [row.error for row in stage.rows] == pytest.approx(gaps, rel=1e-6, abs=1e-12)
     gradient = next(r for r in report.stages[4].rows if r.name == "position: gradient of output")
     assert gradient.status == "passed" and gradient.ratio < 8 and "ties of pool" in gradient.note
 

@@ -74,7 +74,7 @@ def _judge_losses(c: Comparison, stage: Stage, inputs: Inputs, optimizers: tuple
         optimizer = optimizers[0 if is_test else 1]
         if side is c.reference and (ratios := _quick_ratios(c, stage, inputs, steps, optimizers, curves)) is not None:
             noise = np.full(len(ratios), _known_noise(c))
-            _add_rows(c, stage, ratios, curves[1], ratios * noise, noise)
+            _add_rows(c, stage, ratios, curves[1], np.abs(np.subtract(curves[0], curves[1])), noise)
             break
         curves.append(side.train_steps(inputs.given, values, loss, targets, optimizer, steps, c.first_runs[number]))
     c.report.losses = dict(zip(("a", "b", "reference"), curves, strict=False))
