@@ -170,7 +170,7 @@ MOST_STEPS = 1000
 
 
 def _numbers_of(module: nn.Module) -> set[int]:
-    """Returns the integers that the classes of a module compare, divide by, or slice with."""
+    """Returns the integers that the classes of a module compare, divide by, or take elements with."""
     found = set()
     for inner in module.modules():
         code = getattr(inspect.unwrap(type(inner).forward), "__code__", None)
@@ -181,15 +181,19 @@ def _numbers_of(module: nn.Module) -> set[int]:
 
 
 def _integers(values: tuple[int | str, ...], names: dict[str, Any]) -> set[int]:
-    """Returns the integers among some values, which are integers and names such as `self.window`."""
-    found: set[Any] = set()
+    """Returns the integers of some values, which are integers and names such as `self.window`.
+
+    Those of a list or another container are its elements, and the number of its elements.
+    """
+    found: list[Any] = []
     for value in values:
         if isinstance(value, str):
             first, *rest = value.split(".")
             with contextlib.suppress(Exception):  # it is no name, or not set
-                found.add(functools.reduce(getattr, rest, names[first]))
+                value = functools.reduce(getattr, rest, names[first])
+                found += [*value, len(value) - 2] if isinstance(value, (list, tuple, set, dict)) else [value]
         else:
-            found.add(value)
+            found.append(value)
     return {value for value in found if type(value) is int}
 
 

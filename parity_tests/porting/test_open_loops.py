@@ -243,15 +243,18 @@ class Late(nn.Module):
 
     def __init__(self, decides: str) -> None:
         super().__init__()
-        self.decides, self.warm_up = decides, 14
+        self.decides, self.warm_up, self.at = decides, 14, [24, 28]
+        self.scale = nn.Parameter(torch.ones(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, found = x[:, 0], []
         for t in range(x.shape[1]):
             if self.decides == "break" and t > self.warm_up:
                 break
-            h = torch.tanh(h + x[:, t])
-            if self.decides == "modulo" and t and t % 16 == 0:
+            h = torch.tanh(h + self.scale * x[:, t])
+            if self.decides == "gradient" and t and t % 16 == 0:
+                h = h.detach()
+            if self.decides == "list" and t in self.at:
                 h = h * 2
             found.append(h)
         return torch.stack(found[-20:], 1).sum(1) if self.decides == "slice" else h
@@ -271,7 +274,7 @@ class First(nn.Module):
         return h
 
 
-@pytest.mark.parametrize("module", [Late("break"), Late("modulo"), Late("slice"), First()])
+@pytest.mark.parametrize("module", [Late("break"), Late("gradient"), Late("list"), Late("slice"), First()])
 def test_turns_that_the_example_does_not_have_are_tried(module: nn.Module) -> None:
     port = icenet.port(module, torch.randn(2, 4, 3))
     for size in (3, 40):

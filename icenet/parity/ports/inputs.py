@@ -97,6 +97,12 @@ def other_sizes(plan: Plan, given: Arguments, accepts: Callable[[Arguments], boo
     return found
 
 
+LONG = 62
+"""The number of a condition for which a loop is tried without knowing one."""
+MOST_NUMBERS = 12
+"""The numbers of conditions for which a loop is tried."""
+
+
 def _other_steps(loops: list[OpenLoop]) -> list[list[Callable[[str, int], int]]]:
     """Returns fewer steps of each loop than in the example, and those at which its turns may become others."""
 
@@ -108,14 +114,12 @@ def _other_steps(loops: list[OpenLoop]) -> list[list[Callable[[str, int], int]]]
         return lambda name, size: (number + 2) * -(-size // steps) if name in loop.symbols() else size
 
     every = {symbol for loop in loops for symbol in loop.symbols()}
-    return [
-        ways
-        for loop in loops
-        for ways in (
-            [fewer(set(loop.symbols())), fewer(every)],
-            [beyond(loop, number) for number in reversed(loop.numbers)],  # the largest that the original takes
-        )
-    ]
+    found = []
+    for loop in loops:
+        found.append([fewer(set(loop.symbols())), fewer(every)])
+        # each, since a later turn may hide the effect of one
+        found += [[beyond(loop, number)] for number in (*loop.numbers[:MOST_NUMBERS], LONG)]
+    return found
 
 
 def _resized(given: Arguments, chosen: dict[str, int], plan: Plan) -> Arguments | None:

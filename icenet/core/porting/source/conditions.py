@@ -12,12 +12,12 @@ import linecache
 
 @functools.lru_cache(maxsize=64)
 def numbers_around(file: str, line: int, whole_class: bool = False) -> tuple[int | str, ...]:
-    """Returns the integers and names that a function compares, divides by, or slices with.
+    """Returns the integers and names that a function compares, divides by, or takes elements with.
 
     Args:
         file: The file of the function.
         line: A line of the function.
-        whole_class: Whether to return those of all functions of its class.
+        whole_class: Whether to return those of all functions of its class, and of the file outside of classes.
 
     Returns:
         Integers, and names such as `self.window`, which may be anything.
@@ -30,9 +30,11 @@ def numbers_around(file: str, line: int, whole_class: bool = False) -> tuple[int
     around = [item for item in ast.walk(tree) if isinstance(item, kind) and _surrounds(item, line)]
     if not around:
         return ()
-    innermost = max(around, key=lambda item: item.lineno)
+    read: list[ast.AST] = [max(around, key=lambda item: item.lineno)]
+    if whole_class:
+        read += [item for item in tree.body if isinstance(item, ast.FunctionDef)]
     found: dict[int | str, None] = {}
-    for node in ast.walk(innermost):
+    for node in (node for item in read for node in ast.walk(item)):
         if _decides(node):
             found.update(dict.fromkeys(value for part in ast.walk(node) for value in _values(part)))
     return tuple(found)
@@ -48,7 +50,7 @@ def _decides(node: ast.AST) -> bool:
         return isinstance(node.op, (ast.Mod, ast.FloorDiv))
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Name) and node.func.id in ("min", "max", "divmod")
-    return isinstance(node, (ast.Compare, ast.Slice))
+    return isinstance(node, (ast.Compare, ast.Slice, ast.Subscript))
 
 
 def _values(node: ast.AST) -> list[int | str]:
