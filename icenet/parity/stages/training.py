@@ -271,11 +271,10 @@ def _judge_updates(
     optimizers: tuple[Any, Any],
 ) -> None:
     """Compares the parameters after steps on equal gradients."""
-    frozen = [name for name in c.b.trainable_names if back.get(name) and back[name] not in c.a.trainable_names]
-    extra = [
-        o for o in c.a.trainable_names if o in c.parameter_names and c.parameter_names[o] not in c.b.trainable_names
-    ]
-    for name, which in (*((n, "a") for n in frozen), *((c.parameter_names[o], "b") for o in extra)):
+    trained = c.a.trainable_names, c.b.trainable_names
+    frozen = [name for name in c.b.shapes if name in trained[1] and back.get(name) and back[name] not in trained[0]]
+    extra = [theirs for ours, theirs in c.parameter_names.items() if ours in trained[0] and theirs not in trained[1]]
+    for name, which in (*((n, "a") for n in frozen), *((n, "b") for n in extra)):
         path, part = split_at(name, c.b.modules)
         note = f"{part} is frozen in {which}, and trained in {'b' if which == 'a' else 'a'}"
         stage.rows.append(Row(path, part, status=states.DIFFERS, ratio=math.inf, note=note))
