@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -54,8 +54,9 @@ class Cell(nn.Module):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         is_pair = isinstance(hx, tuple)
         given = tuple(item.unsqueeze(0) for item in hx) if is_pair else hx if hx is None else hx.unsqueeze(0)
-        _, state = self.l0(input.unsqueeze(-2), given)
-        return tuple(item.squeeze(0) for item in state) if isinstance(state, tuple) else state.squeeze(0)
+        outputs, state = self.l0(input.unsqueeze(-2), given)
+        hidden = outputs.squeeze(-2)
+        return (hidden, state[1].squeeze(0)) if isinstance(state, tuple) else hidden
 
 
 class Parts(nn.Module):
@@ -119,7 +120,7 @@ def part_names(whole: nn.Module) -> list[str]:
     return [f"l{layer}{end}" for layer in range(whole.num_layers) for end in ends]
 
 
-def with_parts(module: nn.Module, counts: Mapping[str, int]) -> nn.Module:
+def with_parts(module: nn.Module, counts: Mapping[str, int], kept: Collection[str] = ()) -> nn.Module:
     """Returns a copy of a module in which its recurrent layers are divided, or the module itself if none is.
 
     The copy has the parameters of the module.
@@ -129,8 +130,14 @@ def with_parts(module: nn.Module, counts: Mapping[str, int]) -> nn.Module:
         counts: How many layers of one direction the other side has, by class: "LSTM", "GRU" or "RNN". Those of a
             class are divided if there are as many as parts. A layer with hooks, such as that of the old
             `torch.nn.utils.weight_norm`, stays whole: they would not be called.
+        kept: Paths at which the other side has a module of another kind. A cell at such a path stays as it is.
     """
-    layers = [inner for inner in module.modules() if type(inner) in (*_CELLS, *_CELLS.values())]
+    kinds = (*_CELLS, *_CELLS.values())
+    layers = [
+        inner
+        for path, inner in module.named_modules()
+        if type(inner) in kinds and not (type(inner) in _CELLS and path in kept)
+    ]
     needed: Counter[str] = Counter()
     for layer in layers:
         needed[_class_of(layer)] += len(part_names(layer))

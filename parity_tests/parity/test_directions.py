@@ -282,3 +282,32 @@ def test_hooks_of_gradients_are_called() -> None:
     theirs.head.weight.register_hook(lambda gradient: 2 * gradient)
     report = compare(Tagger(), theirs, draw(3, 7, 5), **options)
     assert report.culprit == "head" and "multiplied by 0.5 in a" in report.cause, report
+
+
+def test_a_cell_that_the_user_wrote_is_compared_with_that_of_pytorch() -> None:
+    class Cell(M.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh = map(mx.zeros, ((4, 5), (4, 4), (4,), (4,)))
+
+        def __call__(self, x: mx.array, h: mx.array) -> mx.array:
+            return mx.tanh(mx.addmm(self.bias_ih, x, self.weight_ih.T) + mx.addmm(self.bias_hh, h, self.weight_hh.T))
+
+    class Both(M.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.rnn = Cell(), M.RNN(4, 4)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.rnn(self.cell(x, mx.zeros((len(x), 4)))[:, None])[:, 0]
+
+    class TorchBoth(T.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.rnn = T.RNNCell(5, 4), T.RNNCell(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rnn(self.cell(x))
+
+    report = compare(Both(), TorchBoth(), draw(3, 5), copy_weights=True, stages=["forward", "gradients"])
+    assert report.passed and "rnn is compared with the RNNCell rnn" in notes(report), report

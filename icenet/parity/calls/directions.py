@@ -25,10 +25,15 @@ _REVERSE = re.compile(r"(?:^|[._])(?:r|b|bw|bwd|rtl|back\w*|rev\w*)\d*(?:[._]|$)
 
 def divided(a: Any, b: Any) -> Any:
     """Returns the module of PyTorch, with its recurrent layers divided if that of MLX has as many as parts."""
-    modules = backends.module("mlx", "tools.calls").distinct_modules(a).values()
-    names = [class_name(module) for module in modules]
-    counts = Counter(name.removeprefix(_MLX) for name in names if name.startswith(_MLX))
-    return backends.module("torch", "tools.recurrent_parts").with_parts(b, counts) if counts else b
+    names = {p: class_name(m) for p, m in backends.module("mlx", "tools.calls").distinct_modules(a).items()}
+    layers = [path for path, name in names.items() if name.startswith(_MLX)]
+    counts = Counter(names[path].removeprefix(_MLX) for path in layers)
+    if not counts:
+        return b
+    kept = [
+        path for path in names if path and not any(other == path or other.startswith(f"{path}.") for other in layers)
+    ]
+    return backends.module("torch", "tools.recurrent_parts").with_parts(b, counts, kept)
 
 
 def parts_of(b: Side) -> dict[str, tuple[str, ...]]:
