@@ -265,3 +265,11 @@ def test_groups_and_padding_of_convolutions_may_be_sizes_of_an_input() -> None:
     model, _ = ported(Correlation(), torch.randn(2, 3, 6, 7), torch.randn(2, 3, 3, 2))
     x, filters = torch.randn(3, 3, 5, 9), torch.randn(3, 3, 3, 2)
     close(model(mx.array(x.numpy()), mx.array(filters.numpy())), Correlation()(x, filters))
+
+
+def test_what_passes_through_an_integer_has_no_gradient() -> None:
+    class Truncated(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 + x.long().float() + (3 * x).int().to(x.dtype)
+
+    assert icenet.port(Truncated(), torch.randn(2, 4)).report.passed

@@ -362,7 +362,11 @@ def nan_to_num(n: Operation) -> str:
 
 @entry("to", "_to_copy", "type_as")
 def to(n: Operation) -> str:
-    return n.cast("self", n.out.dtype) if n.tensor("self") else n["self"]
+    tensor = n.tensor("self")
+    if tensor is not None and tensor.is_floating and not (n.out.is_floating or n.out.is_complex):
+        # MLX has a gradient through an array of integers that becomes one of floats again
+        return f"mx.stop_gradient({n['self']}).astype(mx.{mlx_dtype(n.out.dtype)})"
+    return n.cast("self", n.out.dtype) if tensor else n["self"]
 
 
 for _name, _dtype in (
