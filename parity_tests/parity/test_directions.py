@@ -241,6 +241,20 @@ def test_a_layer_that_gets_one_step_is_a_cell(kind: str) -> None:
     assert torch.allclose(*total) and torch.equal(theirs.cell.weight_ih, back.cell.weight_ih)
 
 
+def test_a_state_that_is_detached_is_a_difference_of_the_caller() -> None:
+    class Detached(Steps):
+        def __call__(self, x: mx.array) -> mx.array:
+            h, c = self.cell(x[:, :1])
+            return self.head(self.cell(x[:, 1:], h[:, 0], mx.stop_gradient(c[:, 0]))[0])
+
+    class TorchWhole(TorchSteps):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.cell(x[:, 1], self.cell(x[:, 0]))[0])[:, None]
+
+    report = compare(Detached("LSTM"), TorchWhole("LSTM"), draw(3, 2, 5), copy_weights=True)
+    assert report.culprit == "" and "is not passed on in a" in report.cause, report
+
+
 def test_options_of_cells_and_weights_that_the_code_reads() -> None:
     report = compare(Steps("RNN"), TorchSteps("RNN", nonlinearity="relu"), draw(3, 4, 5), copy_weights=True)
     assert report.culprit == "cell.l0" and report.failed_stage.name == "forward", report
