@@ -90,7 +90,9 @@ class Parts(nn.Module):
 
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         if isinstance(input, PackedSequence):
-            raise NotImplementedError("a packed sequence for a recurrent layer of several layers or directions")
+            raise NotImplementedError(
+                "a layer of several layers or directions is compared with padded sequences only"
+            )
         time = 1 if self.batch_first and input.ndim == 3 else 0
         states = []
         directions = 2 if self.bidirectional else 1
