@@ -384,7 +384,7 @@ def _export(
     if wide_args is not args and any(
         isinstance(tensor, Tensor) and tensor.shape[:1] == (2,)
         for tensor in (graph.tensors[ref.name] for ref in graph.inputs)
-    ):  # the batch is fixed
+    ):  # the batch is fixed: the proof would find that, and cost a second one
         wide_args, wide_kwargs = args, kwargs
         graph, program, shapes = exporter.export(module, args, kwargs, "auto", False, open_loops)
     notes: list[str] = []

@@ -98,12 +98,6 @@ FAULTS: dict[str, list[Fault]] = {
             "    if False:",
             ["porting/test_proof_messages.py::test_a_fixed_size_is_said_and_another_one_is_an_error"],
         ),
-        Fault(
-            "a fixed batch of 1 becomes one of 2",
-            "tensor.shape[:1] == (2,)",
-            "tensor.shape[:1] == ()",
-            ["porting/test_proof_messages.py::test_a_fixed_batch_of_one_stays_one"],
-        ),
     ],
     "icenet/parity/ports/pair.py": [
         Fault(
