@@ -316,7 +316,9 @@ def test_a_transposed_parameter() -> None:
     assert "w is [4, 6] in a, [6, 4] in b" in report.verdict and "w is transposed in a" in report.cause
 
 
-def test_a_linear_for_a_convolution_of_size_1() -> None:
+def test_a_linear_for_a_convolution_of_size_1_with_a_stride() -> None:
+    """Without a stride they are compared."""
+
     class Ported(M.Module):
         def __init__(self, layer: M.Module) -> None:
             super().__init__()
@@ -325,11 +327,11 @@ def test_a_linear_for_a_convolution_of_size_1() -> None:
         def __call__(self, x: Any) -> Any:
             return self.project(x)
 
-    original = T.Sequential(OrderedDict(project=T.Conv2d(3, 5, 1)))
+    original = T.Sequential(OrderedDict(project=T.Conv2d(3, 5, 1, stride=2)))
     images = np.zeros((2, 4, 4, 3), np.float32)
     report = compare(Ported(M.Linear(3, 5)), original, images)
-    assert report.culprit == "project" and "use mlx.nn.Conv2d(3, 5, 1)" in report.cause
-    assert compare(Ported(M.Conv2d(3, 5, 1)), original, images).passed
+    assert report.culprit == "project" and "use mlx.nn.Conv2d(3, 5, 1) with the stride" in report.cause
+    assert compare(Ported(M.Conv2d(3, 5, 1, stride=2)), original, images).passed
 
 
 @pytest.mark.parametrize(

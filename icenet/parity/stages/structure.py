@@ -174,7 +174,7 @@ def _cause_of_shapes(c: Comparison, path: str, name: str, shape: tuple[int, ...]
     if c.a.layer_kinds.get(own) == "linear" and layout.is_of_size_1(expected, shape):
         return (
             f"a Linear in a for a convolution of size 1 in b: use mlx.nn.Conv{len(expected) - 2}d"
-            f"({shape[1]}, {shape[0]}, 1), which computes the same and whose weight has corresponding axes"
+            f"({shape[1]}, {shape[0]}, 1) with the stride and padding of b, whose weight has corresponding axes"
         )
     return ""
 
