@@ -34,9 +34,9 @@ are judged again, with more samples of the noise and the error:
     its terms, so the sums of each sample begin at another term. A value that then passes is reported as less exact,
     with the ratio without this floor (`plain_ratio`). A wrong eps, momentum or variance is much larger. The error
     function in fp32 is moved by up to an ulp of 1 in these samples, as MLX's is. Its errors, and those of GELU, are
-    up to 4e-7 on a CPU, PyTorch's 3e-8. `exp` has the errors of MLX's as well, and so has the gradient of a softmax
-    in half precision. Functions of constants and integers, such as the angles of positions, are rounded again in each
-    of these samples: nearby problems do not move them.
+    up to 4e-7 on a CPU, PyTorch's 3e-8. `exp` has the errors of MLX's as well, and so has the gradient of a
+    softmax. Attention is computed by its operations, not by a fused kernel. Functions of constants and integers, such
+    as the angles of positions, are rounded again in each of these samples: nearby problems do not move them.
 
 7.  Jumps. A large model has values that are within rounding of the edge of a ReLU, and a gradient jumps if a rounding
     moves one across: in ResNeXt-101 with random weights by 1e-2 of its size, in every second run of either framework.

@@ -9,8 +9,10 @@ For the same purpose it has the errors of functions that MLX computes less exact
 erf, GELU    moved by up to an ulp of 1 in fp32: MLX's error function has errors of 4e-7, also where its value is
              small, and PyTorch's of 3e-8.
 exp          a power of 2, whose exponent is rounded up or down: the error of exp(x) is |x| times as large.
-softmax      its gradient in half precision: MLX rounds the products of probabilities and cotangents before it
-             subtracts their sum, so the error is half an ulp of the products. PyTorch computes it in fp32.
+softmax      its gradient: MLX rounds the products of probabilities and cotangents before it subtracts their sum, so
+             the error is half an ulp of the products. PyTorch subtracts the sum from the cotangents, in fp32.
+attention    its operations one by one, not PyTorch's fused kernel: with nearly equal scores, the gradients of queries
+             and keys are small differences of such products.
 constants    functions of numbers in the code and of integers, such as the frequencies exp(-k) of positions, and their
              angles t * exp(-k). Nearby problems do not move them, so without more they had equal roundings in all
              samples. What is rounded in them is moved by an ulp, up or down, in one of SAMPLES samples each.
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -73,7 +76,7 @@ def summing_in_order(sample: int = 0) -> Iterator[None]:
     """
     token = _sample.set(sample)
     try:
-        with _InOrder():
+        with _InOrder(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         _sample.reset(token)
