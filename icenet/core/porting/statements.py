@@ -26,13 +26,18 @@ def place_at(file: str, line: int) -> Place:
     return _places(file).get(line) or Place(file, line, linecache.getline(file, line).strip())
 
 
+def syntax_tree(file: str) -> ast.Module:
+    """Returns the syntax tree of a file, an empty one if it is none of Python."""
+    try:
+        return ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ast.Module([], [])
+
+
 @functools.cache
 def _places(file: str) -> dict[int, Place]:
     """Returns the statement at each line of a file. Statements that begin on one line are one place."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return {}
+    tree = syntax_tree(file)
     found: dict[int, Place] = {}
     headers = {node.lineno for node in ast.walk(tree) if isinstance(node, _COMPOUND)}
     for statement in ast.walk(tree):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import functools
-import linecache
+
+from icenet.core.porting.statements import syntax_tree
 
 
 @functools.lru_cache(maxsize=64)
@@ -22,10 +23,7 @@ def numbers_around(file: str, line: int, whole_class: bool = False) -> tuple[int
     Returns:
         Integers, and names such as `self.window`, which may be anything.
     """
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return ()
+    tree = syntax_tree(file)
     kind = ast.ClassDef if whole_class else (ast.FunctionDef, ast.AsyncFunctionDef)
     around = [item for item in ast.walk(tree) if isinstance(item, kind) and _surrounds(item, line)]
     if not around:

@@ -7,6 +7,8 @@ import functools
 import linecache
 from dataclasses import dataclass
 
+from icenet.core.porting.statements import syntax_tree
+
 
 @dataclass(frozen=True)
 class Renaming:
@@ -27,17 +29,9 @@ class Function:
     parts: dict[str, tuple[str, ...]]
 
 
-def _tree(file: str) -> ast.Module:
-    """Returns the syntax tree of a file, an empty one if it is none of Python."""
-    try:
-        return ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return ast.Module([], [])
-
-
 @functools.lru_cache(maxsize=64)
 def _functions(file: str) -> tuple[Function, ...]:
-    return tuple(_function(node) for node in ast.walk(_tree(file)) if isinstance(node, ast.FunctionDef))
+    return tuple(_function(node) for node in ast.walk(syntax_tree(file)) if isinstance(node, ast.FunctionDef))
 
 
 def _function(function: ast.FunctionDef) -> Function:
@@ -84,7 +78,7 @@ def _loops(file: str) -> tuple[tuple[int, int, dict[str, str]], ...]:
     """Returns first and last line of each loop of a file, and the variables of its elements by the lists."""
     found = []
     kinds = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
-    for node in ast.walk(_tree(file)):
+    for node in ast.walk(syntax_tree(file)):
         if isinstance(node, kinds):
             names = _elements(node) if isinstance(node, ast.For) else {}
             found.append((node.lineno, node.end_lineno or node.lineno, names))
@@ -127,7 +121,7 @@ def _appends(file: str) -> tuple[tuple[int, str, str], ...]:
     """Returns the line of each `a.append(b)` of a file, a and b."""
     return tuple(
         (node.lineno, node.func.value.id, ast.unparse(node.args[0]))
-        for node in ast.walk(_tree(file))
+        for node in ast.walk(syntax_tree(file))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append"
         if isinstance(node.func.value, ast.Name) and len(node.args) == 1
     )
@@ -153,7 +147,7 @@ def tuple_names(file: str, line: int) -> tuple[str, ...]:
 def _pairs(file: str) -> tuple[tuple[int, int, tuple[str, ...]], ...]:
     """Returns first and last line of each loop of a file, and its variables if they are a tuple of its element."""
     found = []
-    for node in ast.walk(_tree(file)):
+    for node in ast.walk(syntax_tree(file)):
         if isinstance(node, ast.For):
             names = node.target.elts if isinstance(node.target, ast.Tuple) else []
             is_element = not isinstance(node.iter, ast.Call) and all(isinstance(name, ast.Name) for name in names)
