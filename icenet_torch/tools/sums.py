@@ -12,7 +12,7 @@ exp          a power of 2, whose exponent is rounded up or down: the error of ex
 softmax      its gradient: MLX rounds the products of probabilities and cotangents before it subtracts their sum, so
              the error is half an ulp of the products. PyTorch subtracts the sum from the cotangents, in fp32.
 attention    its operations one by one, not PyTorch's fused kernel: with nearly equal scores, the gradients of queries
-             and keys are small differences of such products.
+             and keys are small differences of such products. Each is rounded in half precision.
 constants    functions of numbers in the code and of integers, such as the frequencies exp(-k) of positions, and their
              angles t * exp(-k). Nearby problems do not move them, so without more they had equal roundings in all
              samples. What is rounded in them is moved by an ulp, up or down, in one of SAMPLES samples each.
@@ -76,10 +76,22 @@ def summing_in_order(sample: int = 0) -> Iterator[None]:
     """
     token = _sample.set(sample)
     try:
-        with _InOrder(), sdpa_kernel(SDPBackend.MATH):
+        with _InOrder(), _attention_by_operations():
             yield
     finally:
         _sample.reset(token)
+
+
+@contextlib.contextmanager
+def _attention_by_operations() -> Iterator[None]:
+    """Computes attention by its operations, in half precision each of them rounded as in MLX."""
+    rounds = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # on a CPU, too
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(rounds)
 
 
 _sample: ContextVar[int] = ContextVar("sample", default=0)

@@ -162,7 +162,7 @@ FAULTS: dict[str, list[Fault]] = {
     "icenet_torch/tools/sums.py": [
         Fault(
             "sums term by term are those of PyTorch",
-            "        with _InOrder(), sdpa_kernel(SDPBackend.MATH):\n            yield\n",
+            "        with _InOrder(), _attention_by_operations():\n            yield\n",
             "        yield\n",
             ["parity/test_modules.py::test_sums_of_a_plain_batch_norm_are_less_exact"],
         ),
