@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,16 +113,13 @@ class FileImages:
     def take(self, indices: NDArray[np.int64]) -> Pixels:
         pixels = np.empty((len(indices), *self.shape), np.uint8)
         for first in range(0, len(indices), AT_ONCE):  # Ctrl-C waits for the threads
-            rows = slice(first, first + AT_ONCE)
-            self._decode_in_threads(pixels[rows], indices[rows])
+            block, rows = pixels[first : first + AT_ONCE], indices[first : first + AT_ONCE]
+            for_ranges(partial(self._decode, block, rows), len(rows), 4, 8)
         return pixels
 
-    def _decode_in_threads(self, pixels: Pixels, indices: NDArray[np.int64]) -> None:
-        for_ranges(lambda start, stop: self._decode(pixels[start:stop], indices[start:stop]), len(indices), 4, 8)
-
-    def _decode(self, pixels: Pixels, indices: NDArray[np.int64]) -> None:
-        """Decodes images into `pixels`; several threads do so at the same time."""
-        for image, index in zip(pixels, indices, strict=True):
+    def _decode(self, pixels: Pixels, indices: NDArray[np.int64], start: int, stop: int) -> None:
+        """Decodes a part of some images into `pixels`; several threads do so at the same time."""
+        for image, index in zip(pixels[start:stop], indices[start:stop], strict=True):
             size = self.shape[0] if self.processor is None else None
             found, is_transparent, has_more = decode(self.paths[index], size, self.shape[2], self.background)
             image[:] = found if self.processor is None else self.processor.fitted(found)
