@@ -14,6 +14,7 @@ from icenet.core.config import user_code
 from icenet.core.errors import UsageError
 from icenet.core.report.console import stderr_console
 from icenet.parity.ports import port as porting
+from icenet.parity.ports.attempts import describe_missing
 
 _SHAPE = re.compile(
     r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:x\d+)*|scalar)(?::(?P<kind>float|int|bool)(?P<below>\d+)?)?"
@@ -60,7 +61,7 @@ def port(
     if only_check:
         found = porting.check(module, args, example_kwargs=kwargs)
         if found:
-            return porting.describe_missing(found), False
+            return describe_missing(found), False
         return f"{target}: every operation has a counterpart", True
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -41,7 +41,9 @@ configuration/  the `run` of a parity comparison, its three `engines`, the `rand
 
 A port (`icenet port`):
 
-ports/       `icenet.port`, and the proof that a port computes what its original computes
+ports/       `port` exports a module (`original`) and tries ports of it (`attempts`) until the `proof` of one passes: it
+             compares both on several sizes (`inputs`, `pair`) and finds the `limits` of the sizes. `size_checks` writes
+             these into the source, `model_file` and `page` write the files of a port
 """
 
 from __future__ import annotations

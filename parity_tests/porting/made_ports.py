@@ -12,22 +12,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from icenet.core import backends
 from icenet.core.errors import PortError
 from icenet.core.porting import build
-from icenet.parity.ports import port as porting
+from icenet.parity.ports.original import Original
 
 
 def ported(module: nn.Module, *args: Any) -> tuple[Any, str]:
     """Returns a port without the proof, and its source."""
-    exporter, run = backends.module("torch", "porting.export"), backends.module("torch", "porting.run")
-    load = backends.module("mlx", "porting.load")
+    original = Original(module, args)
     for open_loops in (True, False):
-        graph, train, program, _ = porting._export(exporter, module, args, {}, None, open_loops=open_loops)
-        with contextlib.suppress(PortError) if graph.loops else contextlib.nullcontext():
-            plan = build.plan(graph, train, False, "A port.")
+        export = original.export(open_loops=open_loops)
+        with contextlib.suppress(PortError) if export.graph.loops else contextlib.nullcontext():
+            plan = build.plan(export.graph, export.train, False, "A port.")
             break
-    return load.make(plan.source, plan.class_name, plan.native(run.weights(module, program))), plan.source
+    return export.make(plan), plan.source
 
 
 def close(ours: mx.array, theirs: torch.Tensor) -> None:

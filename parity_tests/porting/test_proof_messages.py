@@ -122,6 +122,14 @@ def test_a_fixed_batch_of_one_stays_one() -> None:
     assert port.report.fixed == {"x": {0: 1}} and port.module(mx.zeros((1, 4))).shape == (1, 4)
 
 
+def test_a_batch_of_one_by_name_that_cannot_be_larger() -> None:
+    class One(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.view(4).exp()
+
+    assert icenet.port(One(), (), example_kwargs={"x": R(1, 4)}).report.passed
+
+
 def test_sizes_that_must_agree_are_compared() -> None:
     torch.manual_seed(0)
     report = icenet.port(Masked(), (R(2, 5, 4), R(2, 5) > 0)).report

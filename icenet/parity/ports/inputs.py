@@ -48,6 +48,11 @@ def sizes_text(given: Arguments) -> str:
     return " ".join("x".join(map(str, item.shape)) or "scalar" for item in arrays_of(given))
 
 
+def port_axes(ndim: int, is_nhwc: bool) -> tuple[int, ...]:
+    """Returns the axes of an input of the original in the order in which the port takes them."""
+    return (0, *range(2, ndim), 1) if is_nhwc and ndim == 4 else tuple(range(ndim))
+
+
 def other_sizes(plan: Plan, given: Arguments, accepts: Callable[[Arguments], bool]) -> list[Arguments]:
     """Returns random inputs of other sizes, as far as the graph is open: larger ones, odd ones, and a batch of 1.
 

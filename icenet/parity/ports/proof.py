@@ -8,7 +8,6 @@ The results of operations that jump are equal on equal inputs.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,93 +18,211 @@ from icenet.core.errors import PortError
 from icenet.core.porting.build import Plan
 from icenet.parity.ports import places as proof_places
 from icenet.parity.ports.inputs import Arguments, arrays_of, other_sizes, sizes_text, with_sizes
-from icenet.parity.ports.limits import MOST, Guard, find_limits
+from icenet.parity.ports.limits import MOST, Guard, Place, find_limits
 from icenet.parity.ports.pair import OriginalFails, Pair, mode_name
 from icenet.parity.ports.remainders import with_remainders
 from icenet.parity.ports.report import Check, PortReport, limit_text, settle
 
+_LARGEST = 2**20
+"""Elements of inputs that are tried only because a module may take some sizes alone."""
 
-def prove(
-    plan: Plan,
-    model: Any,
-    module: Any,
-    program: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    progress: Callable[[str], None] = lambda stage: None,
-    accelerated: Any = None,
-) -> PortReport:
-    """Compares a port with its original, in both modes, on inputs of several sizes.
+
+class Proof:
+    """The comparison of a port with its original, in both modes, on inputs of several sizes.
 
     On the example, outputs, gradients and buffers are compared; on the others, outputs. The port as IceNet runs it,
     with its own operations in some layers, is compared on the example, too.
 
     Args:
-        plan: The source of the port and the records of the graph.
+        plan: The source of the port and the graphs of the module.
         model: The `mlx.nn.Module`.
         module: The `torch.nn.Module`.
         program: The exported program, whose guards say which sizes are possible.
-        args, kwargs: The example: numpy arrays and constants.
-        progress: Called with the name of each stage.
+        example: The arguments of the example.
         accelerated: The port with IceNet's operations; None if it has no layer with them.
+        progress: Called with the name of each stage.
     """
-    run = backends.module("torch", "porting.run")
-    report = PortReport()
-    example = args, kwargs
-    exact, single = run.Reference(module, True), run.Reference(module, False)
 
-    def accepts(given: Arguments) -> bool:
+    def __init__(
+        self,
+        plan: Plan,
+        model: Any,
+        module: Any,
+        program: Any,
+        example: Arguments,
+        accelerated: Any = None,
+        progress: Callable[[str], None] = lambda stage: None,
+    ) -> None:
+        self.plan, self.model, self.accelerated = plan, model, accelerated
+        self.module, self.program, self.example, self.progress = module, program, example, progress
+        self.run = backends.module("torch", "porting.run")
+        self.exact, self.single = self.run.Reference(module, True), self.run.Reference(module, False)
+        self.report = PortReport()
+        self.differs_at_one: list[Guard] = []
+        """The conditions that sizes are not 1, for those at which the port differs from the original."""
+
+    def compare(self) -> PortReport:
+        """Returns the report of all comparisons."""
+        others = other_sizes(self.plan, self.example, self._accepts)
+        self._compare_mode(False, [self.example, *others])
+        if self.report.passed:
+            self._compare_unexported_sizes()
+        random_places = proof_places.random_operations(self.plan)
+        if self.plan.train is None:
+            self.report.notes.append("the training mode cannot be exported and was not compared")
+        elif random_places:
+            self.report.notes.append(f"random operations were not compared in training mode: {random_places[0]}")
+        else:
+            self._compare_mode(True, [self.example, *others[:1]])
+        return self.report
+
+    def _accepts(self, given: Arguments) -> bool:
         is_one = any(array.shape[:1] == (1,) for array in arrays_of(given))
-        if is_one or plan.graph.loops:  # an export has no batch of 1, and the steps of the example
-            return _runs(single, given)
-        accepted: bool = run.accepts(program, *given)
+        if is_one or self.plan.graph.loops:  # an export has no batch of 1, and the steps of the example
+            return self._runs(given)
+        accepted: bool = self.run.accepts(self.program, *given)
         return accepted
 
-    others = other_sizes(plan, example, accepts)
-    ones: list[Guard] = []
-    random_places = proof_places.random_operations(plan)
-    for training in (False, True):
-        mode = mode_name(training)
-        if training and plan.train is None:
-            report.notes.append("the training mode cannot be exported and was not compared")
-            continue
-        if training and random_places:
-            report.notes.append(f"random operations were not compared in training mode: {random_places[0]}")
-            continue
-        for given in (example, *others[:1]) if training else (example, *others):
-            progress(f"comparing, {mode}")
+    def _runs(self, given: Arguments) -> bool:
+        """Returns whether the original takes some arguments."""
+        try:
+            self.single.run(*given, False)
+        except Exception:  # whatever the code of a user raises
+            return False
+        return True
+
+    def _pair(self, given: Arguments, training: bool = False) -> Pair:
+        return Pair(self.plan, self.model, self.exact, self.single, given, training)
+
+    def _compare_mode(self, training: bool, inputs: list[Arguments]) -> None:
+        """Compares one mode on some inputs, the first of which are the example."""
+        for given in inputs:
+            self.progress(f"comparing, {mode_name(training)}")
             try:
-                pair = Pair(plan, model, exact, single, given, training)
-                if of_one := _places_of_one(example, given):
-                    agreed = _agreed(pair)
-                    report.checks += agreed
-                    if not agreed:
-                        ones.append(Guard("size >= 2", {"size": of_one}))  # an export takes no size for 1
-                    continue
-                own, notes = (accelerated, report.notes) if given is example else (None, [])
-                # a later turn of a loop may have another gradient alone, as with `if t % 16 == 0: h = h.detach()`
-                with_gradients = given is example or (bool(plan.graph.loops) and not training)
-                report.checks += pair.checks(with_gradients, notes, own)
-                report.is_empty |= pair.is_empty
-                settle(report)
+                self._compare_on(given, training)
             except OriginalFails as error:
-                if given is example and not training:
+                if given is self.example and not training:
                     raise
-                report.notes.append(f"not compared: {error}")
-        if not training and report.passed:
-            progress("comparing, other sizes")
-            guards = [*ones, *_of_one_step(plan), *(Guard(*guard) for guard in run.guards(program))]
-            _try_limits(plan, model, exact, single, example, report, guards)
-            _try_fixed_sizes(plan, model, exact, single, example, report)
-            if len({check.sizes for check in report.checks}) == 1:
-                report.notes.append("compared on the sizes of the example only: the module or the port has no others")
-            if place := proof_places.jump_that_differs(plan, program, module, example):
-                report.checks.append(Check(mode, sizes_text(example), "jumps", np.inf, np.inf, place, "not equal"))
-    return report
+                self.report.notes.append(f"not compared: {error}")
+
+    def _compare_on(self, given: Arguments, training: bool) -> None:
+        pair = self._pair(given, training)
+        if places := _places_of_one(self.example, given):
+            agreed = _agreed(pair)
+            self.report.checks += agreed
+            if not agreed:
+                self.differs_at_one.append(Guard("size >= 2", {"size": places}))  # an export takes no size for 1
+            return
+        is_example = given is self.example
+        # a later turn of a loop may have another gradient alone, as with `if t % 16 == 0: h = h.detach()`
+        with_gradients = is_example or (bool(self.plan.graph.loops) and not training)
+        notes = self.report.notes if is_example else []
+        self.report.checks += pair.checks(with_gradients, notes, self.accelerated if is_example else None)
+        self.report.is_empty |= pair.is_empty
+        settle(self.report)
+
+    def _compare_unexported_sizes(self) -> None:
+        """Tries sizes for which the graph was not exported, and the operations that jump."""
+        self.progress("comparing, other sizes")
+        guards = [
+            *self.differs_at_one,
+            *_of_one_step(self.plan),
+            *(Guard(*guard) for guard in self.run.guards(self.program)),
+        ]
+        self._try_limits(guards)
+        self._try_fixed_sizes()
+        if len({check.sizes for check in self.report.checks}) == 1:
+            self.report.notes.append(
+                "compared on the sizes of the example only: the module or the port has no others"
+            )
+        if place := proof_places.jump_that_differs(self.plan, self.program, self.module, self.example):
+            self.report.checks.append(
+                Check(mode_name(False), sizes_text(self.example), "jumps", np.inf, np.inf, place, "not equal")
+            )
+
+    def _try_fixed_sizes(self) -> None:
+        """Tries other sizes in the dimensions that the graph has fixed, and compares what both serve.
+
+        Most are fixed by the weights, and the original has no other size either. A dimension at which the original
+        returns something and the port fails, or returns another thing, is written to the report.
+        """
+        for size, places in _fixed_places(self.plan).items():
+            for chosen in self._combinations(size, places):
+                tried = self._tries_of_size(size, chosen)
+                if not tried:  # the module does not have this size
+                    continue
+                agreed = [_agreed(self._pair(given)) for given in tried]
+                if all(agreed):
+                    self.report.checks += [check for checks in agreed for check in checks]
+                    continue  # all at once; each alone may differ, as a source may read the width from the height
+                for number, dim in set(chosen) & set(places):
+                    self.report.fixed.setdefault(self.plan.graph.inputs[number].name, {})[dim] = size
+                if len(chosen) > 1:
+                    break
+        for name, sizes in self.report.fixed.items():
+            text = ", ".join(f"{size} in dimension {dim}" for dim, size in sorted(sizes.items()))
+            self.report.notes.append(f"{name} has a fixed size, {text}; the port does not serve another one")
+
+    def _combinations(self, size: int, places: list[Place]) -> list[list[Place]]:
+        """Returns the places of one fixed size that are changed together: all of them, then each alone."""
+        found = [places, *([place] for place in places)] if len(places) > 1 else [places]
+        shapes = [array.shape for array in arrays_of(self.example)]
+        equal = [(number, dim) for number, shape in enumerate(shapes) for dim, n in enumerate(shape) if n == size]
+        if len(equal) > len(places):  # others of this size are open, and the module may need equal ones
+            found.append(equal)
+        return found
+
+    def _tries_of_size(self, size: int, places: list[Place]) -> list[Arguments]:
+        """Returns inputs with a larger and with a smaller size at some places, of those that the original takes."""
+
+        def resized(other: int) -> Arguments:
+            return with_sizes(self.example, dict.fromkeys(places, other))
+
+        near = resized(size + (32 if size % 32 == 0 else 1))
+        far = resized(4 * size)  # of which an integer can be the square root
+        larger = (near, far) if sum(array.size for array in arrays_of(far)) <= _LARGEST else (near,)
+        found = [next((given for given in larger if self._runs(given)), None)]
+        if size > 2:  # a loop may run over the first elements of a list of layers
+            smaller = resized(max(size // 2, 2))
+            found.append(smaller if self._runs(smaller) else None)
+        return [given for given in found if given is not None]
+
+    def _try_limits(self, guards: list[Guard]) -> None:
+        """Tries sizes that violate the guards of the graph; those at which the port differs are in the report."""
+        report, names = self.report, [ref.name for ref in self.plan.graph.inputs]
+        found = find_limits(self.example, guards, self._runs, lambda given: bool(_agreed(self._pair(given))))
+        if found.untried:
+            report.notes.append(
+                f"{found.untried} conditions of the export on sizes were not tried, since {MOST} inputs were; "
+                "compare other sizes with the module before use"
+            )
+        found = with_remainders(found, [array.shape for array in arrays_of(self.example)])
+        for (number, dim), (low, high) in sorted(found.ranges.items()):
+            if low is not None and low == high:
+                report.fixed.setdefault(names[number], {})[dim] = low
+            else:
+                report.limits.setdefault(names[number], {})[dim] = [low, high]
+        report.guards = found.guards
+        texts = []
+        for name, sizes in report.limits.items():
+            limits = ", ".join(f"{limit_text(*limit)} in dimension {dim}" for dim, limit in sorted(sizes.items()))
+            texts.append(f"{name} has {limits}")
+        texts += [guard.texts(lambda place: f"{names[place[0]]}.shape[{place[1]}]")[0] for guard in found.guards]
+        report.notes += [f"{text}; beyond, the port computes something else than the module" for text in texts]
 
 
-def _places_of_one(example: Arguments, given: Arguments) -> tuple[tuple[int, int], ...]:
-    """Returns the places, as (number of the input, dimension), at which some inputs have a size of 1."""
+def _fixed_places(plan: Plan) -> dict[int, list[Place]]:
+    """Returns the places at which the graph has a fixed size, by the size."""
+    found: dict[int, list[Place]] = {}
+    for number, ref in enumerate(plan.graph.inputs):
+        for dim, size in enumerate(plan.graph.tensors[ref.name].shape):
+            if isinstance(size, int) and size:
+                found.setdefault(size, []).append((number, dim))
+    return found
+
+
+def _places_of_one(example: Arguments, given: Arguments) -> tuple[Place, ...]:
+    """Returns the places at which some inputs have a size of 1 and the example has another one."""
     shapes = [(old.shape, new.shape) for old, new in zip(arrays_of(example), arrays_of(given), strict=True)]
     return tuple(
         (number, dim)
@@ -136,97 +253,6 @@ def _agreed(pair: Pair) -> list[Check]:
     except PortError:
         return []
     return checks if all(check.passed for check in checks) else []
-
-
-def _runs(single: Any, given: Arguments) -> bool:
-    """Returns whether the original takes some arguments."""
-    try:
-        single.run(*given, False)
-    except Exception:  # whatever the code of a user raises
-        return False
-    return True
-
-
-_LARGEST = 2**20
-"""Elements of inputs that are tried only because a module may take some sizes alone."""
-
-
-def _try_fixed_sizes(plan: Plan, model: Any, exact: Any, single: Any, example: Arguments, report: PortReport) -> None:
-    """Tries other sizes in the dimensions that the graph has fixed, and compares what both serve.
-
-    Most are fixed by the weights, and the original has no other size either. A dimension at which the original
-    returns something and the port fails, or returns another thing, is written to the report.
-    """
-    tensors = [plan.graph.tensors[ref.name] for ref in plan.graph.inputs]
-    same: dict[int, list[tuple[int, int]]] = {}
-    for number, tensor in enumerate(tensors):
-        for dim, size in enumerate(tensor.shape):
-            if isinstance(size, int) and size:
-                same.setdefault(size, []).append((number, dim))
-    for size, places in same.items():
-        tries = [places, *([place] for place in places)] if len(places) > 1 else [places]
-        shapes = [array.shape for array in arrays_of(example)]
-        equal = [(number, dim) for number, shape in enumerate(shapes) for dim, n in enumerate(shape) if n == size]
-        if len(equal) > len(places):  # others of this size are open, and the module may need equal ones
-            tries.append(equal)
-        for chosen in tries:
-            near = with_sizes(example, dict.fromkeys(chosen, size + (32 if size % 32 == 0 else 1)))
-            far = with_sizes(example, dict.fromkeys(chosen, 4 * size))  # of which an integer can be the square root
-            tries_of = (near, far) if sum(array.size for array in arrays_of(far)) <= _LARGEST else (near,)
-            larger = next((item for item in tries_of if _runs(single, item)), None)
-            # a loop may run over the first elements of a list of layers
-            less = with_sizes(example, dict.fromkeys(chosen, max(size // 2, 2)))
-            tried = [larger] if larger is not None else []
-            tried += [less] if size > 2 and _runs(single, less) else []
-            if not tried:  # the module does not have this size
-                continue
-            agreed = [_agreed(Pair(plan, model, exact, single, given, False)) for given in tried]
-            if all(agreed):
-                report.checks += [check for checks in agreed for check in checks]
-                continue  # all at once; each alone may differ, as a source may read the width from the height
-            for number, dim in set(chosen) & set(places):
-                report.fixed.setdefault(plan.graph.inputs[number].name, {})[dim] = size
-            if len(chosen) > 1:
-                break
-    for name, sizes in report.fixed.items():
-        text = ", ".join(f"{size} in dimension {dim}" for dim, size in sorted(sizes.items()))
-        report.notes.append(f"{name} has a fixed size, {text}; the port does not serve another one")
-
-
-def _try_limits(
-    plan: Plan,
-    model: Any,
-    exact: Any,
-    single: Any,
-    example: Arguments,
-    report: PortReport,
-    guards: list[Guard],
-) -> None:
-    """Tries sizes that violate the guards of the graph; those at which the port differs are in the report."""
-
-    def serves(given: Arguments) -> bool:
-        return bool(_agreed(Pair(plan, model, exact, single, given, False)))
-
-    names = [ref.name for ref in plan.graph.inputs]
-    found = find_limits(example, guards, functools.partial(_runs, single), serves)
-    if found.untried:
-        report.notes.append(
-            f"{found.untried} conditions of the export on sizes were not tried, since {MOST} inputs were; "
-            "compare other sizes with the module before use"
-        )
-    found = with_remainders(found, [array.shape for array in arrays_of(example)])
-    for (number, dim), (low, high) in sorted(found.ranges.items()):
-        if low is not None and low == high:
-            report.fixed.setdefault(names[number], {})[dim] = low
-        else:
-            report.limits.setdefault(names[number], {})[dim] = [low, high]
-    report.guards = found.guards
-    texts = [
-        f"{name} has {', '.join(f'{limit_text(*limit)} in dimension {dim}' for dim, limit in sorted(sizes.items()))}"
-        for name, sizes in report.limits.items()
-    ]
-    texts += [guard.texts(lambda place: f"{names[place[0]]}.shape[{place[1]}]")[0] for guard in found.guards]
-    report.notes += [f"{text}; beyond, the port computes something else than the module" for text in texts]
 
 
 def locate(plan: Plan, program: Any, module: Any, given: Arguments, report: PortReport) -> str:

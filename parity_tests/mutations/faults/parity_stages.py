@@ -116,7 +116,7 @@ FAULTS: dict[str, list[Fault]] = {
     "icenet/parity/ports/proof.py": [
         Fault(
             "a jump of a port may be at another place",
-            "if place := proof_places.jump_that_differs(plan, program, module, example):",
+            "if place := proof_places.jump_that_differs(self.plan, self.program, self.module, self.example):",
             "if place := '':",
             ["porting/test_proof.py::test_a_jump_is_equal_on_equal_inputs"],
         ),
