@@ -14,13 +14,15 @@ from icenet.core.config.transformer_plan import AttentionPlan
 from icenet.core.generation.cache import KVCacheBase, LayerCacheBase, Pick
 from icenet.nn.arrays import on_cpu
 from icenet.nn.attention import Mask, make_attention_mask, rotate, scaled_dot_product_attention
-from icenet.nn.cached_attention import cached_attention, has_cached_attention, joined_attention
+from icenet.nn.cached_attention import cached_attention, has_cached_attention, in_device_memory, joined_attention
 
 
 class KVCache(KVCacheBase):
     """See `icenet.core.generation.cache.KVCacheBase`."""
 
     arrange = KVCacheBase.arrange  # a class with more arrays has its own (see `batching.rows_that_join`)
+    device_position: mx.array
+    """`position` for kernels. Set where a captured step reads the buffers in place."""
 
     def __init__(self, num_layers: int, prepare: Callable[[int], None] | None = None) -> None:
         super().__init__(num_layers, mx.zeros((1,), mx.int32), prepare)
@@ -61,6 +63,7 @@ class KVCache(KVCacheBase):
             columns = columns + mx.arange(length)
         positions = columns if self.padding is None else mx.maximum(columns - self.padding[:, None], 0)
         if self.reads_in_place(length):
+            self.device_position = in_device_memory(self.position)
             return positions, dict.fromkeys(windows)
         # in a captured step, all columns of the buffers are keys
         count = self.capacity if self.length is None else self.length + length
@@ -121,7 +124,9 @@ class LayerCache(LayerCacheBase):
         cache = self._cache
         if cache.reads_in_place(q.shape[2]):
             assert self.keys is not None and self.values is not None
-            return cached_attention(q, k, v, self.keys, self.values, cache.position, cache.padding, angles, plan)
+            return cached_attention(
+                q, k, v, self.keys, self.values, cache.device_position, cache.padding, angles, plan
+            )
         if angles is not None:
             q, k = _rotate(q, k, angles, plan.rotary_pairs)
         keys, values = self.append(k, v)
@@ -139,7 +144,7 @@ class LayerCache(LayerCacheBase):
         """
         cache = self._cache
         assert self.keys is not None and self.values is not None
-        return joined_attention(qkv, self.keys, self.values, cache.position, cache.padding, angles, plan)
+        return joined_attention(qkv, self.keys, self.values, cache.device_position, cache.padding, angles, plan)
 
     def grow(self, capacity: int) -> None:
         if self.keys is not None and self.values is not None:

@@ -22,6 +22,7 @@ from icenet.generation import sampling
 from icenet.generation.cache import KVCache
 from icenet.generation.capture import KEPT_STEPS, CapturedStep, fuse_kernels, kept_steps
 from icenet.nn.arrays import on_cpu
+from icenet.nn.token_kernels import best_token
 
 
 class Decoder(DecoderBase):
@@ -81,7 +82,7 @@ class Decoder(DecoderBase):
         mx.eval(arrays)
 
     def choose(self, scores: mx.array) -> tuple[mx.array, mx.array]:
-        return scores.argmax(-1), scores.max(-1)  # argmax passes over NaN, max does not
+        return best_token(scores)
 
     def start_copy(self, token: mx.array, best: mx.array, state: list[mx.array]) -> tuple[mx.array, mx.array]:
         mx.async_eval(token, best, state)  # lazy arrays would need the thread and keep the graphs of all steps
@@ -93,4 +94,4 @@ class Decoder(DecoderBase):
         return np.array([t if math.isfinite(b) else -1 for t, b in zip(token, best, strict=True)], np.int32)
 
     def fetch_scores(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return np.array(self.choice.logits.astype(mx.float32)), np.array(self.choice.scores)
+        return np.array(self.choice.logits.astype(mx.float32)), np.array(self.choice.scores.astype(mx.float32))

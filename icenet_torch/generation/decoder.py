@@ -103,7 +103,7 @@ class Decoder(DecoderBase):
         token, best, copied = handle
         if copied is not None:
             copied.synchronize()
-        return np.where(np.isfinite(best.cpu().numpy()), token.cpu().numpy(), -1).astype(np.int32)
+        return np.where(np.isfinite(best.cpu().float().numpy()), token.cpu().numpy(), -1).astype(np.int32)
 
     def fetch_scores(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return self.choice.logits.float().cpu().numpy(), self.choice.scores.cpu().numpy()
+        return self.choice.logits.float().cpu().numpy(), self.choice.scores.float().cpu().numpy()

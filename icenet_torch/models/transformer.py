@@ -321,7 +321,9 @@ class TransformerModel(BaseModel):
     ) -> torch.Tensor:
         """Returns the input of the first block, `[B, T, D]`."""
         scale = self.config.embedding_scale or self.config.hidden_size**0.5
-        x = self.token_embedding(input_ids) * scale
+        x = self.token_embedding(input_ids)
+        if scale != 1:  # the multiplication would be a kernel of its own
+            x = x * scale
         if self.config.token_types:
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + self.token_type_embedding(types)

@@ -30,6 +30,7 @@ MLX_FILES = {
     *("nn.recurrent_kernels", "nn.recurrent_source", "nn.recurrent_tiles"),  # PyTorch has cuDNN's
     "nn.recurrent_loops",  # PyTorch's own functions compute whole sequences
     "nn.recurrent_host",  # PyTorch's functions use vector instructions
+    "nn.token_kernels",  # a captured step of PyTorch starts its operations together
     "nn.cuda",  # sources of CUDA kernels; those of PyTorch are in Triton
     "tools.ports",  # of modules of PyTorch
     "engine.compiled",  # PyTorch captures the passes of a step
@@ -65,7 +66,7 @@ ONE_SIDED = {
         "scale_and_shift",
         "softmax_terms",
     },
-    "nn.cached_attention": {"has_triton"},
+    "nn.cached_attention": {"has_triton", "in_device_memory"},  # PyTorch has small tensors on the device
     "generation.decoder": {"Decoder.inference_mode"},  # torch.no_grad
     # a compiled step of MLX serves several requests at a time; a CUDA graph has the memory of one request
     "generation.cache": {"KVCache.without_arrays"},

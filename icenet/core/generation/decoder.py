@@ -53,10 +53,10 @@ class Choice(NamedTuple):
 
     Attributes:
         token: int `[B]`.
-        best: Score of the token, fp32 `[B]`. It is not finite if a logit of the row is NaN or infinite, or if all of
-            them are -infinite.
+        best: Score of the token, `[B]`. It is not finite if a logit of the row is NaN or infinite, or if all of them
+            are -infinite.
         logits: `[B, V]`.
-        scores: fp32 `[B, V]`.
+        scores: `[B, V]`, of `compute_scores`.
     """
 
     token: Any

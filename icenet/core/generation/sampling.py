@@ -57,8 +57,10 @@ def compute_scores(ops: SamplingOps, logits: Any, settings: GenerationConfig, ke
         seen: Tokens that each row contains, bool `[B, V]`, or None without a repetition penalty.
 
     Returns:
-        Scores, fp32 `[B, V]`; -inf for dropped tokens.
+        Scores `[B, V]`; -inf for dropped tokens. They are fp32, or the logits as they are if no step changes them.
     """
+    if keys is None and seen is None:
+        return logits
     logits = ops.to_fp32(logits)
     if seen is not None:
         logits = ops.penalize_repetition(logits, seen, settings.repetition_penalty)
