@@ -123,9 +123,12 @@ class Comparison(ABC):
         to_a = {match.b: match.a for match in self.matches if match.a is not None and match.b is not None}
         self.opaque = set(opaque_layers(a, b, to_a))
         for path in self.opaque | {p for p in to_a if b.kinds.get(p) in align.DIFFERENT_CALLS}:
-            changed = [side.silence(own) for side, own in ((a, to_a[path]), (b, path), (reference, path))]
-            if any(changed):
-                self.report.notes.append(f"the dropout within {path} is left out: its masks have no counterpart")
+            rates = [side.silence(own) for side, own in ((a, to_a[path]), (b, path), (reference, path))]
+            if any(rates):
+                shown = [", ".join(map(str, sorted(found))) or "0" for found in rates]
+                other = f"; its rate is {shown[0]} in a, {shown[1]} in b" if rates[0] != rates[1] else ""
+                what = f"the dropout within {path or 'the model'} is left out: its masks have no counterpart{other}"
+                self.report.notes.append(what)
         for role, side, given in zip("ab", (a, b), self.optimizers or (), strict=False):
             side.check_optimizer(given, role)
         for role, side in (("a", a), ("b", b), ("reference", reference)):

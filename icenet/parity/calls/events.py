@@ -7,6 +7,7 @@ their framework. Above a limit they are on disk.
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 import tempfile
 import weakref
@@ -65,6 +66,11 @@ class Event:
     result: Any = None
     gradients: list[Any] = field(default_factory=list)
     is_complete: bool = False
+
+    @property
+    def output_names(self) -> list[str]:
+        """The keys or fields on the way to each output, such as `boxes[1]`; empty if one of them has none."""
+        return named_slots(self.result)
 
     @property
     def is_storable(self) -> bool:
@@ -341,13 +347,33 @@ def rebuild(item: Any, arrays: list[Any]) -> Any:
 
 
 def argument_names(given: Any) -> list[str]:
-    """Returns the name of each array of `(args, kwargs)`: `0`, `mask`, or `0[1]` in a nested argument."""
+    """Returns the name of each array of `(args, kwargs)`: `0`, `mask`, or `0[1]`, `0[state]` in a nested argument."""
     found: list[str] = []
     args, kwargs = given
     for name, item in (*((str(index), item) for index, item in enumerate(args)), *kwargs.items()):
         slots = [leaf for leaf in leaves(item) if isinstance(leaf, Slot)]
-        found += [name] if isinstance(item, Slot) else [f"{name}[{index}]" for index in range(len(slots))]
+        parts = named_slots(item) or range(len(slots))
+        found += [name] if isinstance(item, Slot) else [f"{name}[{part}]" for part in parts]
     return found
+
+
+def named_slots(item: Any) -> list[str]:
+    """Returns the keys or fields on the way to each slot of a structure, as `boxes[1]`; empty if one has none."""
+    keys = _keys(item)
+    names = [re.sub(r'\["([^"]*)"\]', r".\1", keys[index]).removeprefix(".") for index in sorted(keys)]
+    return names if len(names) == sum(isinstance(leaf, Slot) for leaf in leaves(item)) else []
+
+
+def numbers_by_name(names: Sequence[str], others: Sequence[str], count: int) -> list[int]:
+    """Returns the number among the others of each of `count` arrays: of equal name, or the same number.
+
+    Args:
+        names, others: The names of the arrays on each side; empty if they have none.
+        count: Number of arrays.
+    """
+    if len(names) == count and sorted(names) == sorted(others) and len(set(names)) == count:
+        return [others.index(name) for name in names]
+    return list(range(count))
 
 
 def _keys(item: Any, path: str = "", is_named: bool = False) -> dict[int, str]:
@@ -366,6 +392,21 @@ def _keys(item: Any, path: str = "", is_named: bool = False) -> dict[int, str]:
     else:
         return {}
     return {k: v for name, value in parts for k, v in _keys(value, path + name, True).items()}
+
+
+def numbers(item: Any, path: str = "") -> dict[str, float]:
+    """Returns the Python numbers in a structure, by the keys, fields and places on the way to them."""
+    if isinstance(item, (bool, int, float)):
+        return {path: item}
+    if isinstance(item, dict):
+        parts = [(f"[{key!r}]", value) for key, value in item.items()]
+    elif isinstance(item, (tuple, list)):
+        parts = [(f"[{index}]", value) for index, value in enumerate(item)]
+    elif is_dataclass(item) and not isinstance(item, (type, Slot, Value)):
+        parts = [(f"[{part.name!r}]", getattr(item, part.name)) for part in fields(item)]
+    else:
+        return {}
+    return {name: number for key, value in parts for name, number in numbers(value, path + key).items()}
 
 
 def _is_constant(leaf: Any) -> bool:

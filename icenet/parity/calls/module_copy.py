@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -337,12 +338,37 @@ def _depends_on_mode(module: Any) -> bool:
         return bool(getattr(module, "p", 0.0) or getattr(module, "_p_1", 1.0) < 1.0)
     if isinstance(getattr(module, "dropout", None), float) and module.dropout > 0:
         return True
-    return _reads_mode(type(module))
+    held = [item for item in vars(module).values() if isinstance(item, FunctionType) and is_of_user(item)]
+    cls: Any = type(module)
+    return _reads_mode(cls) or _any_reads_mode(held)
 
 
+@functools.cache
 def _reads_mode(cls: type) -> bool:
-    """Returns whether the code of a user's class reads its mode or drops values."""
-    return bool({"training", "dropout"} & _names_in_code(cls))
+    """Returns whether the code of a user's class, or of a function that it names, reads its mode or drops values."""
+    return _any_reads_mode(_functions(cls))
+
+
+def _any_reads_mode(functions: Sequence[FunctionType]) -> bool:
+    left, seen = list(functions), set[FunctionType]()
+    while left:
+        function = left.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        names = {name for code in _codes(function.__code__) for name in code.co_names}
+        if {"training", "dropout"} & names:
+            return True
+        known = [*(function.__globals__.get(name) for name in names), *_enclosed(function)]
+        left += [item for item in known if isinstance(item, FunctionType) and is_of_user(item)]
+    return False
+
+
+def _enclosed(function: FunctionType) -> Iterator[Any]:
+    """Yields what a function reads of the functions around it."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a cell without a value yet
+            yield cell.cell_contents
 
 
 _DRAWS = frozenset({"bernoulli", "bernoulli_", "rand", "rand_like", "uniform", "uniform_", "random", "random_"})
@@ -364,9 +390,23 @@ def is_of_user(item: Any) -> bool:
 @functools.cache
 def _names_in_code(cls: type) -> frozenset[str]:
     """Returns the names of functions and attributes in the methods of a user's class."""
-    functions = (item for base in cls.__mro__ if is_of_user(base) for item in vars(base).values())
-    codes = (getattr(getattr(item, "__wrapped__", item), "__code__", None) for item in functions)
-    return frozenset(name for code in codes if code is not None for name in code.co_names)
+    codes = (code for function in _functions(cls) for code in _codes(function.__code__))
+    return frozenset(name for code in codes for name in code.co_names)
+
+
+def _functions(cls: type) -> list[FunctionType]:
+    """Returns the methods of a user's class, and the getters of its properties."""
+    items = [item for base in cls.__mro__ if is_of_user(base) for item in vars(base).values()]
+    functions = [getattr(getattr(item, "fget", item), "__wrapped__", getattr(item, "fget", item)) for item in items]
+    return [function for function in functions if isinstance(function, FunctionType)]
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yields the code of a function, and of those within it, such as a comprehension."""
+    yield code
+    for item in code.co_consts:
+        if isinstance(item, CodeType):
+            yield from _codes(item)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from icenet.core.errors import FileError, UsageError
 from icenet.core.models import randomness
 from icenet.parity import align
 from icenet.parity.calls import module_replays
-from icenet.parity.calls.events import Event, Recorder, Run, Store, arrays_of, rebuild
+from icenet.parity.calls.events import Event, Recorder, Run, Store, named_slots, rebuild, take_apart
 from icenet.parity.calls.module_copy import ModuleCopy
 from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.calls.sides import Follow, ModuleError, Side, Targets
@@ -103,10 +103,10 @@ class ModuleSide(ModuleCopy):
         """Returns the loss of an output of the module: that of the user, or the distance from the targets."""
         if loss is not None:
             return loss(output)
-        outputs = arrays_of(output, self.tools.ARRAY)
+        structure, outputs = take_apart(output, self.tools.ARRAY)
         floats = [array for array in outputs if "float" in str(array.dtype)]
         assert targets is not None
-        return self.tools.mean_square(floats, targets(outputs), self.exact)
+        return self.tools.mean_square(floats, targets(outputs, named_slots(structure)), self.exact)
 
     def loss_of(
         self,
@@ -124,7 +124,7 @@ class ModuleSide(ModuleCopy):
             if loss is not None:
                 return [loss(rebuild(event.result, list(arrays)))]
             floats = [array for array in arrays if "float" in str(array.dtype)]
-            return [self.tools.mean_square(floats, targets(arrays), self.exact)]
+            return [self.tools.mean_square(floats, targets(arrays, event.output_names), self.exact)]
 
         found, gradients, _ = self.tools.evaluate(
             call, outputs, self.module, (), lambda index, shape: np.ones(shape), self.exact

@@ -10,7 +10,7 @@ import numpy as np
 
 from icenet.parity import align
 from icenet.parity.calls.directions import parts_of
-from icenet.parity.calls.events import Event, Run
+from icenet.parity.calls.events import Event, Run, numbers_by_name
 from icenet.parity.calls.matching import Match, opaque_layers
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.repeated import calls_in_order, repeated_calls
@@ -74,10 +74,21 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
         pair.children = [child for child in pair.children if not any(child is other for other in pair.repeated)]
         if not (pair.a.is_storable and pair.b.is_storable):
             pair.obstacle = "not replayed: its arguments hold objects that a call may change, such as a cache"
+    notes += _other_keys(pairs)
     b.arrange(a, pairs)
     if any(pair.masked_arguments or pair.masked_outputs for pair in pairs):
         notes.append("masked values are other numbers in a than in b, such as -inf and -1e9: they count as equal")
     return pairs, notes
+
+
+def _other_keys(pairs: list[Pair]) -> list[str]:
+    """Returns a note on outputs of the model that have other keys or fields on each side."""
+    ours, theirs = (getattr(pairs[0], side).output_names if pairs else [] for side in "ab")
+    if len(ours) != len(theirs) or set(ours) == set(theirs):
+        return []
+    others = [f"{x} of a with {y} of b" for x, y in zip(ours, theirs, strict=True) if x != y]
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return [f"outputs with other keys are compared in their order: {', '.join(others[:3])}{more}"]
 
 
 def _without_other_rows(
@@ -245,7 +256,8 @@ def known_shapes(pairs: list[Pair]) -> dict[tuple[int, ...], str]:
     """Returns the alignments that kinds of layers or values determine, by the shape of an output in `b`."""
     found: dict[tuple[int, ...], str] = {}
     for pair in pairs:
-        for ours, theirs in zip(pair.a.outputs, pair.b.outputs, strict=False):
+        for i, theirs in zip(_numbers(pair), pair.b.outputs, strict=False):
+            ours = pair.a.outputs[i]
             if theirs.array.ndim < 3:
                 continue
             known = align.KINDS.get(pair.kind or "")
@@ -300,10 +312,9 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool, sequen
                     start = i + 1
                     break
     count = 1 if pair.kind in align.DIFFERENT_CALLS else None
-    for index, (a, b) in enumerate(zip(ours.outputs[:count], theirs.outputs[:count], strict=False)):
-        found = how(a, b)
-        if found is not None:
-            pair.outputs.append((index, index, found))
+    for j, i in enumerate(_numbers(pair)[:count]):
+        if (found := how(ours.outputs[i], theirs.outputs[j])) is not None:
+            pair.outputs.append((i, j, found))
     if pair.kind == "native_recurrent" and (len(ours.outputs), len(theirs.outputs)) == (2, 3):
         own, last = (
             ours.outputs[1].array,
@@ -318,6 +329,12 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool, sequen
         pair.masked_outputs = {
             j for i, j, found in pair.outputs if _masks_otherwise(ours.outputs[i], theirs.outputs[j], found)
         }
+
+
+def _numbers(pair: Pair) -> list[int]:
+    """Returns the number in `a` of each output of `b`: of the same key or field, otherwise the same number."""
+    numbers = numbers_by_name(pair.b.output_names, pair.a.output_names, len(pair.b.outputs))
+    return [number for number in numbers if number < len(pair.a.outputs)]
 
 
 def _masks_otherwise(ours: Value, theirs: Value, how: str) -> bool:
@@ -434,11 +451,14 @@ def _output_mismatch(pair: Pair) -> str:
     if len(pair.a.outputs) != len(pair.b.outputs):
         if pair.b.parent is not None and pair.outputs:
             return ""  # further outputs that the caller may not use
-        return f"{len(pair.a.outputs)} outputs in a, {len(pair.b.outputs)} in b"
+        names = pair.a.output_names, pair.b.output_names
+        only = [set(names[number]) - set(names[1 - number]) if all(names) else set() for number in (0, 1)]
+        missing = [f"{', '.join(sorted(keys))} in {side} only" for keys, side in zip(only, "ab", strict=True) if keys]
+        return "; ".join([f"{len(pair.a.outputs)} outputs in a, {len(pair.b.outputs)} in b", *missing])
     matched = {j for _, j, _ in pair.outputs}
-    for j, theirs in enumerate(pair.b.outputs):
+    for j, i in enumerate(_numbers(pair)):
         if j not in matched:
-            return unequal(pair.kind, pair.a.outputs[j], theirs, "output of")
+            return unequal(pair.kind, pair.a.outputs[i], pair.b.outputs[j], "output of")
     return ""
 
 

@@ -20,8 +20,8 @@ from icenet.parity.trace import Value
 
 Array = npt.NDArray[Any]
 
-Targets = Callable[[Sequence[Any]], Sequence["Value | None"]]
-"""Returns the targets of the default loss, given the arrays that the module returns."""
+Targets = Callable[[Sequence[Any], Sequence[str]], Sequence["Value | None"]]
+"""Returns the targets of the default loss, given the arrays that the module returns, and their names."""
 
 Follow = Callable[[int, Mapping[str, Value]], Mapping[str, Value]]
 """Returns the gradients that a training step applies, given its number and those that it computed."""
@@ -160,17 +160,17 @@ class Side(ABC):
     def set_sequence_first(self, path: str) -> None:
         """Draws the masks of an MLX dropout of [B, L, ...] as those of [L, B, ...], of a trace of PyTorch."""
 
-    def silence(self, path: str) -> bool:
-        """Sets the rate of all dropouts within a layer to zero; returns whether one was above."""
-        changed = False
+    def silence(self, path: str) -> set[float]:
+        """Sets the rate of all dropouts within a layer to zero; returns those above."""
+        rates = set()
         for inner, module in self.modules.items():
             if inner != path and not inner.startswith(f"{path}."):
                 continue
             for name, none in (("p", 0.0), ("_p_1", 1.0), ("dropout", 0.0)):
-                if isinstance(getattr(module, name, None), float) and getattr(module, name) != none:
+                if isinstance(value := getattr(module, name, None), float) and value != none:
+                    rates.add(round(abs(value - none), 9))
                     setattr(module, name, none)
-                    changed = True
-        return changed
+        return rates
 
     def eager(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which nothing is compiled: each replay is another function, called once."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from icenet.parity import align
 from icenet.parity.calls.directions import parts_of
+from icenet.parity.calls.events import numbers_by_name
 from icenet.parity.calls.sides import Side
 from icenet.parity.measures import rms
 from icenet.parity.trace import Value
@@ -32,7 +33,7 @@ class Targets:
     Args:
         seed: Seed of the targets.
         tools: The `tools.calls` of the side.
-        drawn: For `a`: the targets in the axes of the reference, by number of the output.
+        reference: For `a`: the targets of the reference, in its axes.
         hows: The alignment of each output of `a` by its number; None if only shapes are known.
         same: Whether both sides are of one framework.
         first_only: Whether only the first output is trained, because the layer has other states in each framework.
@@ -42,23 +43,32 @@ class Targets:
         self,
         seed: int,
         tools: Any,
-        drawn: dict[int, Value] | None = None,
+        reference: Targets | None = None,
         hows: Mapping[int, str] | None = None,
         same: bool = False,
         first_only: bool = False,
     ) -> None:
         self._seed, self._tools, self._hows, self._same, self._first_only = seed, tools, hows, same, first_only
-        self._drawn = {} if drawn is None else drawn
-        self._is_a = drawn is not None
+        self._is_a = reference is not None
+        self._drawn: dict[int, Value] = {} if reference is None else reference._drawn
+        self._names: list[str] = [] if reference is None else reference._names
 
     def on(self, tools: Any, hows: Mapping[int, str] | None, same: bool) -> Targets:
         """Returns the same targets for `a`."""
-        return Targets(self._seed, tools, self._drawn, hows, same, self._first_only)
+        return Targets(self._seed, tools, self, hows, same, self._first_only)
 
-    def __call__(self, outputs: Sequence[Any]) -> list[Value | None]:
-        """Returns the target of each floating output of a call; None for one that is not trained."""
+    def __call__(self, outputs: Sequence[Any], names: Sequence[str] = ()) -> list[Value | None]:
+        """Returns the target of each floating output of a call; None for one that is not trained.
+
+        Args:
+            outputs: The arrays.
+            names: Their keys or fields (`Event.output_names`).
+        """
         found: list[Value | None] = []
-        for index, output in enumerate(outputs):
+        if not self._is_a:
+            self._names[:] = names
+        numbers = numbers_by_name(names, self._names, len(outputs))
+        for place, (index, output) in enumerate(zip(numbers, outputs, strict=True)):
             if "float" not in str(output.dtype):
                 continue
             if index and self._first_only:
@@ -71,7 +81,7 @@ class Targets:
                 self._drawn[index] = Value(np.asarray(values * size, np.float32), "fp32")
             target = self._drawn.get(index)
             array = (
-                None if target is None else self._aligned(index, target.array, shape) if self._is_a else target.array
+                None if target is None else self._aligned(place, target.array, shape) if self._is_a else target.array
             )
             zeros = np.zeros(shape, np.float32)
             found.append(Value(zeros if array is None or array.shape != shape else array, "fp32"))

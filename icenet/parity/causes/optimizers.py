@@ -64,6 +64,18 @@ def suggest_update(
     return ""
 
 
+def ams_grad_differs(c: Comparison, optimizers: tuple[Any, Any]) -> bool:
+    """Returns whether `b` alone has AMSGrad, which the optimizers of MLX lack.
+
+    With the usual betas, the first updates are the same but for rounding.
+    """
+    given, optimizer = optimizers
+    if not type(given).__module__.startswith("mlx.optimizers") or not c.computes_reference:
+        return False
+    made = c.reference.tools.make_optimizer(c.reference.module, optimizer, c.reference.rate)
+    return any(group.get("amsgrad") for group in getattr(made, "param_groups", ()))
+
+
 _OPTIONS = {
     "learning_rate": ("lr", "the learning rate"),
     "weight_decay": ("weight_decay", "weight decay"),

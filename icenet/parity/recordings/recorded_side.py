@@ -120,7 +120,7 @@ class RecordedSide(Side):
                 SimpleNamespace(value=v, shape=v.array.shape, dtype="float" if v.is_float else v.dtype)
                 for v in run.events[0].outputs
             ]
-            targets(floats)
+            targets(floats, run.events[0].output_names)
         if self._nearby is None:
             return Run(run.events, run.loss if cotangent else None, run.gradients if cotangent else {})
         root = run.events[0]

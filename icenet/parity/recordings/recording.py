@@ -286,6 +286,7 @@ class _Recording:
                 "names": event.names,
                 "arguments": [self.keep(item) for item in event.arguments],
                 "outputs": [self.keep(item) for item in event.outputs],
+                "output_names": event.output_names,
                 "gradients": [self.keep(item) for item in event.gradients],
                 "is_storable": event.is_storable,
                 "is_rebuildable": event.is_rebuildable,

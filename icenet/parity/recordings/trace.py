@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -126,6 +127,7 @@ class RecordedTrace:
             )
             event.arguments, event.names = self.values(item["arguments"]), list(map(str, item["names"]))
             event.outputs, event.gradients = self.values(item["outputs"]), self.values(item["gradients"])
+            event.named = list(map(str, item.get("output_names", ())))
             event.storable, event.rebuildable = bool(item["is_storable"]), bool(item["is_rebuildable"])
             if len(event.arguments) != len(event.names) or len(event.outputs) != len(event.gradients):
                 raise ValueError
@@ -149,6 +151,11 @@ class RecordedTrace:
 
 class _RecordedEvent(Event):
     storable = rebuildable = False
+    named: Sequence[str] = ()
+
+    @property
+    def output_names(self) -> list[str]:
+        return list(self.named)
 
     @property
     def is_storable(self) -> bool:

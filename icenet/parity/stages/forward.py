@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from icenet.parity import align
 from icenet.parity.calls import culprit
 from icenet.parity.calls.culprit import Origin
+from icenet.parity.calls.events import numbers
 from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair, hidden
 from icenet.parity.calls.replays import replay
@@ -27,6 +29,8 @@ from icenet.parity.yardstick import FACTOR, Judgement, judge
 Array = npt.NDArray[Any]
 
 
+_EQUAL = 1e-6
+"""Largest relative distance of equal Python numbers; one may be that of an fp32 array."""
 _LARGE_NOISE = 0.01
 """Rounding error of an output of `b` in fp32, relative to its size, above which a note says so."""
 
@@ -116,6 +120,8 @@ def judge_forward(
         else:
             c.suggest(pair, found[pair.b.number])
         return
+    if _updates_differ(c, stage, pairs, found) or _numbers_differ(c, stage, pairs[0]):
+        return
     # every module agrees on equal inputs; the run as a whole may be off only by what the modules are
     root = [row for row in stage.rows if row.path == "" and row.part.startswith("output")]
     for row in root:
@@ -123,6 +129,35 @@ def judge_forward(
             index = stage.rows.index(row)
             stage.rows[index] = replace(row, status=states.DIFFERS)
             c.fail(stage, "", "", "the run differs, although every module agrees on the inputs of the reference")
+
+
+def _updates_differ(
+    c: Comparison, stage: Stage, pairs: list[Pair], found: Mapping[int, Mapping[str, Judgement]]
+) -> bool:
+    """Compares how often modules are called that update running statistics in each call."""
+    counts = [Counter(event.path for event in root.walk()) for root in (pairs[0].a, pairs[0].b)]
+    for pair in pairs:
+        ours, theirs = counts[0][pair.a.path], counts[1][pair.path]
+        if ours != theirs and any(name.startswith("statistic ") for name in found.get(pair.b.number, {})):
+            times = [f"{count} times" if count > 1 else "once" for count in (ours, theirs)]
+            note = f"it is called {times[0]} in a, {times[1]} in b, and each call updates its running statistics"
+            stage.rows.append(Row(pair.path, "statistics", status=states.DIFFERS, ratio=math.inf, note=note))
+            c.fail(stage, pair.path, note=note)
+            return True
+    return False
+
+
+def _numbers_differ(c: Comparison, stage: Stage, root: Pair) -> bool:
+    """Compares the Python numbers that the models return, but for those that are computed with rounding."""
+    ours, theirs, exact = (numbers(event.result) for event in (root.a, root.noise, root.b))
+    for name in ours.keys() & theirs.keys():
+        if theirs[name] != exact.get(name) or math.isclose(ours[name], theirs[name], rel_tol=_EQUAL):
+            continue
+        note = f"output{name} is the number {ours[name]} in a, {theirs[name]} in b"
+        stage.rows.append(Row("", f"output{name}", status=states.DIFFERS, ratio=math.inf, note=note))
+        c.fail(stage, "", note=note)
+        return True
+    return False
 
 
 def _note_noise(c: Comparison, pairs: list[Pair], found: Mapping[int, Mapping[str, Judgement]]) -> None:

@@ -268,6 +268,9 @@ def _paired(
             stage.rows.append(Row("", part, theirs.array.shape, states.DIFFERS, math.inf, note=note))
             c.fail(stage, "", note=note)
             raise StageFailed
+        if ours.is_float and ours.dtype != theirs.dtype:
+            label = pairs[0].b.output_label(j)
+            c.add_notes([f"{label} is {ours.dtype} in a, {theirs.dtype} in b: values are compared, not the dtype"])
     for pair in pairs:  # the masks of a dropout depend on the axes of its input
         how = pair.arguments[0][2] if pair.arguments else align.SAME
         for side in (c.b, c.reference):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from icenet.parity.calls.pairs import Sample
 from icenet.parity.calls.sides import Side
-from icenet.parity.causes.optimizers import CORRECTION, suggest_update
+from icenet.parity.causes.optimizers import CORRECTION, ams_grad_differs, suggest_update
 from icenet.parity.curves import judge_curve
 from icenet.parity.inputs import Inputs
 from icenet.parity.measures import rms, rms_distance, squared_distance
@@ -21,7 +21,7 @@ from icenet.parity.nearby import Perturbation
 from icenet.parity.resampling import LIMITS, SAMPLES, Samples, judge_values, sure_limit
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
-from icenet.parity.results.rows import split_at
+from icenet.parity.results.rows import is_in, split_at
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import FACTOR, judge
@@ -278,6 +278,10 @@ def _judge_updates(
         path, part = split_at(name, c.b.modules)
         note = f"{part} is frozen in {which}, and trained in {'b' if which == 'a' else 'a'}"
         stage.rows.append(Row(path, part, status=states.DIFFERS, ratio=math.inf, note=note))
+    for path, note in _frozen_layers(c):
+        stage.rows.append(Row(path, "", status=states.DIFFERS, ratio=math.inf, note=note))
+    if ams_grad_differs(c, optimizers):
+        stage.rows.append(Row("", "", status=states.DIFFERS, ratio=math.inf, note="AMSGrad in b, not in a"))
     sequence = update_gradients(gradients, names)
     updated = []
     for side in (c.a, c.b, c.reference):
@@ -324,7 +328,25 @@ def _judge_updates(
     if bad:
         note = bad[0].note or f"the optimizer: {len(bad)} of {len(stage.rows)} parameters differ after its updates"
         c.fail(stage, bad[0].path, "in the optimizer" if not bad[0].note else "", note)
-        c.report.cause = suggest_update(c, back, sequence, updated, optimizers[1])
+        c.report.cause = "" if bad[0].note else suggest_update(c, back, sequence, updated, optimizers[1])
+
+
+def _frozen_layers(c: Comparison) -> Iterator[tuple[str, str]]:
+    """Yields the layers with other parameters on each side that are frozen in another way, and how.
+
+    Their parameters do not correspond, so it is compared whether all, some or none are frozen.
+    """
+    for path in (path for path in c.b.modules if path in c.different and c.a.own_path(path) is not None):
+        own = c.a.own_path(path) or ""
+        frozen = []
+        for side, at in ((c.a, own), (c.b, path)):
+            names = [name for name in side.shapes if is_in(name, at)]
+            fixed = [name[len(at) + 1 :] if at else name for name in names if name not in side.trainable_names]
+            frozen.append(["all"] if fixed and len(fixed) == len(names) else fixed)
+        kinds = [which if which in ([], ["all"]) else ["some"] for which in frozen]
+        if kinds[0] != kinds[1]:
+            texts = [", ".join(which) or "none" for which in frozen]
+            yield path, f"frozen parameters: {texts[0]} in a, {texts[1]} in b"
 
 
 def default_rate(names: Sequence[str], weights: Mapping[str, Array], gradients: Mapping[str, Array]) -> float:

@@ -1,0 +1,135 @@
+"""Differences outside of the values of one forward pass: modes, frozen layers, keys, statistics, optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
+
+import mlx.core as mx
+import mlx.nn as M
+import mlx.optimizers
+import pytest
+import torch
+import torch.nn as T
+from function_nets import Net, TorchNet
+from pairs import draw
+
+from icenet.parity import compare, read_trace, record
+
+X = draw(4, 6)
+Call = Callable[..., Any]
+
+
+def report_of(ours: Call, theirs: Call, **options: Any) -> Any:
+    """Returns the report of two functions of a module with a linear layer `fc`, and of its input."""
+    a, b = Net(ours, fc=M.Linear(6, 6)), TorchNet(theirs, fc=T.Linear(6, 6))
+    return compare(a, b, X, **{"copy_weights": True, **options})
+
+
+def scaled_in(m: Any, y: Any, is_training: bool) -> Any:
+    """Doubles values in one mode; the class that calls it does not read its mode itself."""
+    return 2 * y if m.training == is_training else y
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_function_that_reads_the_mode_is_compared_in_both(is_training: bool) -> None:
+    class Model(M.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = M.Linear(6, 6)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return mx.stack([scaled_in(self, y, is_training) for y in (self.fc(x),)])
+
+    b = TorchNet(lambda m, x: m.fc(x)[None], fc=T.Linear(6, 6))
+    report = compare(Model(), b, X, copy_weights=True, stages=["forward"])
+    assert report.culprit == "" and report.where == "after fc", report.verdict
+
+
+@pytest.mark.parametrize("stops", ["a", "b"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "MultiHeadAttention"])
+def test_frozen_parameters_of_a_layer_with_other_parts_are_named(kind: str, stops: str) -> None:
+    x = draw(2, 5, 6)
+    if kind == "MultiHeadAttention":
+        a = Net(lambda m, x: m.layer(x, x, x), layer=M.MultiHeadAttention(6, 2, bias=True))
+        b = TorchNet(lambda m, x: m.layer(x, x, x)[0], layer=T.MultiheadAttention(6, 2, batch_first=True))
+    else:
+        a = Net(lambda m, x: m.layer(x)[0] if kind == "LSTM" else m.layer(x), layer=getattr(M, kind)(6, 5))
+        b = TorchNet(lambda m, x: m.layer(x)[0], layer=getattr(T, kind)(6, 5, batch_first=True))
+    if stops == "a":
+        (a.layer.query_proj if kind == "MultiHeadAttention" else a.layer).freeze(keys=["weight", "Wx"], strict=False)
+    else:
+        next(b.layer.parameters()).requires_grad_(False)
+    report = compare(a, b, x, copy_weights=True)
+    assert report.culprit == "layer" and "frozen parameters: " in report.verdict, report.verdict
+    assert ("none in b" in report.verdict) == (stops == "a"), report.verdict
+    a.layer.freeze()
+    b.layer.requires_grad_(False)
+    assert compare(a, b, x, copy_weights=True).passed
+
+
+def test_outputs_correspond_by_their_keys(tmp_path: Any) -> None:
+    """Also in training, and in a trace."""
+
+    def call(m: Any, x: Any, keys: str = "ab") -> Any:
+        y = m.fc(x)
+        values = {"a": y, "b": y * y}
+        return {key: values[key] for key in keys}
+
+    assert report_of(call, partial(call, keys="ba")).passed
+    report = report_of(lambda m, x: dict(zip("ba", call(m, x).values(), strict=True)), call)
+    assert report.culprit == "" and 'output["a"] is off by' in report.verdict, report.verdict
+    report = report_of(call, partial(call, keys="a"))
+    assert "2 outputs in a, 1 in b; b in a only" in report.verdict
+    report = report_of(lambda m, x: {"logits": m.fc(x)}, lambda m, x: {"scores": m.fc(x)})
+    assert (
+        report.passed
+        and "outputs with other keys are compared in their order: logits of a with scores of b" in str(report)
+    )
+    record(TorchNet(call, fc=T.Linear(6, 6)), X, tmp_path)
+    a = Net(partial(call, keys="ba"), fc=M.Linear(6, 6))
+    assert compare(a, read_trace(tmp_path), copy_weights=True).passed
+
+
+def test_numbers_among_the_outputs_are_compared() -> None:
+    for number in (3, 4):
+        report = report_of(lambda m, x, n=number: (m.fc(x), n), lambda m, x: (m.fc(x), 3))
+        assert report.passed == (number == 3)
+        assert report.passed or "output[1] is the number 4 in a, 3 in b" in report.verdict
+
+
+def test_an_output_of_another_dtype_is_noted() -> None:
+    report = report_of(lambda m, x: m.fc(x), lambda m, x: m.fc(x).bfloat16())
+    assert "output is fp32 in a, bf16 in b" in str(report)
+
+
+@pytest.mark.parametrize("is_repeated", [True, False])
+def test_each_call_of_a_batch_norm_updates_its_statistics(is_repeated: bool) -> None:
+    def twice(m: Any, x: Any) -> Any:
+        m.norm(x)
+        return m.norm(x)
+
+    a = Net(twice if is_repeated else lambda m, x: m.norm(x), norm=M.BatchNorm(6))
+    b = TorchNet(lambda m, x: m.norm(x), norm=T.BatchNorm1d(6))
+    report = compare(a, b, X, copy_weights=True)
+    assert report.passed != is_repeated, report.verdict
+    assert report.passed or (report.culprit == "norm" and "2 times in a, once in b" in report.verdict)
+
+
+def test_ams_grad_is_a_difference_before_it_has_an_effect() -> None:
+    for has_it in (True, False):
+        theirs = partial(torch.optim.Adam, lr=1e-3, amsgrad=has_it)
+        ours = mlx.optimizers.Adam(1e-3, bias_correction=True)
+        report = report_of(lambda m, x: m.fc(x), lambda m, x: m.fc(x), optimizer=(ours, theirs))
+        assert report.passed != has_it
+        assert report.passed or "AMSGrad in b, not in a" in report.verdict
+
+
+def test_other_rates_of_dropouts_that_are_left_out_are_noted() -> None:
+    a = Net(lambda m, x: m.layer(x, None), layer=M.TransformerEncoderLayer(6, 2, 8, norm_first=False))
+    b = TorchNet(lambda m, x: m.layer(x), layer=T.TransformerEncoderLayer(6, 2, 8, 0.1, batch_first=True))
+    report = compare(a, b, draw(2, 5, 6), copy_weights=True)
+    assert report.passed and "its rate is 0 in a, 0.1 in b" in str(report), report
