@@ -25,10 +25,10 @@ from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.weights import files as weight_files
 from icenet.core.weights import hub
+from icenet.core.weights.arrays import RenamedWeights
 from icenet.core.weights.convert import PICKLED, Conversion, Summary, summary
 from icenet.core.weights.files import Array, Progress
 from icenet.core.weights.gguf import SUFFIX as GGUF_SUFFIX
-from icenet.core.weights.layout import RenamedWeights
 from icenet.core.weights.packed import DEFAULT_GROUP_SIZE, PackedWeights, describe, packed_of, settings_of
 from icenet.core.weights.quantized import KEYS as QUANTIZATION_KEYS
 

@@ -1,9 +1,9 @@
-"""Arrays that a user passes as weights: as numpy arrays, in the byte order of this machine, of a numeric dtype."""
+"""Views of weights as numpy arrays, in the byte order of this machine and of a numeric dtype, and by other names."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -58,6 +58,38 @@ class NumpyWeights(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+class RenamedWeights(Mapping[str, Array]):
+    """A view of weights under other names.
+
+    Args:
+        weights: The weights.
+        names: New name by name, where the two differ.
+        left_out: Names that the view does not have.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Array], names: Mapping[str, str], left_out: Collection[str] = ()
+    ) -> None:
+        self._weights = weights
+        self._names = {names.get(name, name): name for name in weights if name not in left_out}
+
+    def __getitem__(self, path: str) -> Array:
+        return self._weights[self._names[path]]
+
+    def spec(self, path: str) -> Spec:
+        """Returns the dtype and the shape of an array."""
+        return spec_of(self._weights, self._names[path])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def first_non_finite(weights: Mapping[str, Array]) -> str | None:

@@ -26,6 +26,7 @@ from icenet.core import backends, files
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.weights import files as weights
 from icenet.core.weights import formats, layout, prefixes, sharing
+from icenet.core.weights.arrays import RenamedWeights
 from icenet.core.weights.files import Array, Progress
 from icenet.core.weights.gguf import is_gguf
 from icenet.core.weights.packed import METADATA, Quantization, describe, packed_of
@@ -178,7 +179,7 @@ def convert(
     if model is not None:
         kinds, shapes, names, shared, aliases = _facts(model)
     names = names or {}
-    found = layout.RenamedWeights(given.arrays, names) if given.form == "mlx" else given.arrays
+    found = RenamedWeights(given.arrays, names) if given.form == "mlx" else given.arrays
     found = sharing.complete(found, shared or {})
     permutes = (given.form == "mlx") != (to == "mlx")
     if kinds is None and (permutes or (given.form == "mlx" and shapes is not None)):
@@ -193,7 +194,7 @@ def convert(
     written: Mapping[str, Array] = result
     if to == "mlx":
         _check_dtypes_of_mlx(result, source)
-        written = layout.RenamedWeights(result, {canonical: name for name, canonical in names.items()}, aliases)
+        written = RenamedWeights(result, {canonical: name for name, canonical in names.items()}, aliases)
     elif write_as is not None and (renamed := write_as(result)) is not None:
         written = renamed
     described: dict[str, str] = {}

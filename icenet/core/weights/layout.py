@@ -15,7 +15,7 @@ mlx.nn.Conv1d/2d/3d (out, *space, in/groups) and ConvTranspose (out, *space, in)
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,38 +221,6 @@ class PermutedWeights(Mapping[str, Array]):
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self._weights and not is_left_out(self._kinds, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class RenamedWeights(Mapping[str, Array]):
-    """A view of weights under other names.
-
-    Args:
-        weights: The weights.
-        names: New name by name, where the two differ.
-        left_out: Names that the view does not have.
-    """
-
-    def __init__(
-        self, weights: Mapping[str, Array], names: Mapping[str, str], left_out: Collection[str] = ()
-    ) -> None:
-        self._weights = weights
-        self._names = {names.get(name, name): name for name in weights if name not in left_out}
-
-    def __getitem__(self, path: str) -> Array:
-        return self._weights[self._names[path]]
-
-    def spec(self, path: str) -> Spec:
-        """Returns the dtype and the shape of an array."""
-        return spec_of(self._weights, self._names[path])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
