@@ -168,9 +168,9 @@ def test_the_custom_model_under_icenet_torch_trains(here: Path) -> None:
 
 
 def test_the_custom_model_of_the_page(here: Path) -> None:
-    """The custom model of `docs/models.md` as printed, and its PyTorch version as the page describes it."""
-    (source,) = (block for block in code("docs/models.md", "python") if "class CustomModel" in block)
-    (settings,) = (block for block in code("docs/models.md", "yaml") if "CustomModel" in block)
+    """The custom model of `docs/custom-models.md` as printed, and its PyTorch version as the page describes it."""
+    (source,) = (block for block in code("docs/custom-models.md", "python") if "class CustomModel" in block)
+    (settings,) = (block for block in code("docs/custom-models.md", "yaml") if "CustomModel" in block)
     (here / "my_models.py").write_text(source)
     twin = source.replace("import mlx.nn", "import torch.nn").replace("icenet.models", "icenet_torch.models")
     (here / "my_models_torch.py").write_text(twin)
