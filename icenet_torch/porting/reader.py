@@ -191,7 +191,7 @@ class Reader:
                 else:
                     given[item.name] = arguments(item.default_value) if item.has_default_value() else None
             if namespace == "icenet_step":
-                given.pop("size")  # the shape of the result has it
+                given.pop("size", None)  # the shape of the result has it
             mutates = next(
                 (item.name for item in schema.arguments if item.alias_info is not None and item.alias_info.is_write),
                 None,

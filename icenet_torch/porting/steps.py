@@ -52,12 +52,29 @@ for _name in ("stack", "cat"):
     torch.library.register_fake(f"icenet_step::{_name}", _shape(_name), lib=_library)
 
 
+_library.define("slice.Tensor(Tensor self, int dim, int start, int end, int step) -> Tensor")
+
+
+def _slice(x: torch.Tensor, dim: int, start: int, end: int, step: int) -> torch.Tensor:
+    return x.narrow(dim, start, end - start).clone()
+
+
+def _slice_shape(x: torch.Tensor, dim: int, start: int, end: int, step: int) -> torch.Tensor:
+    return x.new_empty([end - start if axis == dim else size for axis, size in enumerate(x.shape)])
+
+
+_library.impl("slice.Tensor", _slice, "CompositeExplicitAutograd")
+torch.library.register_fake("icenet_step::slice.Tensor", _slice_shape, lib=_library)
+
+
 class Steps:
     """Keeps the sizes of loops open."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, tuple[int, int], Any, Any]] = []
         """File, first and last line of each loop, and the bounds of its range."""
+        self.unread: Any = None
+        """The size of the last tensor of which a loop takes the parts, until it takes one."""
         self.numbers: set[int] = set()
         """What the functions with the loops compare, and the classes of the module."""
 
@@ -74,28 +91,75 @@ class Steps:
     def open(self, module: nn.Module) -> Iterator[None]:
         """Replaces `range` in the files of a module's classes, `torch.stack` and `torch.cat`."""
         self.found.clear()
+        self.unread = None
         self.numbers = _numbers_of(module)
-        before = {name: getattr(torch, name) for name in ("stack", "cat", "unbind")}
+        before = {name: getattr(torch, name) for name in ("stack", "cat", "unbind", "split", "chunk")}
         with changed_names(module, lambda names: {} if "range" in names else {"range": self.range}):
             torch.stack, torch.cat = self.joining("stack", torch.stack), self.joining("cat", torch.cat)  # type: ignore[assignment]
             torch.unbind = torch.Tensor.unbind = lambda *args, **names: self.unbind(*args, **names)  # type: ignore[assignment, method-assign]
+            split, torch.split = torch.Tensor.split, self.splitting(torch.split)  # type: ignore[assignment]
+            torch.Tensor.split = self.splitting(split)  # type: ignore[assignment, method-assign]
+            torch.chunk = torch.Tensor.chunk = lambda *args, **names: self.chunk(*args, **names)  # type: ignore[assignment, method-assign]
             iterate, torch.Tensor.__iter__ = torch.Tensor.__iter__, lambda x: iter(self.unbind(x))  # type: ignore[method-assign]
+            torch.Tensor.__getitem__ = lambda x, index: self.element(x, index)  # type: ignore[assignment, method-assign]
             try:
                 yield
             finally:
                 for name, function in before.items():
                     setattr(torch, name, function)
-                del torch.Tensor.unbind
+                torch.Tensor.split = split  # type: ignore[method-assign]
+                del torch.Tensor.unbind, torch.Tensor.chunk, torch.Tensor.__getitem__
                 torch.Tensor.__iter__ = iterate  # type: ignore[method-assign]
 
     def unbind(self, input: torch.Tensor, dim: int = 0) -> Any:
         """Returns the parts of a tensor, which a loop over an open size takes one by one."""
+        parts = self.parts(input, dim, keepdim=False)
+        return torch._C.TensorBase.unbind(input, dim) if parts is None else parts
+
+    def splitting(self, split: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns `torch.split` of such parts, each with an axis of size 1."""
+
+        def splitted(input: torch.Tensor, split_size: Any, dim: int = 0) -> Any:
+            parts = self.parts(input, dim, keepdim=True) if type(split_size) is int and split_size == 1 else None
+            return split(input, split_size, dim) if parts is None else parts
+
+        return splitted
+
+    def chunk(self, input: torch.Tensor, chunks: Any, dim: int = 0) -> Any:
+        """Returns the chunks of a tensor, as many as its size, as such parts."""
+        is_whole = isinstance(chunks, torch.SymInt) and _text(chunks) == _text(input.shape[dim])
+        parts = self.parts(input, dim, keepdim=True) if is_whole else None
+        return torch._C.TensorBase.chunk(input, chunks, dim) if parts is None else parts
+
+    def parts(self, input: torch.Tensor, dim: int, keepdim: bool) -> Any:
+        """Returns the parts along an axis if its size is open and a loop takes them, else None."""
         size = input.shape[dim] if input.ndim else 0
         lines = self.lines() if isinstance(size, torch.SymInt) else None
         if lines is None:
-            return torch._C.TensorBase.unbind(input, dim)
+            return None
+        if self.unread is not None and self.found[-1][:2] == lines and _value(self.unread) == _value(size):
+            torch._check(self.unread == size)  # zip(x.unbind(1), y.unbind(1)): the export takes them for one size
+        self.unread = size
         self.found.append((*lines, 0, size))
-        return _Parts(input, dim)
+        return _Parts(input, dim, keepdim, self)
+
+    def element(self, x: torch.Tensor, index: Any) -> torch.Tensor:
+        """Returns `x[index]`; the size of `x[:, : t + 1]` is the number, without a comparison with that of x."""
+        items = list(index) if isinstance(index, tuple) else [index]
+        is_plain = bool(self.found) and len(items) <= x.ndim and all(type(item) in (int, slice) for item in items)
+        for dim, item in enumerate(items) if is_plain else ():
+            if type(item) is slice and self.is_part(item, x.shape[dim]):
+                x = torch.ops.icenet_step.slice.Tensor(x, dim, item.start or 0, item.stop, 1)
+                items[dim] = slice(None)
+        return torch._C.TensorBase.__getitem__(x, tuple(items) if isinstance(index, tuple) else items[0])
+
+    def is_part(self, item: slice, size: Any) -> bool:
+        """Returns whether a slice ends at a number within an axis that has the size of a loop."""
+        start, stop = item.start or 0, item.stop
+        if not (type(start) is type(stop) is int and item.step in (None, 1) and isinstance(size, torch.SymInt)):
+            return False
+        is_steps = any(_text(size) == _text(bound) for _, _, _, bound in self.found)
+        return is_steps and 0 <= start < stop <= _value(size)
 
     def range(self, *bounds: Any) -> Any:
         """Returns `range` with the steps of the example."""
@@ -151,8 +215,8 @@ class Steps:
 class _Parts(Sequence[torch.Tensor]):
     """The parts of a tensor along an axis with the size of the example, each made when it is read."""
 
-    def __init__(self, whole: torch.Tensor, dim: int) -> None:
-        self.whole, self.dim = whole, dim
+    def __init__(self, whole: torch.Tensor, dim: int, keepdim: bool, steps: Steps) -> None:
+        self.whole, self.dim, self.keepdim, self.steps = whole, dim, keepdim, steps
 
     def __len__(self) -> int:
         return _value(self.whole.shape[self.dim])
@@ -162,6 +226,9 @@ class _Parts(Sequence[torch.Tensor]):
             return [self[number] for number in builtins.range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
+        self.steps.unread = None
+        if self.keepdim:
+            return self.whole.narrow(self.dim, index % len(self), 1)
         return self.whole.select(self.dim, index)
 
 

@@ -87,9 +87,69 @@ class Repeated(nn.Module):
         return torch.cat([x, x + 1, x, x, x], 1) + y.unsqueeze(1)
 
 
+class Taps(nn.Module):
+    """Two values are assigned at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = x.new_zeros(x.shape[0], 3), x.new_ones(x.shape[0], 3)
+        for t in range(x.shape[1]):
+            a, b = b, torch.tanh(a * self.w + b + x[:, t])
+        return a - b
+
+
+class Together(nn.Module):
+    """A loop over the parts of two tensors."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, found = x.new_zeros(x.size(0), 3), []
+        for part, gate in zip(x.unbind(1), torch.sigmoid(x).unbind(1), strict=True):
+            h = gate * torch.tanh(h + part)
+            found.append(h)
+        return torch.stack(found, dim=1)
+
+
+class Kept(nn.Module):
+    """Parts that keep their axis, by a comprehension."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.sin(part) * 2 for part in x.split(1, dim=1)], dim=1)
+
+
+class Grid(nn.Module):
+    """A loop over rows with a loop over columns."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, rows = x.new_zeros(x.size(0)), []
+        for i in range(x.shape[1]):
+            for j in range(x.shape[2]):
+                h = torch.tanh(h + x[:, i, j])
+            rows.append(h)
+        return torch.stack(rows, dim=1)
+
+
+class Prefixes(nn.Module):
+    """Each step reads all values up to its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = []
+        for t in range(x.size(1)):
+            weights = (x[:, : t + 1] @ x[:, t].unsqueeze(-1)).softmax(1)
+            found.append((weights * x[:, : t + 1]).sum(1))
+        return torch.stack(found, 1)
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
+        (Taps(), ["for step in range(T):", "a, b = b, mx.tanh("]),
+        (Together(), ["for step in range(T):", "x[:, step]"]),
+        (Kept(), ["for step in range(T):", "x[:, step:step + 1]"]),
+        (Grid(), ["for step in range(T):", "for i in range(C):", "x[:, step, i]"]),
+        (Prefixes(), ["for step in range(1, T + 1):", "x[:, :step]"]),
         (Cells(), ["for step in range(T):", "for i in reversed(range(T)):", "back[::-1]"]),
         (Partition(), ["T = x.shape[1]", "for step in range(1, T):"]),
         (Average(), ["for step in range(1, T):"]),

@@ -85,7 +85,7 @@ def test_turns_that_differ_stay_as_they_are() -> None:
     assert rolled(*three, "return [y, y_2, y_3]")[:2] == ["y = x", "ys = []"]
     for end in ("return y_3, y", "return [y_2, y_3]", "return y_2 + x"):  # the values of some turns are read
         assert rolled(*three, end) == [*three, end]
-    far = ["a = f(x, z)", "b = f(a, x)", "c = f(b, a)", "d = f(c, b)", "return d"]  # two turns before
+    far = ["a = f(x)", "b = f(a, x)", "c = f(b, x)", "d = f(c, a)", "e = f(d, b)", "return e"]  # three turns before
     assert rolled(*far) == far
 
 

@@ -6,7 +6,7 @@ import re
 
 from icenet.core.porting.graph.calls import Call, Item
 from icenet.core.porting.kinds import Helpers
-from icenet.core.porting.record import WHOLE, Node, Ref
+from icenet.core.porting.record import WHOLE, Node, Ref, Tensor
 from icenet.core.porting.source.loops import ELEMENT
 from icenet.core.porting.source.size_variables import SizeVariables
 from icenet.core.porting.table import TABLE
@@ -57,7 +57,7 @@ class Inlining(SizeVariables):
             self.keep(text, len(self.items))
             return True
         assert user is not None
-        if self.is_next_turn(item, user) or self.is_last_element(node, user):
+        if self.is_next_turn(item, user) or self.is_last_element(node, user) or self.is_step(node, user):
             return False
         if self.is_element(user) and not (is_part and self.is_listed(user) and not self.is_turn(user)):
             return False  # the loop reads a variable
@@ -81,6 +81,18 @@ class Inlining(SizeVariables):
         names = [ref.name for ref in user.args["tensors"]]
         other = self.graph.by_name.get(names[-2]) if len(names) > 2 and names[-1] == node.name else None
         return other is not None and other.place == node.place is not None and self.uses[other.name] > 1
+
+    def is_step(self, node: Node, user: Item) -> bool:
+        """Returns whether a value is that of one turn of a loop over an open size, of which the next joins all."""
+        if not isinstance(user, Node) or user.base not in ("stack", "cat") or not self.graph.graph.loops:
+            return False
+        dim, whole = user.args["dim"], user.out
+        if not isinstance(whole, Tensor) or not isinstance(whole.shape[dim], str):
+            return False
+        parts = (
+            [self.graph.tensors[ref.name].shape[dim] for ref in user.args["tensors"]] if user.base == "cat" else []
+        )
+        return all(isinstance(part, int) for part in parts)
 
     def is_passed_on(self, node: Node, user: Item) -> bool:
         """Returns whether the next operation gives another shape to a value that has another shape and no name."""

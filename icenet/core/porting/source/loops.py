@@ -44,6 +44,7 @@ def roll(lines: list[Line], names: dict[str, str]) -> list[Line]:
                 index += 1
                 continue
             head, inner = _enumerated(loop)
+            inner = _with_loops(inner, loop.after, names)
             lines = [*loop.before, head, *inner, *loop.after]
             index = len(lines) - len(loop.after)
             continue
@@ -72,9 +73,33 @@ def roll(lines: list[Line], names: dict[str, str]) -> list[Line]:
             head, inner = _in_parts(head, inner, elements[0], others, block[0].origin)
         before = [Line(f"{entry[1]} = {entry[0]}", "", block[0].depth)] if entry else []
         after = lines[index + size * count :]
+        inner = _with_loops(inner, after, names)
         lines = [*lines[:index], *before, head, *inner, *after]
-        index += len(before) + size + 1
+        index += len(before) + len(inner) + 1
     return lines
+
+
+_WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*\b(?!=[^=])")
+
+
+def _with_loops(body: list[Line], after: list[Line], names: dict[str, str]) -> list[Line]:
+    """Writes the statements of a loop with the loops within it: `for i in range(H):` has `for j in range(W):`.
+
+    Args:
+        body: The statements.
+        after: Those after the loop.
+        names: See `roll`.
+    """
+    later = {word for line in after for word in _WORD.findall(line.code)}
+    assigned: dict[str, None] = {}
+    kept = dict.fromkeys(sorted(later))  # with what the next turn reads
+    for line in body:
+        head, equals, value = line.code.partition(" = ")
+        kept |= {word: None for word in _WORD.findall(value if equals else head) if word not in assigned}
+        assigned |= dict.fromkeys(_WORD.findall(head) if equals else ())
+    end = Line(f"return {', '.join(kept)}", "", body[0].depth)
+    rolled = roll([*body, end], names)
+    return rolled[:-1] if rolled[-1].code == end.code else body
 
 
 _HEAD = re.compile(r"for ([\w, ]+) in ")

@@ -187,9 +187,14 @@ class _Simplify(ast.NodeTransformer):
         first, second = _indices(node.value), _indices(node)
         is_plain = all(isinstance(item, ast.Slice) or _is_integer(item) for item in first)
         is_part = not isinstance(node.value.slice, (ast.Tuple, ast.Slice))  # x[0] may be an element of a tuple
-        if not is_plain or is_part or not all(_is_whole(i) or _is_new_axis(i) or _is_integer(i) for i in second):
+        numbers = [_is_new_axis(item) or _is_integer(item) or _is_inner_step(item) for item in second]
+        if (
+            not is_plain
+            or is_part
+            or not all(number or _is_whole(item) for number, item in zip(numbers, second, strict=True))
+        ):
             return node
-        if not any(_is_new_axis(item) or _is_integer(item) for item in second):
+        if not any(numbers):
             return node
         joined: list[ast.expr] = []
         for item in first:
@@ -363,6 +368,11 @@ def _is_integer(item: ast.expr) -> bool:
     item = item.operand if isinstance(item, ast.UnaryOp) else item
     is_step = isinstance(item, ast.Name) and item.id == "step"  # of a loop
     return is_step or (isinstance(item, ast.Constant) and type(item.value) is int)
+
+
+def _is_inner_step(item: ast.expr) -> bool:
+    """Returns whether an index is the counter of a loop within a loop; of an array, too, it may follow a number."""
+    return isinstance(item, ast.Name) and item.id == "i"
 
 
 def _dotted(node: ast.expr) -> str:

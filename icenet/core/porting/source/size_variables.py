@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import replace
 
@@ -88,29 +87,48 @@ class SizeVariables(Variables):
         Raises:
             PortError: A loop of the original is none here.
         """
-        loops = self.loops()
-        left = set(loops)
-        found = []
-        for line, following in itertools.zip_longest(lines, lines[1:]):
+        left = set(self.loops())
+        found: list[Line] = []
+        around: list[tuple[int, OpenLoop]] = []
+        for index, line in enumerate(lines):
+            around = [(depth, loop) for depth, loop in around if depth < line.depth]
             match = _STEPS.fullmatch(line.code)
-            origin = following.origin if match and following is not None else None
             low, high = (int(match[2] or 0), int(match[3])) if match else (0, 0)
-            around = [
-                loop
-                for loop in loops
-                if origin and any(loop.surrounds_line(*statement) for statement in origin) and low >= loop.low
-            ]
-            loop = max(around, key=lambda item: item.first, default=None)
+            end = next((at for at in range(index + 1, len(lines)) if lines[at].depth <= line.depth), len(lines))
+            loop = self.loop_of(lines[index + 1 : end], low, high, [loop for _, loop in around]) if match else None
             if match and loop is not None:
                 stop = self.bound(loop.stop, high - loop.high)
                 start = self.bound(loop.start, low - loop.low)
                 line = replace(line, code=f"{match[1]}({f'{start}, ' if start != '0' else ''}{stop}){match[4]}")
                 left.discard(loop)
+                around.append((line.depth, loop))
             found.append(line)
         if left and not self.structure.trace:
             loop = next(iter(left))
             raise PortError(f"{loop.file}:{loop.first}: the number of steps of the loop is that of the example")
         return found
+
+    def loop_of(self, body: list[Line], low: int, high: int, around: list[OpenLoop]) -> OpenLoop | None:
+        """Returns the loop of the original that a loop with these statements and bounds is, None without one.
+
+        Args:
+            body: The statements.
+            low, high: The bounds.
+            around: The loops of the original around it.
+        """
+        origins = [line.origin for line in body if line.origin]
+        found = [
+            loop
+            for loop in self.loops()
+            if origins
+            and loop not in around
+            and low >= loop.low
+            and all(any(loop.surrounds_line(*statement) for statement in origin) for origin in origins)
+        ]
+        equal = [loop for loop in found if loop.high - loop.low == high - low]
+        if any(_STEPS.fullmatch(line.code) for line in body):
+            return min(equal, key=lambda item: item.first, default=None)
+        return max(equal or found, key=lambda item: item.first, default=None)
 
     def bound(self, expression: str, more: int) -> str:
         """Returns the source of a bound of a loop, and a number added to it."""

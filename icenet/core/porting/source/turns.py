@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -11,56 +9,14 @@ from typing import TypeAlias
 
 from icenet.core.porting.source.lines import Line
 from icenet.core.porting.source.originals import appended_to
+from icenet.core.porting.source.words import Statement, meaning_of, statement_of
 
 LONGEST = 40
 """The number of statements of the longest turn."""
 
-_TOKEN = re.compile(
-    r"\"[^\"]*\"|'[^']*'|\d+\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+|\.[A-Za-z_]\w*|[A-Za-z_]\w*=(?!=)|[A-Za-z_]\w*|\d+|\s+|."
-)
-_NAME = re.compile(r"[A-Za-z_]\w*")
 _COUNTERS = ("step", "i", "index", "turn")
 _Definition: TypeAlias = "tuple[int, int, int]"
 """A variable as a turn sets it: the turn, the statement, and the place among its targets."""
-
-
-class Statement:
-    """A statement by its words.
-
-    Attributes:
-        words: Its text in parts: names of variables and numbers are parts of their own.
-        targets: The places of the variables that it sets.
-        reads: The places of the variables that it reads.
-        numbers: Its integers.
-        form: The text without variables and integers, which the statements of all turns have in common.
-    """
-
-    def __init__(self, code: str, depth: int) -> None:
-        self.words = _TOKEN.findall(code)
-        head = code.partition(" = ")[0] if " = " in code else ""
-        is_plain = bool(head) and re.fullmatch(r"[\w, ()]+", head) is not None
-        self.targets: list[int] = []
-        self.reads: list[int] = []
-        at = 0
-        for place, word in enumerate(self.words):
-            if _NAME.fullmatch(word) and word not in ("_", "mx", "nn", "math", "self", "for", "in", "if", "return"):
-                (self.targets if is_plain and at < len(head) else self.reads).append(place)
-            at += len(word)
-        variables = {*self.targets, *self.reads}
-        self.numbers = [word for word in self.words if word.isdigit()]
-        self.form = (depth, tuple(self.shown(place, variables) for place in range(len(self.words))))
-
-    def shown(self, place: int, variables: set[int]) -> str:
-        return "@" if place in variables else "#" if self.words[place].isdigit() else self.words[place]
-
-    def put(self, words: dict[int, str]) -> str:
-        """Returns the text with other words at some places."""
-        return "".join(words.get(place, word) for place, word in enumerate(self.words))
-
-
-@functools.lru_cache(maxsize=8192)
-def _statement(code: str, depth: int) -> Statement:
-    return Statement(code, depth)  # each is looked at from every statement before it
 
 
 @dataclass
@@ -102,7 +58,7 @@ def turns(lines: list[Line], index: int, names: dict[str, str]) -> Loop | None:
         index: The first statement of the first turn.
         names: The variables that hold the lists of the original, by their texts.
     """
-    statements = [_statement(line.code, line.depth) for line in lines]
+    statements = [statement_of(line.code, line.depth) for line in lines]
     candidates = [
         found for size in range(1, LONGEST + 1) for found in [_repeated(lines, statements, index, size)] if found
     ]
@@ -163,6 +119,12 @@ class _Loop:
         """What a turn adds to the numbers that rise; -1 if they fall."""
         self.carried: dict[tuple[int, int], str] = {}
         """The variables that a turn takes from the one before, and those that the first one reads."""
+        self.earlier: dict[tuple[int, int], str] = {}
+        """What the first turn reads in the place of the values of two turns before."""
+        self.older: set[tuple[int, int]] = set()
+        """The places that read the value that a variable had before its last one."""
+        self.last: dict[tuple[int, int], str] = {}
+        """The variables that hold these values."""
 
     def written(self, rule: int) -> Loop | None:
         """Returns the statements with the loop.
@@ -171,7 +133,7 @@ class _Loop:
             rule: The turn whose variables the loop has.
         """
         found = self.found
-        self.carried = {}
+        self.carried, self.earlier, self.older = {}, {}, set()
         sources = self.sources()
         numbers = self.numbers()
         if sources is None or numbers is None:
@@ -183,6 +145,8 @@ class _Loop:
             if statement is not None
             for place, target in enumerate(statement.targets)
         }
+        if not self.with_older(variables, sources):
+            return None
         after, lists = self.after(variables)
         if after is None:
             return None
@@ -199,7 +163,8 @@ class _Loop:
             words = {target: variables[number, place] for place, target in enumerate(statement.targets)}
             for place in statement.reads:
                 source = sources[number, place]
-                words[place] = variables[source] if isinstance(source, tuple) else source
+                held = self.last if (number, place) in self.older else variables
+                words[place] = held[source] if isinstance(source, tuple) else source
             for place in range(len(statement.words)):
                 first = numbers.get((number, place))
                 if first is not None:
@@ -209,7 +174,11 @@ class _Loop:
             line = self.lines[found.index + number]
             comments = {self.lines[found.index + found.size * turn + number].comment for turn in range(len(rows))}
             comment = line.comment if len(comments) == 1 else ""
-            body.append(Line(statement.put(words), comment, line.depth + 1, line.origin))
+            code = statement.put(words)
+            if (number, 0) in self.last:
+                target, _, value = code.partition(" = ")
+                code = f"{self.last[number, 0]}, {target} = {target}, {value}"
+            body.append(Line(code, comment, line.depth + 1, line.origin))
             for place in range(len(statement.targets)):
                 if (number, place) in lists:
                     body.append(
@@ -217,6 +186,7 @@ class _Loop:
                     )
         depth = self.lines[found.index].depth
         before, entries = self.entries(variables)
+        entries += [f"{name} = {self.earlier[key]}" for key, name in self.last.items() if self.is_set(key, name)]
         entries += [f"{name} = [{first}]" for name, first in lists.values()]
         low = start if step > 0 else start - found.count + 1
         bounds = f"{low}, {low + found.count}" if low else str(found.count)
@@ -228,7 +198,7 @@ class _Loop:
         flat = [*before]
         for turn in range(found.count):
             flat += _turn(body, counter, start + step * turn)
-        if _meaning([*flat, *after]) != _meaning(self.lines):
+        if meaning_of([*flat, *after]) != meaning_of(self.lines):
             return None
         return Loop(before, Line(head, "", depth), body, after, start, found.count, step)
 
@@ -239,37 +209,73 @@ class _Loop:
         """
         found = self.found
         defined: dict[str, _Definition] = {}
-        sources: dict[tuple[int, int], str | tuple[int, int]] = {}
-        first: dict[tuple[int, int], str | _Definition] = {}
+        read: dict[tuple[int, int], dict[int, str | _Definition]] = {}
         for turn, row in enumerate(found.rows):
             for number, statement in enumerate(row):
-                if statement is None:
+                for place in statement.reads if statement is not None else ():
+                    name = statement.words[place]  # type: ignore[union-attr]
+                    read.setdefault((number, place), {})[turn] = defined.get(name) or name
+                for place, target in enumerate(statement.targets if statement is not None else ()):
+                    defined[statement.words[target]] = (turn, number, place)  # type: ignore[union-attr]
+        sources: dict[tuple[int, int], str | tuple[int, int]] = {}
+        for (number, place), turns_ in read.items():
+            last = max(turns_)
+            source = turns_[last]
+            if isinstance(source, str):
+                if any(other != source for other in turns_.values()):
+                    return None
+                sources[number, place] = source
+                continue
+            key, distance = source[1:], last - source[0]
+            age = distance - (number <= key[0])
+            if age > 1:
+                return None
+            for turn, other in turns_.items():
+                if turn >= distance:
+                    if other != (turn - distance, *key):
+                        return None
                     continue
-                for place in statement.reads:
-                    name = statement.words[place]
-                    source = defined.get(name)
-                    if turn == 0:
-                        first[number, place] = source or name
-                        continue
-                    if source is not None and source[0] < turn - 1:
-                        return None
-                    now: str | tuple[int, int] = name if source is None else source[1:]
-                    if sources.setdefault((number, place), now) != now:
-                        return None
-                    was = first[number, place]
-                    if source is None or source[0] == turn:
-                        if was != (name if source is None else (0, *source[1:])):
-                            return None
-                    elif (
-                        turn == 1
-                        and (  # from the turn before
-                            not isinstance(was, str) or self.carried.setdefault(source[1:], was) != was
-                        )
-                    ):
-                        return None
-                for place, target in enumerate(statement.targets):
-                    defined[statement.words[target]] = (turn, number, place)
+                entries = self.carried if turn == distance - 1 else self.earlier
+                if not isinstance(other, str) or entries.setdefault(key, other) != other:
+                    return None
+            sources[number, place] = key
+            if age:
+                self.older.add((number, place))
         return sources
+
+    def with_older(
+        self,
+        variables: dict[tuple[int, int], str],
+        sources: dict[tuple[int, int], str | tuple[int, int]],
+    ) -> bool:
+        """Names the values that variables had before their last ones, as in `a, b = b, a + b`.
+
+        Returns:
+            Whether they can have names.
+        """
+        self.last = {}
+        outside = {source for source in sources.values() if isinstance(source, str)}
+        later = {word for statement in self.statements[self.found.end :] for word in statement.words}
+        for key in sorted({source for place in self.older if isinstance(source := sources[place], tuple)}):
+            statement = self.found.rows[0][key[0]]
+            if statement is None or len(statement.targets) != 1:
+                return False
+            entry = self.carried.get(key, "")
+            if entry and entry not in outside | later | {*variables.values()}:
+                variables[key] = entry
+            name = self.earlier.get(key, "")
+            if not name or name in outside | later | {*variables.values()}:
+                name = f"last_{variables[key]}"
+                if name in self.used:
+                    return False
+            if name in self.last.values():
+                return False
+            self.last[key] = name
+        return True
+
+    def is_set(self, key: tuple[int, int], name: str) -> bool:
+        """Returns whether the variable of an earlier value has to be set before the loop."""
+        return key in self.earlier and self.earlier[key] != name
 
     def numbers(self) -> dict[tuple[int, int], int] | None:
         """Returns the first value of each number that rises in the turns, or of each that falls.
@@ -323,7 +329,9 @@ class _Loop:
                 if key in stacks:
                     words[place] = f"{stacks[key]}.pop()"
                     continue
-                if turn == 0 and found.count > 1:
+                if key in self.last and turn == found.count - 2:
+                    words[place] = self.last[key]
+                elif turn == 0 and found.count > 1:
                     others = {name for other, (name, _) in lists.items() if other != key}
                     made = self.listed(statement, place, key, defined, variables[key], others)
                     if made is None or lists.setdefault(key, made[:2]) != made[:2]:
@@ -439,48 +447,3 @@ def _turn(body: list[Line], counter: str, value: int) -> list[Line]:
         return f"{match[1]}{value - more if match[1] else value + more}"
 
     return [replace(line, code=re.sub(rf"( - |\b){counter}( [+-] \d+)?\b", number, line.code)) for line in body]
-
-
-_BACKWARDS = re.compile(r"\[([\w, ]*)\]\[::-1\]")
-
-
-def _meaning(lines: list[Line]) -> list[str]:
-    """Returns what statements without loops compute: the effects and results, with each value as its computation."""
-    values: dict[str, str] = {}
-    lists: dict[str, list[str]] = {}
-    effects = []
-    for line in lines:
-        statement = _statement(line.code, line.depth)
-
-        def value(name: str) -> str:
-            return f"[{', '.join(lists[name])}]" if name in lists else values.get(name, name)
-
-        words = {place: value(statement.words[place]) for place in statement.reads}
-        for place in statement.reads:
-            name = statement.words[place]
-            if lists.get(name) and statement.words[place + 1 : place + 4] == [".pop", "(", ")"]:
-                words |= {place: lists[name].pop(), **dict.fromkeys(range(place + 1, place + 4), "")}
-        text = statement.put(words)
-        text = _BACKWARDS.sub(lambda match: f"[{', '.join(match[1].split(', ')[::-1])}]", text)
-        match = re.fullmatch(r"(\w+)\.append\((.*)\)", line.code)
-        if match and match[1] in lists:
-            lists[match[1]].append(text.partition(".append(")[2][:-1])
-            continue
-        if not statement.targets:
-            effects.append(text)
-            continue
-        head, _, source = text.partition(" = ")
-        names = [statement.words[target] for target in statement.targets]
-        for name in names:
-            lists.pop(name, None)
-        if len(names) == 1 and head == names[0] and re.fullmatch(r"\[[^\[\]]*\]", source) and line.code.endswith("]"):
-            inner = source[1:-1]
-            lists[names[0]] = inner.split(", ") if inner else []
-            continue
-        if len(names) == 1 and head == names[0] and source.isidentifier():
-            values[names[0]] = source
-            continue
-        key = "v" + hashlib.sha1(f"{re.sub(_NAME, '@', head)} = {source}".encode()).hexdigest()
-        for number, name in enumerate(names):
-            values[name] = f"{key}_{number}"
-    return effects
