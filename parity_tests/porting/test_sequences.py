@@ -9,7 +9,7 @@ import torch
 from made_ports import close, ported
 from torch import nn
 
-from icenet.core.porting.source.classes import Class
+from icenet.core.porting.source.instances import Class
 from icenet.core.porting.source.sequences import functions
 
 

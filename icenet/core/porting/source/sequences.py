@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from icenet.core.porting.layers.mlx_layers import DEFAULTS, NAMES
 from icenet.core.porting.source import helpers
-from icenet.core.porting.source.classes import Class, hints
+from icenet.core.porting.source.instances import Class
 from icenet.core.porting.source.lines import wrapped
 from icenet.core.porting.source.simplify import Constructors, text
+from icenet.core.porting.source.unification import hints
 from icenet.core.porting.source.variants import OPEN
 
 _SAVED = 3

@@ -15,7 +15,8 @@ from icenet.core.porting.names import flat
 from icenet.core.porting.record import Graph, Module
 from icenet.core.porting.source import sequences
 from icenet.core.porting.source.body import Frame
-from icenet.core.porting.source.classes import MARK, Class, Instance, class_source, resolve
+from icenet.core.porting.source.classes import MARK, class_source, resolve
+from icenet.core.porting.source.instances import Class, Instance
 from icenet.core.porting.source.joined_names import join_names
 from icenet.core.porting.source.lines import Body
 from icenet.core.porting.source.modes import either
