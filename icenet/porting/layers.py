@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -14,6 +15,7 @@ from icenet.nn import exact, norm, training_kernels
 from icenet.nn.activations import activation
 from icenet.nn.arrays import Array, on_cpu
 from icenet.nn.conv import conv2d, max_pool
+from icenet.porting.convolution import convolve
 
 # The source of a port has the layers of `mlx.nn`. These are their classes when IceNet runs the port. They compute the
 # same; sizes and dtypes for which IceNet has nothing faster are left to MLX.
@@ -22,8 +24,9 @@ from icenet.nn.conv import conv2d, max_pool
 def accelerate(model: nn.Module) -> nn.Module:
     """Gives MLX's own layers in a port IceNet's operations, in place, and returns the model.
 
-    On a CPU, MLX computes the gradients of strided convolutions and of max pooling in slow loops (see `nn.conv`). On
-    CUDA, its batch norm reads and writes the images many times (see `nn.training_kernels`).
+    On a CPU, MLX computes the gradients of strided convolutions and of max pooling in slow loops (see `nn.conv`), and
+    so it does convolutions with groups or dilation (see `convolution`). On CUDA, its batch norm reads and writes the
+    images many times (see `nn.training_kernels`).
     """
     change_classes(model.named_modules(), _ACCELERATED)
     return model
@@ -34,7 +37,26 @@ def is_accelerated(model: nn.Module) -> bool:
     return any(type(module) in _ACCELERATED.values() for _, module in model.named_modules())
 
 
-class Conv2d(nn.Conv2d):
+class _ConvolutionOnCPU:
+    """What the classes of MLX's own convolutions after `accelerate` share."""
+
+    def __call__(self: Any, x: Array) -> Array:
+        if not (on_cpu() and x.ndim == self.weight.ndim and x.dtype == self.weight.dtype == mx.float32):
+            return super().__call__(x)  # type: ignore[misc,no-any-return]
+        rank = x.ndim - 2
+        stride, padding, dilation = (
+            (value,) * rank if isinstance(value, int) else tuple(value)
+            for value in (self.stride, self.padding, self.dilation)
+        )
+        y = convolve(x, self.weight, stride, padding, dilation, getattr(self, "groups", 1))
+        return exact.add_bias(y, self.bias) if "bias" in self else y
+
+
+class Conv1d(_ConvolutionOnCPU, nn.Conv1d):
+    """The class of MLX's own `Conv1d` after `accelerate`."""
+
+
+class Conv2d(_ConvolutionOnCPU, nn.Conv2d):
     """The class of MLX's own `Conv2d` after `accelerate`."""
 
     def __call__(self, x: Array) -> Array:
@@ -47,6 +69,10 @@ class Conv2d(nn.Conv2d):
         if "bias" not in self:
             return y
         return exact.add_bias(y, self.bias) if on_cpu() else y + self.bias
+
+
+class Conv3d(_ConvolutionOnCPU, nn.Conv3d):
+    """The class of MLX's own `Conv3d` after `accelerate`."""
 
 
 class BatchNorm(nn.BatchNorm):
@@ -99,7 +125,9 @@ class SiLU(nn.SiLU):
 
 
 _ACCELERATED: dict[type, type] = {
+    nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
     nn.BatchNorm: BatchNorm,
     nn.MaxPool2d: MaxPool2d,
     nn.ReLU: ReLU,

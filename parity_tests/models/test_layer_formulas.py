@@ -94,7 +94,7 @@ def visible(length: int, columns: int, causal: bool) -> np.ndarray:
 @both_backends
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("kind", ["none", "causal", "bool", "float"])
-@pytest.mark.parametrize(("queries", "columns"), [(3, 3), (3, 5), (1, 5)])
+@pytest.mark.parametrize(("queries", "columns"), [(3, 3), (3, 5), (1, 5), (70, 73)])
 def test_attention(queries: int, columns: int, kind: str, softcap: float | None, backend: str) -> None:
     """Four heads of queries share two heads of keys, each two neighbours one."""
     q, k, v = draw(2, 4, queries, 8), draw(2, 2, columns, 8, seed=1), draw(2, 2, columns, 8, seed=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
@@ -21,6 +23,7 @@ CASES = [
     (nn.Conv2d(3, 5, 3, stride=(2, 1), padding=1), torch.nn.Conv2d(3, 5, 3, (2, 1), 1)),
     (nn.Conv2d(3, 5, 3, stride=2, dilation=2, padding=1), torch.nn.Conv2d(3, 5, 3, 2, 1, 2)),
     (nn.Conv2d(3, 6, 3, groups=3), torch.nn.Conv2d(3, 6, 3, groups=3)),
+    (nn.Conv2d(3, 3, (3, 2), stride=(2, 1), groups=3), torch.nn.Conv2d(3, 3, (3, 2), (2, 1), groups=3)),
     (nn.BatchNorm(3), torch.nn.BatchNorm2d(3)),
     (nn.BatchNorm(3, momentum=0.3, eps=1e-2), torch.nn.BatchNorm2d(3, momentum=0.3, eps=1e-2)),
     (nn.BatchNorm(3, affine=False), torch.nn.BatchNorm2d(3, affine=False)),
@@ -69,6 +72,41 @@ def test_layers(mine: nn.Module, theirs: torch.nn.Module, training: bool) -> Non
         np.testing.assert_allclose(np.array(value), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rank", "options"),
+    [
+        (1, {"stride": 2, "padding": 2}),
+        (1, {"dilation": 3, "padding": 1, "bias": False}),
+        (1, {"groups": 2, "stride": 3}),
+        (3, {"stride": (1, 2, 2), "padding": (1, 0, 1)}),
+        (3, {"dilation": 2}),
+    ],
+)
+def test_convolutions_of_sequences_and_volumes(rank: int, options: dict[str, Any]) -> None:
+    """Values and gradients are those of PyTorch in float64."""
+    mine, theirs = (getattr(module, f"Conv{rank}d")(4, 6, 3, **options) for module in (nn, torch.nn))
+    theirs = theirs.double()
+    to_mlx = lambda array: mx.array(array.detach().movedim(1, -1).numpy().astype(np.float32))  # noqa: E731
+    layers.accelerate(mine)
+    parameters = {"weight": to_mlx(theirs.weight)}
+    if theirs.bias is not None:
+        parameters["bias"] = mx.array(theirs.bias.detach().numpy().astype(np.float32))
+    x = torch.from_numpy(RNG.standard_normal((2, 4, 11, 7, 6)[: rank + 2])).requires_grad_()
+    y = theirs(x)
+    cotangent = torch.from_numpy(RNG.standard_normal(y.shape))
+    y.backward(cotangent)
+
+    def compute(x: mx.array, *arrays: mx.array) -> list[mx.array]:
+        mine.update(dict(zip(parameters, arrays, strict=True)))
+        return [mine(x)]
+
+    [y_mine], (dx, *gradients) = mx.vjp(compute, [to_mlx(x), *parameters.values()], [to_mlx(cotangent)])
+    pairs = [(y_mine, to_mlx(y)), (dx, to_mlx(x.grad)), (gradients[0], to_mlx(theirs.weight.grad))]
+    pairs += [(gradients[1], mx.array(theirs.bias.grad.float().numpy()))] if theirs.bias is not None else []
+    for value, expected in pairs:
+        np.testing.assert_allclose(np.array(value), np.array(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_other_layers_stay() -> None:
     class Mine(nn.ReLU):
         pass
@@ -76,10 +114,10 @@ def test_other_layers_stay() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.act, self.linear, self.conv = Mine(), nn.Linear(2, 2), nn.Conv1d(2, 2, 1)
+            self.act, self.linear, self.conv = Mine(), nn.Linear(2, 2), nn.ConvTranspose1d(2, 2, 1)
 
     model = layers.accelerate(Net())
-    assert [type(model[name]) for name in ("act", "linear", "conv")] == [Mine, nn.Linear, nn.Conv1d]
+    assert [type(model[name]) for name in ("act", "linear", "conv")] == [Mine, nn.Linear, nn.ConvTranspose1d]
 
 
 def test_another_dtype_is_promoted() -> None:

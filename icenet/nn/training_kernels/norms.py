@@ -160,7 +160,9 @@ _NORMALIZE = (
 )
 
 
-# A warp computes a row. It reads the row three times, the second and third time from the cache.
+# A warp computes a row. It reads the row three times, the second and third time from the cache. `parameters` reads
+# neighbouring weights together. One by one, each read of a warp touches 32 sectors: 16384 rows of 512 values in bf16
+# took 33 us on an H200, not 23, and their gradient 32, not 16.
 _LAYER_NORM_ROW = """
     constexpr int N = VECTOR, ROWS = 8;
     struct alignas(sizeof(T) * N) Pack { T values[N]; };
@@ -173,6 +175,17 @@ _LAYER_NORM_ROW = """
     };
     auto load = [&](const T* array, int column) {
       return *reinterpret_cast<const Pack*>(array + row * channels + column);
+    };
+    struct alignas(16) Four { float values[4]; };
+    auto parameters = [&](const float* array, int column, float* values) {
+      if (N % 4 == 0 && (size_t)array % sizeof(Four) == 0) {
+        for (int i = 0; i < N / 4; i++) {
+          const Four four = reinterpret_cast<const Four*>(array + column)[i];
+          for (int j = 0; j < 4; j++) values[i * 4 + j] = four.values[j];
+        }
+      } else {
+        for (int i = 0; i < N; i++) values[i] = array[column + i];
+      }
     };
 """
 _LAYER_NORM = (
@@ -200,9 +213,12 @@ _LAYER_NORM = (
     }
     for (int column = lane * N; column < channels; column += 32 * N) {
       Pack pack = load(x, column);
+      float factors[N], shifts[N];
+      parameters(weight, column, factors);
+      if (CENTERED) parameters(bias, column, shifts);
       for (int i = 0; i < N; i++) {
-        const float normal = ((float)pack.values[i] - average) * inverse * weight[column + i];
-        pack.values[i] = (T)(CENTERED ? normal + bias[column + i] : normal);
+        const float normal = ((float)pack.values[i] - average) * inverse * factors[i];
+        pack.values[i] = (T)(CENTERED ? normal + shifts[i] : normal);
       }
       *reinterpret_cast<Pack*>(out + row * channels + column) = pack;
     }
@@ -215,8 +231,10 @@ _LAYER_NORM_GRADIENT = (
     float sum = 0.f, products = 0.f;
     for (int column = lane * N; column < channels; column += 32 * N) {
       const Pack pack = load(x, column), other = load(dy, column);
+      float factors[N];
+      parameters(weight, column, factors);
       for (int i = 0; i < N; i++) {
-        const float g = (float)other.values[i] * weight[column + i];
+        const float g = (float)other.values[i] * factors[i];
         sum += g;
         products += g * ((float)pack.values[i] - average) * inverse;
       }
@@ -226,9 +244,11 @@ _LAYER_NORM_GRADIENT = (
     for (int column = lane * N; column < channels; column += 32 * N) {
       Pack pack = load(x, column);
       const Pack other = load(dy, column);
+      float factors[N];
+      parameters(weight, column, factors);
       for (int i = 0; i < N; i++) {
         const float normal = ((float)pack.values[i] - average) * inverse;
-        pack.values[i] = (T)(inverse * ((float)other.values[i] * weight[column + i] - sum - normal * products));
+        pack.values[i] = (T)(inverse * ((float)other.values[i] * factors[i] - sum - normal * products));
       }
       *reinterpret_cast<Pack*>(out + row * channels + column) = pack;
     }
