@@ -39,6 +39,19 @@ def users_lines(error: Exception) -> list[tuple[str, int, str]]:
     ]
 
 
+def hint(error: Exception) -> str:
+    """Returns what to do about ids that are no integers, or none of the table; else an empty string."""
+    if "Long, Int" in str(error):  # of an embedding
+        return "; give ids as integers, such as --shape 2x12:int1000 or torch.randint(1000, (2, 12))"
+    if "index out of range in self" not in str(error):
+        return ""
+    given = [frame.f_locals.get("weight") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    rows = next((len(weight) for weight in reversed(given) if isinstance(weight, torch.Tensor)), None)
+    if rows is None:
+        return ""
+    return f"; the table has {rows} rows: give ids below {rows}, such as --shape 2x12:int{rows}"
+
+
 def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 

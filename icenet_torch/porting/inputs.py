@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from icenet.core.errors import UsageError
-from icenet_torch.porting.failures import first_line, where
+from icenet_torch.porting.failures import first_line, hint, where
 
 
 def check_module(module: Any) -> None:
@@ -34,6 +34,11 @@ def check_module(module: Any) -> None:
 def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raises UsageError if the example inputs do not fit the parameters of `forward`."""
     signature = inspect.signature(module.forward)
+    takes_all = any(item.kind is item.VAR_KEYWORD for item in signature.parameters.values())
+    unknown = [name for name in kwargs if name not in signature.parameters and not takes_all]
+    if unknown:
+        names = ", ".join(signature.parameters)
+        raise UsageError(f"forward{signature} has no argument {unknown[0]!r}; its arguments are {names}")
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -60,11 +65,8 @@ def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         with torch.no_grad(), unchanged([*module.parameters(), *module.buffers()]):
             module(*args, **kwargs)
     except Exception as error:  # whatever the code of a user raises
-        hint = ""
-        if "Long, Int" in str(error):  # of an embedding
-            hint = "; give ids as integers, such as --shape 2x12:int1000 or torch.randint(1000, (2, 12))"
         raise UsageError(
-            f"the module raises an error on the example inputs: {where(error)}{first_line(error)}{hint}"
+            f"the module raises an error on the example inputs: {where(error)}{first_line(error)}{hint(error)}"
         ) from None
     finally:
         for path, inner in module.named_modules():

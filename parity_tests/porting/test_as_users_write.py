@@ -118,3 +118,14 @@ def test_helpers_compare_no_constants() -> None:
 
     _, source = ported(Largest(), torch.randn(2, 4), torch.randint(0, 3, (2, 4)))
     assert '"amax"' not in source, source
+
+
+def test_numbers_have_the_dtypes_of_pytorch() -> None:
+    """Two numbers in `where`, a power of integers, and a scalar among the inputs."""
+
+    class Numbers(nn.Module):
+        def forward(self, x: torch.Tensor, n: torch.Tensor, *, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return torch.where(x > 0, 1, 0), torch.where(n > 1, 2.5, -1.0), n.pow(2.0), torch.sin(x) * scale
+
+    x, n, scale = torch.randn(2, 3), torch.tensor([1, 2, 3]), torch.tensor(2.0)
+    assert icenet.port(Numbers(), (x, n), example_kwargs={"scale": scale}).report.passed

@@ -261,6 +261,10 @@ def test_what_the_module_raises_is_one_line_with_its_place(tmp_path: Path) -> No
     assert is_one_line(failure(lambda self, x: self.fc(x) * float(x.sum())), file, "float(x.sum())", "torch.where")
     assert is_one_line(failure(lambda self, x: self.fc(x)[9].missing), file, "index 9")
     assert is_one_line(failure(lambda self, x: x, ()), "do not fit forward", "'x'")
+    ids = torch.tensor([[1, 7]])
+    assert is_one_line(failure(lambda self, x: F.embedding(x, self.fc.weight), ids), file, "4 rows: give ids below 4")
+    with pytest.raises(UsageError, match="has no argument 'maks'; its arguments are x"):
+        icenet.port(Raises(lambda self, x: x), R(3, 4), example_kwargs={"maks": R(3, 4)})
     notes = icenet.port(Raises(in_training), R(3, 4)).report.notes
     assert any(is_one_line(note, file, "training mode", "not in training") for note in notes)
     notes = icenet.port(Raises(lambda self, x: Lost.apply(self.fc(x))), R(3, 4)).report.notes

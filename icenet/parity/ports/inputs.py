@@ -161,9 +161,8 @@ def drawn_like(item: Array, shape: tuple[int, ...], rng: np.random.Generator) ->
     if item.dtype.kind == "f" or item.dtype.name == "bfloat16":
         values = item.astype(np.float64)
         deviation = float(values.std()) if values.size > 1 else 1.0
-        return (rng.standard_normal(shape) * (deviation or 1.0) + float(values.mean() if values.size else 0)).astype(
-            item.dtype
-        )
+        values = rng.standard_normal(shape) * (deviation or 1.0) + float(values.mean() if values.size else 0)
+        return np.asarray(values, item.dtype)
     if item.dtype.kind == "b":
         return rng.permutation(np.resize(item.ravel(), int(np.prod(shape)))).reshape(shape)
     if item.size == 0:
@@ -173,4 +172,6 @@ def drawn_like(item: Array, shape: tuple[int, ...], rng: np.random.Generator) ->
     flat = item.reshape(-1)
     if item.size > 1 and item.ndim == 1 and (np.diff(flat) >= 0).all():  # offsets, for example
         return np.sort(np.resize(flat, shape))
-    return rng.choice(flat, shape)  # values of the example: others may have no meaning, such as labels below zero
+    return np.asarray(
+        rng.choice(flat, shape)
+    )  # values of the example: others may have no meaning, such as labels below zero

@@ -38,10 +38,11 @@ def _one_error(kind: type[PortError], given: Arguments, training: bool) -> Itera
     except IceNetError:
         raise
     except Exception as error:  # whatever the code of a user raises
-        who, where = "the port", ""
+        who, where, hint = "the port", "", ""
         if kind is OriginalFails:
-            who, where = "the original", backends.module("torch", "porting.failures").where(error)
-        text = f"{who} fails in {mode_name(training)} mode on {sizes_text(given)}: {where}{_first_line(error)}"
+            failures = backends.module("torch", "porting.failures")
+            who, where, hint = "the original", failures.where(error), failures.hint(error)
+        text = f"{who} fails in {mode_name(training)} mode on {sizes_text(given)}: {where}{_first_line(error)}{hint}"
         raise kind(text) from error
 
 

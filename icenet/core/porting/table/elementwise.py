@@ -105,7 +105,7 @@ def power(n: Operation) -> str:
         if exponent in small and (exponent in (0.5, -0.5, 1) or x.isidentifier()):
             return small[exponent]
         if exponent == 2:
-            return f"mx.square({n['self']})"
+            return f"mx.square({n.cast('self', n.out.dtype)})"
         return f"{x} ** {n.atom('exponent')}" if n.tensor("self") else f"mx.power({n['self']}, {n['exponent']})"
     a, b = operands(n, "self", "exponent")
     if not n.out.is_floating and not n.out.is_complex:
@@ -319,6 +319,10 @@ def where(n: Operation) -> str:
     if "self" not in n.args:
         return n.call("nonzero_where", condition)
     a, b = (_bare(text) for text in operands(n, "self", "other"))
+    if n.tensor("self") is None and n.tensor("other") is None:  # MLX's dtypes of two numbers
+        kinds = {type(n.args["self"]), type(n.args["other"])}
+        have = "float32" if float in kinds else "int32" if int in kinds else n.out.dtype
+        return cast_result(n, _where(n, condition, a, b), have)
     return _where(n, condition, number(n, a, "other"), number(n, b, "self"))
 
 
