@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
@@ -124,6 +124,27 @@ def filled(shape: tuple[int, ...], dtype: np.dtype, fill: Callable[[np.ndarray],
     if errors:  # MLX passes over the errors of its threads
         raise errors[0]
     return array
+
+
+def address(array: mx.array) -> int:
+    """Returns where an array is in memory. On a GPU this may move it to the host."""
+    return int(np.array(array.reshape(-1).view(mx.uint8), copy=False).ctypes.data)
+
+
+def array_of_parts(parts: Sequence[mx.array]) -> mx.array | None:
+    """Returns the array whose parts along the first axis are these, without a copy; None if they are no such parts.
+
+    Arrays that follow one another in memory are parts of one: between two of its own, MLX has their size. It does
+    not tell the array of which another one is a view.
+    """
+    if not on_cpu() or any(part.dtype != parts[0].dtype or part.shape[1:] != parts[0].shape[1:] for part in parts):
+        return None
+    starts = [address(part) for part in parts]
+    ends = [start + part.nbytes for start, part in zip(starts, parts, strict=True)]
+    if starts[1:] != ends[:-1]:
+        return None
+    shape = sum(part.shape[0] for part in parts), *parts[0].shape[1:]
+    return mx.as_strided(parts[0], shape)
 
 
 class _Memory(io.RawIOBase):

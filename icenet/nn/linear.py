@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.nn import cpu_products, exact, linear_kernels, training_kernels
-from icenet.nn.arrays import Array, Dtype, cast_weight, is_half, on_cpu, product_dtype
+from icenet.nn.arrays import Array, Dtype, array_of_parts, cast_weight, is_half, on_cpu, product_dtype
 from icenet.nn.embedding import CheckedEmbedding
 from icenet.nn.quantized import QuantizedLayer, join_parts, quantization_of, quantized_product, to_quantized
 from icenet.nn.token_kernels import packed_rows
@@ -162,9 +162,10 @@ class Projections(nn.Module):
         self.bias = self._join(layers, "bias", dtype) if "bias" in layers[0] else None
 
     def _join(self, layers: Sequence[nn.Module], name: str, dtype: Dtype) -> Array:
-        joined = mx.concatenate([layer[name] for layer in layers])
+        whole = array_of_parts([layer[name] for layer in layers])
+        joined = mx.concatenate([layer[name] for layer in layers]) if whole is None else whole
         cast = cast_for_products(joined, dtype) if mx.issubdtype(joined.dtype, mx.floating) else joined
-        if cast is joined:
+        if cast is joined and whole is None:
             parts = [joined[start:end] for start, end in zip(self.ends, self.ends[1:], strict=False)]
             mx.eval(parts)
             for layer, part in zip(layers, parts, strict=True):

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from icenet.nn.arrays import Array, on_cpu
+from icenet.nn.arrays import Array, address, on_cpu
 
 INPUTS = 64
 """Number of arrays whose addresses one kernel writes."""
@@ -78,7 +78,7 @@ def _on_cuda() -> bool:
 
 def _addresses(arrays: Sequence[Array]) -> list[int]:
     if not _on_cuda():
-        return [int(np.array(array.reshape(-1).view(mx.uint8), copy=False).ctypes.data) for array in arrays]
+        return [address(array) for array in arrays]
     # reading an array on the host would move it out of the memory of the device
     found = []
     for start in range(0, len(arrays), INPUTS):

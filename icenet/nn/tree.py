@@ -6,7 +6,8 @@ Canonical paths are PyTorch's names. A list is a `ModuleList` or `ParameterList`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -132,33 +133,74 @@ def weights(model: nn.Module) -> dict[str, np.ndarray]:
 def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -> None:
     """Sets arrays of a model to canonical weights with its names and shapes; a shared one has its owner's name.
 
-    Each array is computed before the next value is read, so the values need not be in memory together.
+    Each array is computed before the next value is read, so the values need not be in memory together. On a CPU,
+    weights that generation joins become parts of one array here: joining them later would copy them. (First token of
+    a Llama with 5 layers of the 1.5B shape: 0.82 of the processor time of the process, 185 MB less memory.)
     """
     own, kinds = Arrays(model, trainable=False), layer_kinds(model)
-    dtypes = {path: array.dtype for path, array in own.get().items()}
+    before = own.get()
+    dtypes = {path: array.dtype for path, array in before.items()}
+    groups = {path: group for group in _joined_paths(model, before) for path in group} if on_cpu() else {}
+    del before
+    waiting: dict[str, np.ndarray] = {}
+
+    def assign(paths: tuple[str, ...], arrays: list[np.ndarray]) -> None:
+        found = _from_large_numpy(arrays, dtypes[paths[0]])
+        own.set(dict(zip(paths, found, strict=True)))
+        mx.eval(found)
+
     for path, array in values:
-        native = layout.mlx_view(layout.parameter_kind(kinds, path), layout.split(path)[1], array)
-        is_double = dtypes[path] == mx.float64  # which MLX has on a CPU
-        value = mx.array(contiguous(native), mx.float64) if is_double else _from_large_numpy(native, dtypes[path])
-        own.set({path: value})
-        mx.eval(value)
+        waiting[path] = layout.mlx_view(layout.parameter_kind(kinds, path), layout.split(path)[1], array)
+        group = groups.get(path, (path,))
+        if all(part in waiting for part in group):
+            assign(group, [waiting.pop(part) for part in group])
+    for path, array in waiting.items():
+        assign((path,), [array])
 
 
-def _from_large_numpy(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
+def _joined_paths(model: nn.Module, arrays: Mapping[str, mx.array]) -> Iterator[tuple[str, ...]]:
+    """Yields the paths of weights that generation joins (see `icenet.nn.linear.join`), in their order.
+
+    Args:
+        arrays: The arrays of the model by path, under one path if they are shared.
+    """
+    for path, module in named_modules(model):
+        paths = tuple(_join(path, f"{name}.weight") for name in getattr(module, "joined_layers", ()))
+        weights = [arrays[each] for each in paths if each in arrays]
+        if paths and len(weights) == len(paths) and len({(each.dtype, each.shape[1:]) for each in weights}) == 1:
+            yield paths
+
+
+def _from_large_numpy(arrays: Sequence[np.ndarray], dtype: mx.Dtype) -> list[mx.array]:
     """Returns what `from_numpy` returns, in a dtype; on a CPU it is written by several threads.
 
     MLX copies and casts in one thread. (6 GB of fp32 weights of a bf16 file: 5 s of processor time instead of 14.)
+
+    Args:
+        arrays: One array, or several that become parts of one array along the first axis.
+        dtype: The dtype.
     """
-    if not on_cpu() or str(array.dtype) not in _EXACT.get(dtype, ()) or array.nbytes < _LARGE:
-        read_ahead(array)
-        return from_numpy(array).astype(dtype)
+    if dtype == mx.float64:  # which MLX has on a CPU
+        return [mx.array(contiguous(array), mx.float64) for array in arrays]
+    if (
+        not on_cpu()
+        or any(str(array.dtype) not in _EXACT.get(dtype, ()) for array in arrays)
+        or arrays[0].nbytes < _LARGE
+    ):
+        for array in arrays:
+            read_ahead(array)
+        return [from_numpy(array).astype(dtype) for array in arrays]
+    ends = list(itertools.accumulate(array.shape[0] for array in arrays)) if len(arrays) > 1 else []
+    shape = (ends[-1], *arrays[0].shape[1:]) if ends else arrays[0].shape
 
     def fill(target: np.ndarray) -> None:
-        if not read_into(target, array):
-            read_ahead(array)
-            copy_to(target, array)
+        for part, array in zip(np.split(target, ends[:-1]) if ends else [target], arrays, strict=True):
+            if not read_into(part, array):
+                read_ahead(array)
+                copy_to(part, array)
 
-    return filled(array.shape, _NUMPY[dtype], fill)
+    found = filled(shape, _NUMPY[dtype], fill)
+    return list(mx.split(found, ends[:-1])) if ends else [found]
 
 
 _EXACT: dict[mx.Dtype, tuple[str, ...]] = {

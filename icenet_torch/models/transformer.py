@@ -28,6 +28,9 @@ from icenet_torch.models.base import BaseModel
 class Attention(nn.Module):
     """Multi-head scaled dot-product attention. Groups of heads of queries share a head of keys and values."""
 
+    joined_layers = "q_proj", "k_proj", "v_proj"
+    """Layers that generation computes as one product."""
+
     def __init__(self, plan: AttentionPlan) -> None:
         super().__init__()
         self.plan = plan
@@ -86,7 +89,7 @@ class Attention(nn.Module):
 
     def prepare_generation(self, original: Attention, dtype: ops.Dtype) -> None:
         """See `icenet.core.generation.copies`."""
-        self._joined = ops.join([original.q_proj, original.k_proj, original.v_proj], dtype)
+        self._joined = ops.join([getattr(original, name) for name in self.joined_layers], dtype)
         if self._joined is not None:
             self.q_proj = self.k_proj = self.v_proj = None  # type: ignore[assignment]
 
@@ -100,6 +103,8 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """A feed-forward network: down(activation(up(x))), or gated: down(activation(gate(x)) * up(x))."""
+
+    joined_layers = "gate_proj", "up_proj"  # as in `Attention`, if it is gated
 
     def __init__(self, plan: FeedForwardPlan) -> None:
         super().__init__()
@@ -129,7 +134,8 @@ class FeedForward(nn.Module):
 
     def prepare_generation(self, original: FeedForward, dtype: ops.Dtype) -> None:
         """See `icenet.core.generation.copies`."""
-        self._joined = ops.join([original.gate_proj, original.up_proj], dtype) if self.is_gated else None
+        layers = [getattr(original, name) for name in self.joined_layers] if self.is_gated else []
+        self._joined = ops.join(layers, dtype) if layers else None
         if self._joined is not None:
             self.gate_proj = self.up_proj = None  # type: ignore[assignment]
 

@@ -51,8 +51,8 @@ ONE_SIDED = {
     },
     "nn.arithmetic": {"set_tf32", "chip", "tf32", "switches"},  # MLX reads its switch once
     "nn.conv": {"Conv2d.reset_parameters"},
-    # MLX images have channels last; PyTorch reads into tensors that it does not fill
-    "nn.arrays": {"triton_kernels", "to_channels_first", "filled", "device_index"},
+    # MLX images have channels last; PyTorch reads into tensors that it does not fill, and tells where they are
+    "nn.arrays": {"triton_kernels", "to_channels_first", "filled", "device_index", "address", "array_of_parts"},
     "nn.loss": {"register_for_compiler"},  # mx.compile needs no registration
     "nn.dropout": {"masked_scale"},  # MLX draws threefry numbers itself
     # PyTorch is accurate there

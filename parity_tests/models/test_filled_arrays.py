@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import icenet.blas  # noqa: F401
+import icenet.blas
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import is_one_line, python
+from helpers import LLAMA, build_model, is_one_line, python
 
+import icenet
+from icenet.core.config import ModelConfig
 from icenet.core.errors import WeightsError
 from icenet.core.weights import files
 from icenet.nn import arrays, tree
@@ -35,7 +37,7 @@ def test_an_array_has_the_values_of_numpy(tmp_path: Path, stored: str, held: str
     files.write(tmp_path, {"a": values})
     source = files.read(tmp_path)["a"]
     for view in (source, source[1:3], source.transpose(2, 0, 1), source[:, :1], source[0, 0, 0], source[:0], values):
-        found = tree._from_large_numpy(view, DTYPES[held])
+        [found] = tree._from_large_numpy([view], DTYPES[held])
         assert found.shape == view.shape and found.dtype == DTYPES[held]
         assert np.array_equal(arrays.to_numpy(found.astype(mx.float32)), np.asarray(view, held).astype(np.float32))
 
@@ -70,5 +72,32 @@ def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     array = files.read(tmp_path)["a"]
     os.truncate(tmp_path / "model.safetensors", 4096)
     with pytest.raises(WeightsError) as raised:
-        tree._from_large_numpy(array, mx.float32)
+        tree._from_large_numpy([array], mx.float32)
     assert is_one_line(raised.value, "model.safetensors", "shorter")
+
+
+def test_weights_that_generation_joins_are_read_into_one_array(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 24, "num_layers": 1, "num_heads": 4, "vocab_size": 61, "max_seq_length": 40}
+    config = ModelConfig(**{"type": "transformer", "dropout": 0.0, **sizes, **LLAMA})
+    icenet.save(build_model("mlx", config, seed=3), tmp_path)
+    model = icenet.load(tmp_path, "mlx", "cpu")
+    block, copied = model.blocks[0], model.for_generation().blocks[0]
+    for layer, names in ((copied.attention, "qkv"), (copied.feed_forward, ("gate", "up"))):
+        own = [getattr(block.attention if names == "qkv" else block.feed_forward, f"{name}_proj") for name in names]
+        assert np.array_equal(layer._joined.weight, np.concatenate([np.array(part.weight) for part in own]))
+        assert arrays.address(layer._joined.weight) == arrays.address(own[0].weight)
+    # a weight that is replaced is no part of it any more
+    block.attention.k_proj.weight = block.attention.k_proj.weight * 2
+    parts = [getattr(block.attention, f"{name}_proj").weight for name in "qkv"]
+    assert arrays.array_of_parts(parts) is None
+    joined = model.for_generation().blocks[0].attention._joined.weight
+    assert np.array_equal(joined, np.concatenate([np.array(part) for part in parts]))
+
+
+def test_parts_that_do_not_follow_one_another_are_no_parts_of_one() -> None:
+    whole = mx.arange(24).reshape(6, 4)
+    first, second, third = mx.split(whole, 3)
+    mx.eval(first, second, third)
+    assert np.array_equal(arrays.array_of_parts([first, second]), np.array(whole)[:4])
+    for parts in ([second, first], [first, third], [first, first], [first, second[:, :2]], [first, mx.array(second)]):
+        assert arrays.array_of_parts(parts) is None
