@@ -54,6 +54,8 @@ def match_modules(a: Side, b: Side, rename: Rename = None) -> list[Match]:
                 rest_a[block.a : block.a + block.size], rest_b[block.b : block.b + block.size], strict=True
             ):
                 found[theirs] = ours, f"matched with {ours} by order and shape"
+    for theirs in [theirs for theirs, (ours, note) in found.items() if note and _is_shared(a, ours, b, theirs)]:
+        del found[theirs]
     for path in opaque_layers(a, b, {theirs: ours for theirs, (ours, _) in found.items()}):
         for theirs in [name for name in found if name.startswith(f"{path}.")]:
             del found[theirs]
@@ -62,6 +64,24 @@ def match_modules(a: Side, b: Side, rename: Rename = None) -> list[Match]:
     ]
     taken = {ours for ours, _ in found.values()}
     return [*matches, *(Match(path, None) for path in a.modules if path not in taken)]
+
+
+def _is_shared(a: Side, ours: str, b: Side, theirs: str) -> bool:
+    """Returns whether a layer without parameters may have the place of several, as one dropout that is called twice.
+
+    Then the module around it has another number of such layers on each side.
+    """
+    if any(name.startswith(f"{theirs}.") for name in (*b.shapes, *b.modules)):
+        return False
+    counts = [
+        sum(
+            path.rpartition(".")[0] == own.rpartition(".")[0]
+            and plain_class(side.classes[path]) == plain_class(side.classes[own])
+            for path in side.modules
+        )
+        for side, own in ((a, ours), (b, theirs))
+    ]
+    return counts[0] != counts[1]
 
 
 def opaque_layers(a: Side, b: Side, to_a: Mapping[str, str]) -> list[str]:

@@ -159,7 +159,8 @@ def switch_off_dropouts(c: Comparison, pairs: list[Pair]) -> None:
 
 def _run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run, Run, Run]:
     c.set_mode(c.trains)
-    if c.exchanged.intersection(c.b.dropouts()):  # the keys of their masks are those of other rows on each side
+    # the keys of their masks are those of other rows, or of other layers, on each side
+    if c.exchanged.intersection(c.b.dropouts()) or _has_other_dropouts(c):
         c.share_draws()
     loss_a, loss_b = c.losses or (None, None)
     wants = wants_gradients(c)
@@ -178,6 +179,13 @@ def _run_training(c: Comparison, inputs: Inputs, pairs: list[Pair]) -> tuple[Run
         return _run_training(c, inputs, pairs)
     check_draws(c, inputs)
     return own, noise, exact
+
+
+def _has_other_dropouts(c: Comparison) -> bool:
+    """Returns whether both sides have dropouts without a counterpart, as one that is called twice in place of two."""
+    lonely_a = (match.a for match in c.matches if match.b is None and match.a is not None)
+    lonely_b = (match.b for match in c.matches if match.a is None and match.b is not None)
+    return any(map(c.a.dropout_rate, lonely_a)) and any(map(c.b.dropout_rate, lonely_b))
 
 
 def _failing_backward(c: Comparison, pairs: list[Pair]) -> str:

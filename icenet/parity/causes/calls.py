@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +15,15 @@ from icenet.parity.calls.events import Event, Store
 from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.sides import Side
+from icenet.parity.causes.numbers import changed
 from icenet.parity.causes.trial import ACCEPTED, Trial
 from icenet.parity.results.rows import index_of
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import judge
 
+_MOST_POOLED = 2
+"""Number of modules that are tried on a mean in place of what it is of."""
 _MOST_MISSING = 6
 """Number of modules that are left out together."""
 
@@ -82,16 +87,7 @@ def find_calls(trial: Trial) -> str:
     c, pair = trial.c, trial.pair
     if pair.kind in align.DIFFERENT_CALLS:
         return ""
-    left_out = {id(event) for child in pair.children for event in (child.a, child.b)}
-
-    def called(event: Event) -> Iterator[str]:
-        for child in event.children:
-            yield child.path
-            if id(child) not in left_out:
-                yield from called(child)
-
-    ours = Counter(called(pair.a))
-    theirs = Counter(called(pair.b))
+    ours, theirs = Counter(called_within(pair, pair.a)), Counter(called_within(pair, pair.b))
     named = Counter({c.a.names.get(path, f"{path} (of a)"): count for path, count in ours.items()})
     missing = [path for path, count in theirs.items() if count > named[path] and c.computes_reference]
     for path in missing:
@@ -118,6 +114,76 @@ def find_calls(trial: Trial) -> str:
         finally:
             trial.ours = before
     return ""
+
+
+def called_within(pair: Pair, event: Event) -> Iterator[str]:
+    """Yields the paths of the modules that a call computes itself, and of those that it calls."""
+    left_out = {id(inner) for child in pair.children for inner in (child.a, child.b)}
+    for child in event.children:
+        yield child.path
+        if id(child) not in left_out:
+            yield from called_within(pair, child)
+
+
+def find_pooled(trial: Trial) -> str:
+    """Returns which module gets a mean over positions in `a` where `b` takes that of its output, or the reverse."""
+    c, pair = trial.c, trial.pair
+    if c.reference.backend != "torch" or not trial.is_forward:
+        return ""
+    paired = {child.path for child in pair.children}
+    called = {c.a.names.get(path, "") for path in called_within(pair, pair.a)}
+    paths = [path for path in called_within(pair, pair.b) if path in called - paired]
+    floats = [value for value in trial.given.values if value.is_float and value.array.ndim > 2]
+    for path in list(dict.fromkeys(paths))[:_MOST_POOLED]:
+        for kind, is_before in itertools.product(("mean", "amax"), (True, False)):
+            for axes in ((1,), (2,), (1, 2), (2, 3)):
+
+                def handle(
+                    path: str,
+                    call: Any,
+                    args: Any,
+                    kwargs: Any,
+                    kind: str = kind,
+                    axes: Any = axes,
+                    first: Any = is_before,
+                ) -> Any:
+                    x, y = args[0], call(*args, **kwargs)
+                    if first and max(axes) < x.ndim == y.ndim:
+                        return call(getattr(x, kind)(axes, keepdim=True), *args[1:], **kwargs).expand(y.shape)
+                    for value in floats if not first else ():
+                        if value.array.ndim == x.ndim + len(axes) and value.array.ndim > max(axes):
+                            whole = x.new_tensor(np.asarray(value.array))
+                            pooled = getattr(whole, kind)(axes)
+                            if pooled.shape == x.shape and bool((pooled - x).abs().max() <= 1e-9 * x.abs().max()):
+                                return getattr(call(whole, *args[1:], **kwargs), kind)(axes)
+                    return y
+
+                with c.reference.tools.intercepting({path: c.reference.modules[path]}, handle):
+                    new = trial.replay()
+                if new and trial.explains(new):
+                    what = f"the {'mean' if kind == 'mean' else 'maximum'} over positions is taken"
+                    sides = ("before", "after") if is_before else ("after", "before")
+                    return f"{what} {sides[0]} {relative(path, pair.path)} in a, {sides[1]} it in b"
+    return ""
+
+
+def find_rate(trial: Trial) -> str:
+    """Returns the rate of dropouts without a counterpart of their own, if it is another one in `a`."""
+    c, pair = trial.c, trial.pair
+    if not c.a.train or not trial.is_forward or c.reference.backend != "torch" or not c.computes_reference:
+        return ""
+    rates = [
+        {path: rate for path in called_within(pair, event) if (rate := side.dropout_rate(path))}
+        for side, event in ((c.a, pair.a), (c.b, pair.b))
+    ]
+    ours, theirs = (set(found.values()) for found in rates)
+    if len(ours) != 1 or len(theirs) != 1 or ours == theirs:
+        return ""
+    new, old = ours.pop(), theirs.pop()
+    with contextlib.ExitStack() as stack:
+        for path in rates[1]:
+            stack.enter_context(changed(c.reference.modules[path], "p", new))
+        return f"the rate p of the dropout is {new:g} in a, {old:g} in b" if trial.explains(trial.replay()) else ""
 
 
 def find_call_order(trial: Trial) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     pass
 
 
+_MOST_ACTIVATED = 8
+"""Number of outputs to which activations are applied."""
 _MOST_SITES = 8
 """Number of places in the code up to which a variant is also tried at each of them alone."""
 
@@ -48,23 +50,26 @@ def find_functions(trial: Trial) -> str:
     written = code_numbers(trial.modules[0])
     whole = code_numbers(trial.modules[0], int)
     table = [*variants.TABLE, *variants.number_variants(calls, [*own, *written], whole)]
+    table += variants.sum_variants(calls)
     table += variants.clip_variants(calls, written)
     caps = variants.cap_variants(calls, own)
     table = [*caps, *table] if "tanh" in sites else [*table, *caps]
     if "mul" in sites:
         table += variants.theta_variants(bases(trial))
+    table += variants.LATE
     accepted: list[tuple[float, int, str]] = []
     for index, variant in enumerate(table):
-        own_sites = list(dict.fromkeys(site for name in variant.names for site in sites.get(name, ())))
-        if not own_sites:
+        if sites.keys().isdisjoint(variant.names):
             continue
-        for only in (None, *_places(own_sites)):
+        places: list[frozenset[Any] | None] = [None]
+        for only in places:  # which grows
             with variants.applied(variant, only) as mode:
                 new = trial.replay()
-            if not mode.has_changed and only is None:  # it fits no call
-                break
-            if new and trial.explains(new, functools.partial(_of_b, trial, variant, only)):
+            places += _places(mode.sites) if only is None else []  # none if it fits no call
+            if mode.sites and new and trial.explains(new, functools.partial(_of_b, trial, variant, only)):
                 ratio = trial.ratio(new)
+                if ratio > 2:  # the noise may be larger there
+                    ratio = min(ratio, trial.ratio(new, _of_b(trial, variant, only)))
                 accepted.append((ratio, index, _text(variant, only, calls)))
                 break
         if accepted and accepted[-1][0] <= 2:
@@ -79,6 +84,23 @@ def find_functions(trial: Trial) -> str:
         if edges and trial.explains_array(np.clip(trial.exact[trial.name].array, ours.min(), ours.max())):
             return f"clipped at {' and '.join(f'{edge:g}' for edge in edges)} in a"
     return min(accepted)[2] if accepted else ""
+
+
+def find_activated(trial: Trial) -> str:
+    """Returns which activation `a` applies to the output of a call within, in addition."""
+    if not trial.is_forward or not trial.c.computes_reference or trial.c.reference.backend != "torch":
+        return ""
+    variants = backends.module("torch", "tools.variants")
+    places = list(enumerate(zip(trial.pair.input_places(), trial.given.values, strict=True)))
+    for index, ((source, _), value) in places[: -_MOST_ACTIVATED - 1 : -1]:
+        if source is None or not value.is_float:
+            continue
+        for name in variants.USUAL_ACTIVATIONS:
+            values = list(trial.given.values)
+            values[index] = replace(value, array=variants.activated(name, value.array))
+            if trial.explains(trial.replay(values=values)):
+                return f"{name} is applied to the output of {relative(source.path, trial.pair.path)} in a"
+    return ""
 
 
 def _places(sites: Sequence[Any]) -> list[frozenset[Any]]:

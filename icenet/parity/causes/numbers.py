@@ -54,14 +54,14 @@ def find_numbers(trial: Trial) -> str:
         if new == old:
             continue
         found.append((attribute, new, text))
-        with _changed(theirs, attribute, new):
+        with changed(theirs, attribute, new):
             if trial.explains(trial.replay()):
                 return text
     if text := _number_within(trial):
         return text
     with contextlib.ExitStack() as stack:
         for attribute, new, _ in found:
-            stack.enter_context(_changed(theirs, attribute, new))
+            stack.enter_context(changed(theirs, attribute, new))
         if len(found) > 1 and trial.explains(trial.replay()):
             return "; ".join(text for _, _, text in found)
     return ""
@@ -90,7 +90,7 @@ def _number_within(trial: Trial) -> str:
     for text, places in changes.items():
         with contextlib.ExitStack() as stack:
             for place in places:
-                stack.enter_context(_changed(*place))
+                stack.enter_context(changed(*place))
             if trial.explains(trial.replay()):
                 return text
     return ""
@@ -164,7 +164,7 @@ def unequal_numbers(c: Comparison) -> list[str]:
 
 
 @contextlib.contextmanager
-def _changed(module: Any, name: str, value: Any) -> Iterator[None]:
+def changed(module: Any, name: str, value: Any) -> Iterator[None]:
     before = vars(module)[name]
     vars(module)[name] = value
     try:
@@ -199,7 +199,7 @@ def find_options(trial: Trial) -> str:
     """Returns an option that only one framework has for a layer."""
     own = attributes(trial.modules[0])
     if getattr(trial.modules[1], "batch_first", True) is False and "batch_first" not in own:
-        with _changed(trial.modules[1], "batch_first", True):
+        with changed(trial.modules[1], "batch_first", True):
             if trial.explains(trial.replay()):
                 return "the layer takes [L, B, D] in b (batch_first=False), [B, L, D] in a: exchange the axes 0 and 1"
     if trial.pair.kind == "group_norm" and own.get("pytorch_compatible", ("", True))[1] is False:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+_MOST_PLACES, _MOST_VALUES = 512, 1 << 20
+"""Number of elements along an axis, and of all values, up to which another order is searched for."""
+_MOST_LISTED = 8
+"""Number of elements of another order that are listed."""
+
 
 def find_order(trial: Trial) -> str:
     """Returns how the elements of the array are ordered otherwise, if that explains the difference."""
@@ -64,6 +69,27 @@ def find_order(trial: Trial) -> str:
                 continue
             if trial.explains_array(align.to_mlx(align.MOVED, exact.reshape(shape)).reshape(exact.shape)):
                 return "flattened channels last: write mx.moveaxis(x, -1, 1).flatten(1) in MLX"
+    return ""
+
+
+def find_chosen(trial: Trial) -> str:
+    """Returns which elements along an axis `a` has at each place, if they are those of `b` in another order."""
+    ours, exact = (np.asarray(values[trial.name].array, np.float64) for values in (trial.ours, trial.exact))
+    if not trial.is_forward or ours.shape != exact.shape or not np.isfinite(ours).all():
+        return ""
+    for axis in range(1, ours.ndim):
+        size = ours.shape[axis]
+        if not 2 < size <= _MOST_PLACES or exact.size > _MOST_VALUES or not np.isfinite(exact).all():
+            continue
+        rows, others = (np.moveaxis(array, axis, 0).reshape(size, -1) for array in (ours, exact))
+        distances = np.square(rows).sum(1)[:, None] + np.square(others).sum(1) - 2 * rows @ others.T
+        chosen = distances.argmin(1)
+        is_same = np.array_equal(chosen, np.arange(size))
+        if not is_same and len(set(chosen)) > 1 and trial.explains_array(np.take(exact, chosen, axis)):
+            first = int(np.flatnonzero(chosen != np.arange(size))[0])
+            listed = ", ".join(map(str, chosen[first : first + _MOST_LISTED]))
+            more = ", ..." if first + _MOST_LISTED < size else ""
+            return f"along axis {axis}, a has other elements of b from position {first} on: [{listed}{more}]"
     return ""
 
 

@@ -109,8 +109,7 @@ def find_partial(trial: Trial) -> str:
         arrays = [trial.given.values[index].array for index in indices]
         if arrays[0].ndim != arrays[1].ndim or arrays[0].shape[:-1] != arrays[1].shape[:-1]:
             continue
-        width = math.gcd(*(array.shape[-1] for array in arrays))
-        sizes = [size for size in range(4, width + 1, 2) if width % size == 0] if arrays[0].ndim == 3 else [width]
+        sizes = _head_sizes(math.gcd(*(array.shape[-1] for array in arrays)), arrays[0].ndim)
         for size, theta, is_half in itertools.product(reversed(sizes), held.bases, held.halves):
             for own, other in _dimensions(size, held.dims):
                 turns = _Turn(other, theta, is_half, 1.0), _Turn(own, theta, is_half, 1.0)
@@ -134,8 +133,7 @@ def _turned_on_one_side(trial: Trial, floats: Sequence[int], held: _Held) -> str
         array = np.asarray(trial.given.values[index].array)
         # what holds the same numbers as its input is not turned in b
         is_plain = array.size == exact.size and np.allclose(np.sort(array, axis=None), exact)
-        width = array.shape[-1]
-        sizes = [size for size in range(4, width + 1, 2) if width % size == 0] if array.ndim == 3 else [width]
+        sizes = _head_sizes(array.shape[-1], array.ndim)
         turns = itertools.product(reversed(sizes), held.bases, held.halves, range(1, array.ndim - 1))
         for size, theta, is_half, axis in turns:
             none, turn = _Turn(size, theta, is_half, 0.0), _Turn(size, theta, is_half, 1.0)
@@ -147,6 +145,11 @@ def _turned_on_one_side(trial: Trial, floats: Sequence[int], held: _Held) -> str
                     return f"rotary positions turn {what} here in a, not in b"
                 return f"rotary positions do not turn {what} in a"
     return ""
+
+
+def _head_sizes(width: int, ndim: int) -> list[int]:
+    """Returns the even numbers of values that a head may have, of an array [B, L, D] or [B, H, L, E]."""
+    return [size for size in range(4, width + 1, 2) if width % size == 0 and (ndim == 3 or size == width)]
 
 
 def _queries_and_keys(trial: Trial, indices: Sequence[int]) -> list[tuple[int, int]]:

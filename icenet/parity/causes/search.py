@@ -13,6 +13,7 @@ rotary      the base of the angles of rotary positions, the values that they tur
 constants   tables and masks with other values, and two parameters that are exchanged
 norms       norms over other axes or heads, or of another kind
 loops       loops of another number of iterations
+helpers     functions of the user that are left out, or get their arguments in the other order
 weights     the order of gates and projections, a bias that is not used, 1 + weight, tied weights
 integers    integers and booleans: an offset of positions, an inverted mask
 shapes      operations that change a shape, if the shapes of both sides differ
@@ -27,10 +28,18 @@ from collections.abc import Mapping
 
 from icenet.parity import align
 from icenet.parity.calls.pairs import Pair
-from icenet.parity.causes.calls import find_call_order, find_calls, find_dropout, find_mode
+from icenet.parity.causes.calls import find_call_order, find_calls, find_dropout, find_mode, find_pooled, find_rate
 from icenet.parity.causes.constants import find_constants, find_factors
 from icenet.parity.causes.device import find_device
-from icenet.parity.causes.functions import find_casts, find_functions, find_mask, find_statistics, find_stopped
+from icenet.parity.causes.functions import (
+    find_activated,
+    find_casts,
+    find_functions,
+    find_mask,
+    find_statistics,
+    find_stopped,
+)
+from icenet.parity.causes.helpers import find_helpers
 from icenet.parity.causes.integers import find_ignored, find_integers
 from icenet.parity.causes.loops import find_loops
 from icenet.parity.causes.norms import find_norms
@@ -38,7 +47,7 @@ from icenet.parity.causes.numbers import (
     find_numbers,
     find_options,
 )
-from icenet.parity.causes.order import find_direction, find_order
+from icenet.parity.causes.order import find_chosen, find_direction, find_order
 from icenet.parity.causes.rotary import find_angles, find_partial, find_rotary
 from icenet.parity.causes.sums import (
     find_centred,
@@ -66,8 +75,13 @@ _SEARCHES = (
         find_calls,
         find_norms,
         find_left_out,
+        find_pooled,
+        find_rate,
+        find_helpers,
         find_functions,
+        find_activated,
         find_loops,
+        find_chosen,
         find_scale,
         find_sums,
         find_weights,
@@ -85,7 +99,7 @@ _BACKWARD = (
 _COMPUTED = (
     *(find_statistics, find_functions, find_rotary, find_angles, find_partial),
     *(find_unused, find_weights, find_offset, find_tied, find_casts, find_loops, find_stopped),
-    *(find_norms, find_constants, find_factors, find_ignored),
+    *(find_norms, find_constants, find_factors, find_ignored, find_pooled, find_rate, find_helpers),
 )
 """Those in which the reference computes something else, which a recorded one cannot."""
 

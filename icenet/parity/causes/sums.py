@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from icenet.parity import align
 from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import Pair
+from icenet.parity.causes.calls import called_within
 from icenet.parity.causes.trial import Trial
 from icenet.parity.results.rows import index_of
 from icenet.parity.trace import output_name
@@ -47,8 +49,12 @@ def find_sums(trial: Trial) -> str:
         if trial.explains_array(array):
             return f"a takes {label} in its place"
     for (label, array), (other, taken) in itertools.permutations(terms, 2):
-        if trial.explains_array(exact + array - taken):
-            return f"a adds {label} where b adds {other}"
+        change = array - taken
+        size = float(np.square(change).sum())
+        factor = float((difference * change).sum()) / size if size else 0.0
+        if factor > 0 and exact.size > 2 and trial.explains_array(exact + factor * change):
+            times = "" if abs(factor - 1) < 1e-4 else f", each multiplied by {factor:.6g}"
+            return f"a adds {label} where b adds {other}{times}"
     return ""
 
 
@@ -120,7 +126,7 @@ def find_parts(trial: Trial) -> str:
         return ""
     shape = trial.exact[trial.name].array.shape
     places = trial.pair.input_places()
-    labels = [_label(trial.pair, source) for source, _ in places]
+    labels = [_label(trial.pair, source, number) for source, number in places]
     floats = [(label, value) for label, value in zip(labels, trial.given.values, strict=True) if value.is_float]
     for label, value in floats:
         array = np.asarray(value.array, np.float64)
@@ -179,12 +185,13 @@ def find_centred(trial: Trial) -> str:
     return ""
 
 
-def _label(pair: Pair, source: Pair | None) -> str:
-    """Returns what to call the output of a call within another one, or (None) an argument of that."""
+def _label(pair: Pair, source: Pair | None, number: int = 0) -> str:
+    """Returns what to call an output of a call within another one, or (None) an argument of that."""
     if source is None:
         return "the input"
     is_only = sum(child.path == source.path for child in pair.children) == 1
-    return f"the output of {relative(source.path, pair.path)}" + ("" if is_only else f" (call {source.b.call + 1})")
+    output = source.b.output_label(number) if number else "output"
+    return f"the {output} of {relative(source.path, pair.path)}" + ("" if is_only else f" (call {source.b.call + 1})")
 
 
 def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
@@ -202,11 +209,26 @@ def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
             rows = array[0] if array.ndim > 2 and array.shape[0] == 1 else array  # a table for all rows of a batch
             if (rows.ndim > 1 and shape[-rows.ndim :] == rows.shape) or (array.size > 1 and _fits(array, shape)):
                 found.append((name, np.broadcast_to(np.asarray(array, np.float64), shape)))
-        for (source, _), value in zip(trial.pair.input_places(), trial.given.values, strict=True):
+        stacks: dict[tuple[str, int], list[Array]] = {}
+        for (source, number), value in zip(trial.pair.input_places(), trial.given.values, strict=True):
             array = np.asarray(value.array, np.float64)
-            found.append(
-                (_label(trial.pair, source), np.broadcast_to(array, shape) if _fits(array, shape) else array)
-            )
+            if source is not None:
+                stacks.setdefault((source.path, number), []).append(array)
+            if array.shape[-1:] == shape[-1:] and array.size == math.prod(shape):
+                array = array.reshape(shape)  # [B * L, D] where the others are [B, L, D]
+            array = np.broadcast_to(array, shape) if _fits(array, shape) else array
+            found.append((_label(trial.pair, source, number), array))
+        for (path, number), arrays in stacks.items():
+            if len(arrays) > 1 and len(shape) > 2 and {array.shape for array in arrays} == {shape[:1] + shape[2:]}:
+                output = next(child.b.output_label(number) for child in trial.pair.children if child.path == path)
+                label = f"the {output} of {relative(path, trial.pair.path)}, of all its calls,"
+                found.append((label, np.stack(arrays, 1)))
+        found += _computed_within(trial)
+        for index, (source, _) in enumerate(trial.pair.places()):
+            name = output_name(index)
+            if source is not None and name in trial.checked[1:]:
+                label = f"the input of {relative(source.path, trial.pair.path)}"
+                found.append((label, np.asarray(trial.exact[name].array, np.float64)))
     elif trial.given.cotangents is not None:
         for (source, _), value in zip(trial.pair.places(), trial.given.cotangents, strict=True):
             what = "the output" if source is None else f"the input of {relative(source.path, trial.pair.path)}"
@@ -216,6 +238,27 @@ def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
         if array.shape == shape and len(kept) < 12:
             kept.setdefault(label, array)
     return list(kept.items())
+
+
+def _computed_within(trial: Trial) -> list[tuple[str, Array]]:
+    """Returns the inputs and outputs of the modules of the reference that a replay computes, too."""
+    c, pair = trial.c, trial.pair
+    paths = set(called_within(pair, pair.b)) - {child.path for child in pair.children}
+    if not paths or not c.computes_reference or c.reference.backend != "torch":
+        return []
+    found: list[tuple[str, Array]] = []
+
+    def handle(path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        arrays: tuple[Any, Any] = next(iter((*args, *kwargs.values())), None), result
+        for what, item in zip(("input", "output"), arrays, strict=True):
+            if hasattr(item, "detach") and item.is_floating_point():
+                found.append((f"the {what} of {relative(path, pair.path)}", item.detach().double().numpy()))
+        return result
+
+    with c.reference.tools.intercepting({path: c.reference.modules[path] for path in paths}, handle):
+        trial.replay()
+    return found
 
 
 def _fits(array: Array, shape: tuple[int, ...]) -> bool:

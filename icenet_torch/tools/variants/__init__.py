@@ -17,6 +17,7 @@ from icenet_torch.tools.variants import (
     losses,
     masks,
     norms,
+    numbers,
     operations,
     positions,
     reductions,
@@ -24,11 +25,19 @@ from icenet_torch.tools.variants import (
     signals,
     windows,
 )
-from icenet_torch.tools.variants.activations import ACTIVATION_NAMES, ACTIVATIONS, activated, activation_name
+from icenet_torch.tools.variants.activations import (
+    ACTIVATION_NAMES,
+    ACTIVATIONS,
+    USUAL_ACTIVATIONS,
+    activated,
+    activation_name,
+)
 from icenet_torch.tools.variants.angles import THETA, theta_variants, with_theta
 from icenet_torch.tools.variants.caps import CAPS, cap_variants, capped
 from icenet_torch.tools.variants.casts import casts
-from icenet_torch.tools.variants.numbers import clip_variants, number_variants
+from icenet_torch.tools.variants.helpers import EXCHANGED, helpers
+from icenet_torch.tools.variants.loops import globals_used
+from icenet_torch.tools.variants.numbers import clip_variants, number_variants, sum_variants
 from icenet_torch.tools.variants.operations import ATTACHED
 from icenet_torch.tools.variants.shapes import VARIANTS as SHAPES
 from icenet_torch.tools.variants.variant import Variant, applied, spying
@@ -51,19 +60,25 @@ TABLE: list[Variant] = [
     *choices.VARIANTS,
     *arithmetic.VARIANTS,
     *reductions.VARIANTS,
+    *numbers.VARIANTS,
     *operations.VARIANTS,
     *windows.ADDED,
 ]
 """The variants that need nothing of the module under test, the more likely ones first."""
+LATE = [reductions.ABSOLUTE, operations.LARGEST]
+"""Tried last: other variants may have the same effect, as where all terms are negative."""
 
 __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_NAMES",
     "ATTACHED",
     "CAPS",
+    "EXCHANGED",
+    "LATE",
     "SHAPES",
     "TABLE",
     "THETA",
+    "USUAL_ACTIVATIONS",
     "Variant",
     "activated",
     "activation_name",
@@ -72,9 +87,12 @@ __all__ = [
     "capped",
     "casts",
     "clip_variants",
+    "globals_used",
+    "helpers",
     "number_variants",
     "shown_keys",
     "spying",
+    "sum_variants",
     "theta_variants",
     "with_theta",
 ]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from icenet_torch.tools.variants.variant import Run, Variant
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "no activation": lambda x: x,  # before those that change negative values only
     "ReLU": F.relu,
     "exact GELU": F.gelu,
     "the tanh approximation of GELU": lambda x: F.gelu(x, approximate="tanh"),
@@ -36,7 +37,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "exp": torch.exp,
     "sine": torch.sin,
     "absolute value": torch.abs,
-    "no activation": lambda x: x,
 }
 
 ACTIVATION_NAMES = frozenset(
@@ -66,6 +66,10 @@ VARIANTS = [
     Variant("sine in a, cosine in b", frozenset({"cos"}), _in_place_of(torch.sin)),
     Variant("no sine in a", frozenset({"sin"}), _in_place_of(lambda x: x)),
 ]
+
+
+USUAL_ACTIVATIONS = ("ReLU", "exact GELU", "the tanh approximation of GELU", "SiLU", "tanh", "sigmoid")
+"""Those that are tried on the outputs of modules."""
 
 
 def activated(name: str, array: np.ndarray) -> np.ndarray:

@@ -20,7 +20,11 @@ def _root_left_out(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _negated(func: Any, args: Any, kwargs: Any) -> Any:
-    return func(-args[0], *args[1:], **kwargs) if args else NotImplemented
+    return func(-args[0], *args[1:], **kwargs) if args and args[0].is_floating_point() else NotImplemented
+
+
+def _unnegated(func: Any, args: Any, kwargs: Any) -> Any:
+    return (args[0] if args else kwargs["input"]).clone()
 
 
 def _other_sign(func: Any, args: Any, kwargs: Any) -> Any:
@@ -61,18 +65,39 @@ def _choice(inverted: bool, first: bool = False) -> Run:
     return run
 
 
+def _compared(name: str) -> Run:
+    """Returns the variant of a comparison that is another one."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        return getattr(torch, name)(*args) if isinstance(args[0], torch.Tensor) and len(args) == 2 else NotImplemented
+
+    return run
+
+
+_COMPARISONS = {"ge": ("gt", ">", ">="), "gt": ("ge", ">=", ">"), "le": ("lt", "<", "<="), "lt": ("le", "<=", "<")}
+"""Functions that compare, those that differ from them in equal values, and what they are called in `a` and `b`."""
 _MAXIMA = frozenset({"max", "amax"})
+_UNEVEN = {"sigmoid": ", such as 1 - sigmoid(x)", "softplus": "", "logsigmoid": "", "relu": ""}
+"""Functions of x that are another one of -x, and what to say of them."""
 
 VARIANTS: list[Variant] = [
     Variant("a square is left out in a", frozenset({"square", "pow"}), _unsquared),
     Variant("a square root is left out in a", frozenset({"sqrt", "rsqrt"}), _root_left_out),
     Variant("the exponent of exp has the other sign in a", frozenset({"exp"}), _negated),
+    Variant("a sign, -x, is left out in a", frozenset({"neg", "negative"}), _unnegated),
+    *(
+        Variant(f"the input of {name} has the other sign in a{text}", frozenset({name}), _negated)
+        for name, text in _UNEVEN.items()
+    ),
     Variant("a difference in a, a sum in b", frozenset({"add", "iadd"}), _other_sign),
     Variant("a sum in a, a difference in b", frozenset({"sub", "isub"}), _other_sign),
     Variant("mean in a, maximum in b", _MAXIMA, _other_extreme("mean")),
     Variant("sum in a, maximum in b", _MAXIMA, _other_extreme("sum")),
-    Variant("maximum in a, sum in b", frozenset({"sum"}), _other_extreme("amax")),
     Variant("maximum in a, logsumexp in b", frozenset({"logsumexp"}), _other_extreme("amax")),
+    *(
+        Variant(f"{ours} in a, {theirs} in b: equal values", frozenset({name}), _compared(other))
+        for name, (other, ours, theirs) in _COMPARISONS.items()
+    ),
     Variant("the condition of where is inverted in a", frozenset({"where"}), _choice(True)),
     *(
         Variant(f"where chooses always the {text} in a: its condition is left out", frozenset({"where"}), run)

@@ -54,6 +54,23 @@ def _of_probabilities(func: Any, args: Any, kwargs: Any) -> Any:
     return F.nll_loss(*args, **{name: item for name, item in kwargs.items() if name != "label_smoothing"})
 
 
+def _of_distance(name: str) -> Run:
+    """Returns the variant of a loss of the distance between two arrays that is another one."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        return getattr(F, name)(*args, **{key: item for key, item in kwargs.items() if key in _DISTANCE_OPTIONS})
+
+    return run
+
+
+_DISTANCE_OPTIONS = ("input", "target", "reduction")
+_DISTANCES = {
+    "mse_loss": "the squared error",
+    "l1_loss": "the absolute error",
+    "smooth_l1_loss": "the smooth L1 loss",
+}
+
+
 def _sharp(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **{**kwargs, "label_smoothing": 0.0}) if kwargs.get("label_smoothing") else NotImplemented
 
@@ -62,6 +79,12 @@ _BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"}
 _ENTROPY = frozenset({"cross_entropy", "nll_loss"})
 
 VARIANTS: list[Variant] = [
+    *(
+        Variant(f"{ours} in a, {theirs} in b", frozenset({old}), _of_distance(new))
+        for old, theirs in _DISTANCES.items()
+        for new, ours in _DISTANCES.items()
+        if new != old
+    ),
     Variant("the loss is the sum of its terms in a, not in b", _LOSSES, _reduced("sum")),
     Variant("the loss is the mean of its terms in a, not in b", _LOSSES, _reduced("mean")),
     Variant("labels that are left out (ignore_index) count in a, negative ones as label 0", _ENTROPY, _labels(True)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from icenet_torch.tools.variants.variant import Run, Variant, arguments, name_of
+from icenet_torch.tools.variants.variant import Run, Variant, arguments, equal_axes, name_of
 
 LOW = -1e3
 """Scores are hidden by a number at most as large as this."""
@@ -93,6 +93,31 @@ def _added_as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
     return scores + (mask > LOW).to(scores.dtype) if _is_additive(mask) else NotImplemented
 
 
+def _turned(hidden: torch.Tensor) -> torch.Tensor | None:
+    """Returns a mask with two axes of the same size exchanged, the last ones first."""
+    axes = equal_axes(hidden)
+    return hidden if axes is None else hidden.transpose(*axes)
+
+
+def _filled(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Run:
+    """Returns the variant of masked_fill that fills other elements, also with a number that hides no score."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        given = arguments(("input", "mask", "value"), args, kwargs)
+        changed = change(given["mask"])
+        return given["input"].clone() if changed is None else given["input"].masked_fill(changed, given["value"])
+
+    return run
+
+
+def _other_triangle(func: Any, args: Any, kwargs: Any) -> Any:
+    given = arguments(("input", "diagonal"), args, kwargs)
+    other = torch.triu if name_of(func) == "tril" else torch.tril
+    return other(given["input"], -given.get("diagonal", 0))
+
+
+_FILLS, _TRIANGLES = frozenset({"masked_fill"}), frozenset({"tril", "triu"})
+
 VARIANTS: list[Variant] = [
     Variant("no attention mask in a: scores that b hides are seen", HIDES, masking(lambda hidden: None)),
     Variant("the attention mask is inverted in a", HIDES, masking(torch.logical_not)),
@@ -105,4 +130,12 @@ VARIANTS: list[Variant] = [
         SUMS,
         _added_as_it_is,
     ),
+    Variant("the attention mask is transposed in a: queries and keys are exchanged in it", HIDES, masking(_turned)),
+    Variant("masked_fill is left out in a", _FILLS, _filled(lambda mask: None)),
+    Variant("the mask of masked_fill is inverted in a", _FILLS, _filled(torch.logical_not)),
+    Variant("the mask of masked_fill is transposed in a: the other triangle", _FILLS, _filled(_turned)),
+    Variant(
+        "tril or triu is left out in a", _TRIANGLES, lambda func, args, kwargs: (*args, *kwargs.values())[0].clone()
+    ),
+    Variant("tril and triu are exchanged in a: the other triangle", _TRIANGLES, _other_triangle),
 ]

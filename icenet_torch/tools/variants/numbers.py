@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from icenet_torch.tools.variants.angles import THETA
-from icenet_torch.tools.variants.variant import FunctionCall, Run, Variant
+from icenet_torch.tools.variants.variant import FunctionCall, Run, Variant, arguments
 
 EPS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)
 BOUNDED = frozenset(
@@ -20,6 +22,10 @@ _MOST_CLIPS = 6
 """Number of numbers at which results are clipped."""
 _LARGEST_LOG = 100
 """A theta below this number is a logarithm, as that of 10000 in exp(-log(10000) * i / n)."""
+_LARGEST_COUNT = 4096
+"""Largest number of values that a logarithm of theta is divided by."""
+_MOST_FACTORS = 4
+"""Number of factors of sums that are tried."""
 _EQUAL = 1e-9
 """Relative difference up to which two numbers are the same one."""
 
@@ -48,7 +54,7 @@ def number_variants(
 
     for name, args, kwargs, _ in calls:
         numbers = [n for n in (*args, *kwargs.values()) if isinstance(n, (int, float)) and not isinstance(n, bool)]
-        for old in map(float, numbers):
+        for old in map(float, numbers[:2] if name == "linspace" else numbers):
             candidates: tuple[float, ...]
             if name in ("layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm", "normalize"):
                 candidates, what = (EPS if 0 <= old <= 1e-2 else ()), "eps"
@@ -62,6 +68,8 @@ def number_variants(
             elif name in ("mul", "rmul", "div", "truediv") and abs(old) > 2 and _is_log(abs(old)):
                 candidates, what = tuple(math.copysign(math.log(t), old) for t in THETA), "theta"
             elif name in ("mul", "rmul", "div", "truediv") and old not in (0.0,):
+                for new, text in _other_thetas(old, others):
+                    found.setdefault((name, old, new), Variant(text, frozenset({name}), replacing(old, new)))
                 candidates = (old * old, math.sqrt(abs(old)), 1.0, -old, 1 / old, 2 * old, old / 2)
                 if abs(old) < 1:  # the scale of an attention, of the width of all heads in place of that of one
                     candidates += tuple(old / math.sqrt(heads) for heads in (2, 4, 8, 12, 16))
@@ -70,10 +78,13 @@ def number_variants(
                     candidates += tuple(old * heads**power for heads in (2, 4, 8, 12, 16) for power in (-0.5, 0.5))
                     candidates += (old - 1, old + 1) if old == round(old) > 2 else ()
                 what = "a scale"
+            elif name == "linspace":
+                candidates, what = (0.0, 1.0, -1.0, -old, 2 * old, old / 2), "an end of linspace"
             elif name in ("leaky_relu", "elu", "celu", "softplus"):
                 candidates, what = (0.01, 0.1, 0.2, 0.3, 0.5, 1.0), "the slope or alpha"
             elif name in BOUNDED:
-                candidates, what = (*others, *bounds), "a bound"
+                # those of the same sign first, if several have the same effect
+                candidates, what = tuple(sorted((*others, *bounds), key=lambda n: n * old < 0)), "a bound"
             elif name in ("mul", "add", "sub", "rsub", "radd"):
                 candidates, what = (0.0, 1.0, 2.0) if name != "mul" else (), "a number"
             else:
@@ -99,6 +110,57 @@ def clip_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> lis
         for number in [n for n in others if abs(n) not in known][:_MOST_CLIPS]
         for limit, side in (("min", "below"), ("max", "above"))
     ]
+
+
+def sum_variants(calls: Sequence[FunctionCall]) -> list[Variant]:
+    """Returns the variants of a sum in which only one of the terms is multiplied by a number of the code."""
+    names = {"add", "iadd"}
+    if names.isdisjoint(call.name for call in calls):
+        return []
+    factors = {}
+    for name, args, kwargs, _ in calls:
+        is_product = name in ("mul", "rmul", "div", "truediv")
+        for n in (*args, *kwargs.values()) if is_product else ():
+            if isinstance(n, (int, float)) and not isinstance(n, bool) and n not in (0, 1):
+                factors[n if "div" in name else 1 / n] = f"{'divided' if 'div' in name else 'multiplied'} by {n:.6g}"
+    return [
+        Variant(f"the {text} term of a sum is not {what} in a", frozenset(names), _times(factor, place))
+        for factor, what in list(factors.items())[:_MOST_FACTORS]
+        for place, text in enumerate(("first", "second"))
+    ]
+
+
+def _times(factor: float, place: int) -> Run:
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        both = len(args) == 2 and all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in args)
+        if not both:
+            return NotImplemented
+        return func(*(factor * x if i == place else x for i, x in enumerate(args)), **kwargs)
+
+    return run
+
+
+def _without_end(func: Any, args: Any, kwargs: Any) -> Any:
+    given = arguments(("start", "end", "steps"), args, kwargs)
+    steps = given["steps"]
+    if not isinstance(steps, int) or steps < 2:
+        return NotImplemented
+    given["end"] = given["end"] - (given["end"] - given["start"]) / steps
+    return func(**given)
+
+
+VARIANTS = [Variant("linspace leaves out its end in a, as arange does", frozenset({"linspace"}), _without_end)]
+
+
+def _other_thetas(old: float, others: Sequence[float]) -> Iterator[tuple[float, str]]:
+    """Yields log(theta) / n with another theta, if a number is that of a known one, as in exp(-log(1e4) / n * i)."""
+    for theta in THETA:
+        count = math.log(theta) / abs(old)
+        if 2 <= count <= _LARGEST_COUNT and abs(count - round(count)) < 1e-9 * count:
+            for new in dict.fromkeys((*(n for n in others if n >= 10), *THETA)):
+                if new != theta:
+                    text = f"theta is {new:.6g} in a, {theta:.6g} in b"
+                    yield math.copysign(math.log(new) / round(count), old), text
 
 
 def _clipped(**limits: float) -> Run:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from icenet_torch.tools.variants.variant import Run, Variant, arguments, name_of
+from icenet_torch.tools.variants.variant import Run, Variant, arguments, equal_axes, name_of
 
 
 def _bias(factor: float) -> Run:
@@ -106,7 +106,7 @@ def _split_otherwise(order: Sequence[int]) -> Run:
 def _merged_otherwise(func: Any, args: Any, kwargs: Any) -> Any:
     """Merges the last two axes in the reverse order."""
     x, y = args[0], func(*args, **kwargs)
-    if not isinstance(x, torch.Tensor) or x.ndim < 3 or 1 in x.shape[-2:] or y.ndim >= x.ndim:
+    if not isinstance(x, torch.Tensor) or x.ndim < 2 or 1 in x.shape[-2:] or y.ndim >= x.ndim:
         return NotImplemented
     return x.transpose(-1, -2).reshape(y.shape) if y.shape[-1] == x.shape[-1] * x.shape[-2] else NotImplemented
 
@@ -143,14 +143,23 @@ def _absolute(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].abs() if len(args) == 2 and args[1] == 2 else NotImplemented
 
 
-def _transposed(func: Any, args: Any, kwargs: Any) -> Any:
-    """Transposes the first factor of a product, if it is a square."""
-    x = args[0]
-    return (
-        func(x.transpose(-1, -2), *args[1:], **kwargs)
-        if x.ndim > 1 and x.shape[-1] == x.shape[-2]
-        else NotImplemented
-    )
+def _transposed(place: int) -> Run:
+    """Returns the variant of a product that exchanges two axes of a factor of the same size, the last ones first."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        factors = [item for item in args if isinstance(item, torch.Tensor)]
+        x = factors[place] if place < len(factors) else None
+        axes = None if x is None else equal_axes(x)
+        if x is None or axes is None or (name_of(func) != "einsum" and axes != (x.ndim - 2, x.ndim - 1)):
+            return NotImplemented
+        return func(*(x.transpose(*axes) if item is x else item for item in args), **kwargs)
+
+    return run
+
+
+def _added(func: Any, args: Any, kwargs: Any) -> Any:
+    both = len(args) == 2 and all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in args)
+    return args[0] + args[1] if both else NotImplemented
 
 
 def _exchanged(func: Any, args: Any, kwargs: Any) -> Any:
@@ -363,7 +372,14 @@ VARIANTS: list[Variant] = [
     Variant("the square in a, the absolute value in b", frozenset({"abs"}), _squared),
     Variant("the other sign of a difference in a", frozenset({"sub", "rsub"}), _exchanged),
     Variant("the absolute value in a, the square in b", frozenset({"pow"}), _absolute),
-    Variant("the first factor of a product is transposed in a", frozenset({"matmul", "mm", "bmm"}), _transposed),
+    *(
+        Variant(
+            f"the {text} factor of a product is transposed in a",
+            frozenset({"matmul", "mm", "bmm", "einsum"}),
+            _transposed(place),
+        )
+        for place, text in enumerate(("first", "second"))
+    ),
     Variant(
         "attention scores are multiplied by 1 / sqrt(size) in a, not scaled in b",
         frozenset({"matmul", "bmm", "baddbmm"}),
@@ -375,6 +391,7 @@ VARIANTS: list[Variant] = [
     Variant("mean in a, sum in b", frozenset({"sum"}), _summed("mean")),
     Variant("argmax in a, argmin in b", frozenset({"argmin"}), _summed("argmax")),
     Variant("argmin in a, argmax in b", frozenset({"argmax"}), _summed("argmin")),
+    Variant("a sum in a, a product in b", frozenset({"mul"}), _added),
     Variant("a quotient is left out in a", frozenset({"div", "truediv"}), _left_out),
     *(
         Variant(f"a {what} is left out in a", frozenset({name, f"i{name}"}), run)
@@ -384,6 +401,7 @@ VARIANTS: list[Variant] = [
     Variant("products in TF32 in a, whose precision is 10 bits: set MLX_ENABLE_TF32=0", _PRODUCTS, _in_tf32),
 ]
 
+LARGEST = Variant("maximum in a, sum in b", frozenset({"sum"}), _summed("amax"))
 INTERLEAVED = [
     Variant(
         "parts are interleaved element by element in a (stack), one after the other in b (cat)", _LISTS, _interleaved

@@ -36,6 +36,28 @@ def _rows_moved(by: int) -> Run:
     return run
 
 
+def _cut_moved(by: int | None) -> Run:
+    """Returns the variant of slices that cut elements off, as x[1:-1]: moved by a number; None: to the other end."""
+
+    def moved(item: Any) -> Any:
+        if not isinstance(item, slice) or item.step not in (None, 1) or (item.stop is not None and item.stop >= 0):
+            return item
+        first, last = item.start or 0, -(item.stop or 0)
+        if first < 0 or (first == last and (by is None or not first)):
+            return item
+        first, last = (last, first) if by is None else (first + by, last - by)
+        return slice(first, -last if last else None) if first >= 0 and last >= 0 else item
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        x, index = args
+        items = index if isinstance(index, tuple) else (index,)
+        new = tuple(map(moved, items))
+        is_same = all(one is other for one, other in zip(new, items, strict=True))
+        return NotImplemented if is_same else func(x, new)
+
+    return run
+
+
 def _ids_moved(by: int) -> Run:
     """Returns the variant of an embedding whose ids are other by a number."""
 
@@ -132,6 +154,14 @@ VARIANTS: list[Variant] = [
             _rows_moved(by),
         )
         for by in _STEPS
+    ),
+    *(
+        Variant(f"a slice that cuts elements off, as x[1:], {text} in a", frozenset({"getitem"}), _cut_moved(by))
+        for by, text in (
+            (None, "cuts them off at the other end"),
+            (1, "begins and ends 1 later"),
+            (-1, "begins and ends 1 earlier"),
+        )
     ),
     *(
         Variant(

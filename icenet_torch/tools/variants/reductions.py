@@ -22,6 +22,7 @@ _NAMES = {
     "argmin": "argmin",
     "cumsum": "cumulative sum",
     "cumprod": "cumulative product",
+    "logcumsumexp": "cumulative logsumexp",
 }
 """Functions of PyTorch, and what they are called."""
 _AXES: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (3,), (1, 2), (1, 3), (2, 3))
@@ -56,6 +57,13 @@ def _square(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs).square()
 
 
+def _of_absolutes(func: Any, args: Any, kwargs: Any) -> Any:
+    x = args[0] if args else kwargs["input"]
+    is_signed = x.is_floating_point() and bool((x < 0).any())
+    rest = {name: item for name, item in kwargs.items() if name != "input"}
+    return func(x.abs(), *args[1:], **rest) if is_signed else NotImplemented
+
+
 _EPS = 1e-8
 """Added to what a root is taken of."""
 
@@ -81,3 +89,4 @@ VARIANTS: list[Variant] = [
         for axes in _AXES
     ),
 ]
+ABSOLUTE = Variant("the absolute values are summed in a, the values in b", frozenset({"sum"}), _of_absolutes)

@@ -45,6 +45,11 @@ def name_of(func: Any) -> str:
     return str(getattr(func, "__name__", func)).strip("_")
 
 
+def equal_axes(x: torch.Tensor) -> tuple[int, int] | None:
+    """Returns two neighbouring axes of the same size, above 1, the last ones first; None without."""
+    return next(((i - 1, i) for i in range(x.ndim - 1, 0, -1) if x.shape[i] == x.shape[i - 1] > 1), None)
+
+
 class FunctionCall(NamedTuple):
     """A call of a function: its name, its arguments as far as they are numbers, flags and texts, and its site."""
 
@@ -85,20 +90,21 @@ class Applied(TorchFunctionMode):
     """The mode in which functions are replaced.
 
     Attributes:
-        has_changed: Whether it has replaced a call.
+        sites: Where it has replaced a call.
     """
 
     def __init__(self, variant: Variant, only: Collection[Site] | None) -> None:
         super().__init__()
-        self.has_changed = False
+        self.sites: list[Site] = []
         self._variant, self._only = variant, only
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if name_of(func) in self._variant.names and (self._only is None or _site() in self._only):
-            found = self._variant.run(func, args, kwargs)
+        if name_of(func) in self._variant.names:
+            site = _site()
+            found = self._variant.run(func, args, kwargs) if site in (self._only or (site,)) else NotImplemented
             if found is not NotImplemented:
-                self.has_changed = True
+                self.sites += [] if site in self.sites else [site]
                 return found
         return func(*args, **kwargs)
 
