@@ -129,3 +129,13 @@ def test_numbers_have_the_dtypes_of_pytorch() -> None:
 
     x, n, scale = torch.randn(2, 3), torch.tensor([1, 2, 3]), torch.tensor(2.0)
     assert icenet.port(Numbers(), (x, n), example_kwargs={"scale": scale}).report.passed
+
+
+def test_a_product_of_two_masks_gets_an_axis() -> None:
+    class Pairs(nn.Module):
+        def forward(self, mask: torch.Tensor) -> torch.Tensor:
+            return (mask.unsqueeze(-1) * mask.unsqueeze(-2)).unsqueeze(-1)
+
+    ours, _ = ported(Pairs(), torch.randn(2, 4))
+    mask = torch.randn(3, 5)
+    close(ours(mx.array(mask.numpy())), Pairs()(mask))

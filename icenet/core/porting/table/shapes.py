@@ -77,7 +77,7 @@ def movedim(n: Operation) -> str:
 def unsqueeze(n: Operation) -> str:
     dim = n.args["dim"]
     dim = dim if dim >= 0 else dim + n.out.ndim
-    added = re.fullmatch(r"(.+)\[((?:(?::|None), )*None)\]", n["self"])
+    added = re.fullmatch(r"(.+)\[((?:(?::|None), )*None)\]", n.atom("self"))
     if added and dim <= 4 and dim >= added[2].count(",") + 1:  # y[:, None][:, :, None] is y[:, None, None]
         marks = added[2].split(", ")
         return f"{added[1]}[{', '.join([*marks, *[':'] * (dim - len(marks)), 'None'])}]"
