@@ -139,3 +139,22 @@ def test_a_product_of_two_masks_gets_an_axis() -> None:
     ours, _ = ported(Pairs(), torch.randn(2, 4))
     mask = torch.randn(3, 5)
     close(ours(mx.array(mask.numpy())), Pairs()(mask))
+
+
+def test_new_arrays_of_a_port_in_half_precision_have_the_dtype_of_the_original() -> None:
+    class States(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            b = x.shape[0]
+            first = torch.cat([x.new_zeros(b, 4), self.fc(x)], 1)
+            second = torch.full((b, 4), 0.5, dtype=x.dtype) * self.fc(x)
+            return first, second, torch.ones(b, 4) * x, torch.zeros(b, 4, dtype=torch.float32) + x
+
+    x = torch.randn(2, 4)
+    port = icenet.port(States(), x, dtype="bf16")
+    theirs = States().bfloat16()(x.bfloat16())
+    ours = port.module(mx.array(x.numpy()).astype(mx.bfloat16))
+    assert [str(a.dtype).rpartition(".")[2] for a in ours] == [str(b.dtype).rpartition(".")[2] for b in theirs]

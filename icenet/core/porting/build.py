@@ -11,6 +11,7 @@ import numpy as np
 from icenet.core.porting import signature
 from icenet.core.porting.graph.arguments import with_arguments
 from icenet.core.porting.graph.collapse import collapse_layers
+from icenet.core.porting.graph.dtypes import with_new_arrays_in
 from icenet.core.porting.graph.formulas import with_activations
 from icenet.core.porting.graph.functional import make_functional, with_exact_gradients, without_copies
 from icenet.core.porting.graph.indices import detached_indices
@@ -105,7 +106,13 @@ class Plan:
 
 
 def plan(
-    graph: Graph, train: Graph | None, nhwc: bool, title: str, trace: bool = False, exact_masks: bool = False
+    graph: Graph,
+    train: Graph | None,
+    nhwc: bool,
+    title: str,
+    trace: bool = False,
+    exact_masks: bool = False,
+    dtype: str = "float32",
 ) -> Plan:
     """Returns the source of a port.
 
@@ -116,8 +123,11 @@ def plan(
         title: First line of the source's docstring.
         trace: Whether the source records every value, to find an operation that differs.
         exact_masks: Whether gradients that are not finite are dropped where a mask leaves values out, as in PyTorch.
+        dtype: The dtype of the weights, which new arrays have.
     """
     modes = [item for item in (graph, train) if item is not None]
+    if dtype != "float32":
+        modes = [with_new_arrays_in(item, dtype) for item in modes]
     prepared = [with_hiding_masks(make_functional(item)) for item in modes]
     prepared = prepared if trace else with_passed_values([_simple(item) for item in prepared])
     layers: dict[str, Layer] | None = None

@@ -25,6 +25,7 @@ class Attempt:
     plan: Plan
     model: Any
     report: PortReport
+    exact_masks: bool = False
 
     @property
     def passed(self) -> bool:
@@ -94,16 +95,11 @@ class Attempts:
 
     def _attempt(self, export: Export, exact_masks: bool = False) -> Attempt:
         """Writes a port and compares it with the original."""
-        title = f"{export.class_name} in MLX, ported from PyTorch."
-
-        def plan(is_nhwc: bool) -> Plan:
-            return build.plan(export.graph, export.train, is_nhwc, title, exact_masks=exact_masks)
-
-        written = plan(self.is_nhwc)
+        written = self._plan(export, self.is_nhwc, exact_masks)
         model = export.make(written)
         compared, compared_model = written, model
         if self.is_nhwc:  # the proof gives images with PyTorch's axes
-            compared = plan(False)
+            compared = self._plan(export, False, exact_masks)
             compared_model = export.make(compared)
         layers = backends.module("mlx", "porting.layers")
         accelerated = layers.accelerate(export.make(compared))
@@ -118,7 +114,16 @@ class Attempts:
         )
         report = proof.compare()
         report.notes += export.notes
-        return Attempt(export, written, model, report)
+        return Attempt(export, written, model, report, exact_masks)
+
+    def in_dtype(self, attempt: Attempt, dtype: str) -> Plan:
+        """Returns the plan of an attempt for weights of a dtype of MLX, such as "bfloat16"."""
+        return self._plan(attempt.export, self.is_nhwc, attempt.exact_masks, dtype)
+
+    @staticmethod
+    def _plan(export: Export, is_nhwc: bool, exact_masks: bool, dtype: str = "float32") -> Plan:
+        title = f"{export.class_name} in MLX, ported from PyTorch."
+        return build.plan(export.graph, export.train, is_nhwc, title, exact_masks=exact_masks, dtype=dtype)
 
 
 def describe_missing(missing: dict[str, list[str]]) -> str:

@@ -143,14 +143,17 @@ def port(
     report.notes += optimizer_notes(plan.graph, plan.train)
     if not report.passed:
         raise attempts.refusal(found)
+    if dtype != "fp32":
+        plan = attempts.in_dtype(found, DTYPES[dtype])
+        report.notes.append(f"compared in fp32; the weights are {dtype}")
     if report.fixed or report.limits or report.guards:
         plan = replace(plan, source=with_size_checks(plan, report, is_nhwc))
+    if plan is not found.plan:
         model = found.export.make(plan)
     port_weights.mark(model, plan.places())
     backends.module("mlx", "porting.layers").accelerate(model)
     if dtype != "fp32":
         backends.module("mlx", "porting.load").set_dtype(model, DTYPES[dtype])
-        report.notes.append(f"compared in fp32; the weights are {dtype}")
     return Port(model, plan.source, report, plan, arrays_of(original.example), layout, torch_module)
 
 

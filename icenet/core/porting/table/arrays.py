@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from icenet.core.porting.graph.dtypes import MADE_IN
 from icenet.core.porting.table.base import Operation, entry, mlx_dtype
 
 
@@ -19,7 +20,7 @@ def sizes_of(n: Operation, name: str = "size") -> str:
 
 def dtype_option(n: Operation) -> str:
     """Returns the dtype of the result as a further argument, empty for float32."""
-    dtype = mlx_dtype(n.out.dtype)
+    dtype = n.get(MADE_IN) or mlx_dtype(n.out.dtype)
     return "" if dtype == "float32" else f", mx.{dtype}"
 
 
@@ -41,8 +42,8 @@ def ones(n: Operation) -> str:
 @entry("full", "new_full")
 def full(n: Operation) -> str:
     value = n.args["fill_value"]
-    dtype = "" if isinstance(value, float) else f", mx.{mlx_dtype(n.out.dtype)}"
-    return f"mx.full({sizes_of(n)}, {fill_value(n, value)}{dtype or dtype_option(n)})"
+    dtype = dtype_option(n) or ("" if isinstance(value, float) else ", mx.float32")
+    return f"mx.full({sizes_of(n)}, {fill_value(n, value)}{dtype})"
 
 
 @entry("copy")
