@@ -13,7 +13,6 @@ from icenet.nn import cpu_products, exact, linear_kernels, training_kernels
 from icenet.nn.arrays import Array, Dtype, array_of_parts, cast_weight, is_half, on_cpu, product_dtype
 from icenet.nn.embedding import CheckedEmbedding
 from icenet.nn.quantized import QuantizedLayer, join_parts, quantization_of, quantized_product, to_quantized
-from icenet.nn.token_kernels import packed_rows
 
 
 class Linear(nn.Linear):
@@ -257,13 +256,6 @@ class QuantizedEmbedding(QuantizedLayer, nn.QuantizedEmbedding):
     layer_kind = "embedding"
 
     def __call__(self, ids: Array) -> Array:
-        packed = linear_kernels.packed_weight(self) if self._generates else None
-        if (
-            packed is not None
-            and (rows := packed_rows(ids, self.weight.shape[0], self.scales.shape[1] * self.group_size, packed))
-            is not None
-        ):
-            return rows
         weight, scales, biases = self.weight[ids], self.scales[ids], self.biases[ids]
         return mx.dequantize(weight, scales, biases, group_size=self.group_size, bits=self.bits)
 

@@ -30,7 +30,6 @@ MLX_FILES = {
     *("nn.recurrent_kernels", "nn.recurrent_source", "nn.recurrent_tiles"),  # PyTorch has cuDNN's
     "nn.recurrent_loops",  # PyTorch's own functions compute whole sequences
     "nn.recurrent_host",  # PyTorch's functions use vector instructions
-    "nn.token_kernels",  # a captured step of PyTorch starts its operations together
     "nn.cuda",  # sources of CUDA kernels; those of PyTorch are in Triton
     "tools.ports",  # of modules of PyTorch
     "engine.compiled",  # PyTorch captures the passes of a step
