@@ -18,7 +18,6 @@ from icenet.core.config import Config
 from icenet.core.config.custom import is_custom
 from icenet.core.engine import Batch, call_model
 from icenet.core.errors import BackendError
-from icenet.core.host.allocator import keep_freed_memory
 from icenet.core.weights import layout
 from icenet.engine import distributed
 from icenet.engine.build import build_model
@@ -81,8 +80,6 @@ class Engine(engine.Engine):
     def prepare_process(cls) -> None:
         if mx.cuda.is_available():  # Metal reads one of the variables, too
             super().prepare_process()
-        else:
-            keep_freed_memory()
 
     # ---- training ----------------------------------------------------------------------------------------
 

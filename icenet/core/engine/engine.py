@@ -24,6 +24,7 @@ from icenet.core.engine.interface import EngineInterface
 from icenet.core.engine.logits import call_model
 from icenet.core.engine.results import Evaluation, StepResult, step_result
 from icenet.core.errors import UsageError
+from icenet.core.host.allocator import keep_freed_memory
 from icenet.core.models import buckets, randomness
 from icenet.core.nn.dropout import seed_dropouts
 
@@ -63,6 +64,7 @@ class Engine(EngineInterface):
 
     def __init__(self, config: Config, process_group: processes.ProcessGroup) -> None:
         processes.check_training(config.training, process_group.size)
+        keep_freed_memory()  # also on a GPU: for the batches that a thread reads
         self.config = config
         self.process_group = process_group
         self._is_checked = False  # see _checked_gradients

@@ -16,7 +16,8 @@ def keep_freed_memory() -> None:
 
     glibc asks the system for each array of 32 MB or more and returns it when the array is freed, so that the system
     clears each page again. With the weights of a transformer of 70 million parameters this was a third of the time of
-    a training step of MLX, which allocates the result of each operation. Variables that users set keep their values.
+    a training step of MLX, which allocates the result of each operation, and 29 % of one of PyTorch (2 x 128 tokens;
+    LSTM 4 x 512 8 %, ResNet-50 5 %). Variables that users set keep their values.
     """
     _set_thresholds(1 << 30, (1 << 31) - 1)
 

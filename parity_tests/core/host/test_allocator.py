@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 
 import pytest
-from helpers import TINY_MODELS, python
+from helpers import TINY_MODELS, both_backends, python
 
 import icenet
 from icenet.core import backends
 from icenet.core.config import Config
+from icenet.core.engine import engine
 from icenet.core.host.allocator import VARIABLES
 
 PROGRAM = """
@@ -58,12 +59,11 @@ def test_loading_with_mlx_uses_freed_memory_again(monkeypatch: pytest.MonkeyPatc
     assert calls == [1]
 
 
-def test_training_of_mlx_on_a_cpu_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not backends.installed("mlx"):  # importorskip would import it without a fast BLAS
-        pytest.skip("MLX is not installed")
-    from icenet.engine import engine
-
+@both_backends
+def test_training_keeps_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not backends.installed(backend):  # importorskip would import MLX without a fast BLAS
+        pytest.skip(f"{backend} is not installed")
     calls: list[int] = []
     monkeypatch.setattr(engine, "keep_freed_memory", lambda: calls.append(1))
-    engine.Engine(Config.from_dict({"model": TINY_MODELS["rnn"]}), "cpu")
-    assert bool(calls) is not engine.mx.cuda.is_available()
+    backends.engine(Config.from_dict({"model": TINY_MODELS["rnn"]}), backend, "cpu")
+    assert calls == [1]

@@ -15,12 +15,6 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet/engine/engine.py": [
         Fault(
-            "a training process of MLX gives freed memory back",
-            "            keep_freed_memory()\n",
-            "            pass\n",
-            ["core/host/test_allocator.py::test_training_of_mlx_on_a_cpu_keeps_it"],
-        ),
-        Fault(
             "gradients of one micro-batch are lost",
             "part_gradients if gradients is None else tree_map(mx.add, gradients, part_gradients)",
             "part_gradients",
