@@ -222,6 +222,8 @@ def native(value: Value, exact: bool = False, like: nn.Module | None = None) -> 
     tensor = found = from_numpy(value.array)
     if value.is_float:
         found = found.to(torch.float64 if exact else {**DTYPES, "fp64": torch.float64}[value.dtype])
+    elif tensor.is_complex():
+        found = found.to(torch.complex128 if exact else torch.complex64)
     first = next(like.parameters(), None) if like is not None else None
     found = found if first is None else found.to(first.device)
     return found.clone() if found is tensor else found  # the memory of numpy must not change

@@ -14,6 +14,7 @@ import mlx.nn as M
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+import rare_pairs
 import torch
 import torch.nn as T
 from evidence import check_model
@@ -283,3 +284,10 @@ def test_functions_of_constants_are_rounded_again_in_each_sample() -> None:
     errors = torch.stack(found) / (steps[:, None] * torch.exp(torch.arange(100).double() / -7)) - 1
     assert (errors.std(dim=0) > 2.0**-27).double().mean() > 0.9
     assert errors.abs().max() < 16 * 2.0**-23
+
+
+@pytest.mark.parametrize("seed", range(40, 46))
+def test_rare_layers_modes_and_sizes_are_no_difference(seed: int) -> None:
+    ours, theirs, inputs, dtype = rare_pairs.make(seed)
+    report = compare(ours, theirs, inputs, dtype=dtype, copy_weights=True)
+    assert report.passed, report.verdict

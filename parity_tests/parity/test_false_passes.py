@@ -133,3 +133,93 @@ def test_other_rates_of_dropouts_that_are_left_out_are_noted() -> None:
     b = TorchNet(lambda m, x: m.layer(x), layer=T.TransformerEncoderLayer(6, 2, 8, 0.1, batch_first=True))
     report = compare(a, b, draw(2, 5, 6), copy_weights=True)
     assert report.passed and "its rate is 0 in a, 0.1 in b" in str(report), report
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_reference_that_trains_nothing_is_no_pair_of_one_that_trains(dtype: str) -> None:
+    a, b = Net(lambda m, x: m.fc(x), fc=M.Linear(6, 6)), TorchNet(lambda m, x: m.fc(x), fc=T.Linear(6, 6))
+    b.requires_grad_(False)
+    assert "weight is frozen in b, and trained in a" in compare(a, b, X, copy_weights=True, dtype=dtype).verdict
+    a.freeze()
+    assert compare(a, b, X, copy_weights=True, dtype=dtype).passed
+
+
+class NoGradient(T.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = T.Linear(6, 6)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_what_has_no_gradient_in_the_reference_has_none(stops: bool) -> None:
+    stop = mx.stop_gradient if stops else lambda y: y
+    body = Net(lambda m, x: m.fc(x), fc=M.Linear(6, 6))
+    a = Net(lambda m, x: m.head(stop(m.body(x))), body=body, head=M.Linear(6, 2))
+    b = TorchNet(lambda m, x: m.head(m.body(x)), body=NoGradient(), head=T.Linear(6, 2))
+    report = compare(a, b, X, copy_weights=True)
+    assert report.passed == stops, report.verdict
+    if not stops:
+        assert (report.culprit, report.where) == ("", "after body") and "torch.no_grad" in report.cause
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_complex_numbers_between_modules_and_among_the_outputs(is_last: bool, factor: float) -> None:
+    a = Net(
+        lambda m, x: m.fft(m.fc(x)) if is_last else mx.abs(m.fft(m.fc(x))),
+        fc=M.Linear(6, 6),
+        fft=Net(lambda m, x: factor * mx.fft.rfft(x)),
+    )
+    b = TorchNet(
+        lambda m, x: m.fft(m.fc(x)) if is_last else m.fft(m.fc(x)).abs(),
+        fc=T.Linear(6, 6),
+        fft=TorchNet(lambda m, x: torch.fft.rfft(x)),
+    )
+    report = compare(a, b, X, copy_weights=True)
+    assert report.passed == (factor == 1.0), report.verdict
+    assert report.passed or (report.culprit == "fft" and "multiplied by 1.1" in report.cause), report.verdict
+
+
+def test_an_output_without_values_is_not_trained() -> None:
+    assert report_of(lambda m, x: (m.fc(x), m.fc(x)[:0]), lambda m, x: (m.fc(x), m.fc(x)[:0])).passed
+
+
+class OwnBatchNorm(M.Module):
+    """A batch norm as users write it. With `forgets`, evaluation mode uses no statistics, first 0 and 1."""
+
+    def __init__(self, forgets: bool) -> None:
+        super().__init__()
+        self.forgets = forgets
+        self.weight, self.bias = mx.ones(6), mx.zeros(6)
+        self.running_mean, self.running_var = mx.zeros(6), mx.ones(6)
+        self.freeze(keys=["running_mean", "running_var"], recurse=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = x.mean(axis=0), x.var(axis=0)
+            new = [mx.stop_gradient(item) for item in (mean, var * len(x) / (len(x) - 1))]
+            self.running_mean = 0.9 * self.running_mean + 0.1 * new[0]
+            self.running_var = 0.9 * self.running_var + 0.1 * new[1]
+        elif self.forgets:
+            mean, var = mx.zeros(6), mx.ones(6)
+        return (x - mean) * mx.rsqrt(var + 1e-5) * self.weight + self.bias
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_running_statistics_that_are_still_0_and_1_are_used(forgets: bool) -> None:
+    a = Net(lambda m, x: m.norm(x), norm=OwnBatchNorm(forgets))
+    b = TorchNet(lambda m, x: m.norm(x), norm=T.BatchNorm1d(6))
+    report = compare(a, b, X, copy_weights=True)
+    assert report.passed != forgets, report.verdict
+    assert report.passed or report.culprit == "norm"
+
+
+def test_calls_of_a_batch_norm_in_another_order_are_found() -> None:
+    a = Net(lambda m, x: m.norm(2 * x) + m.norm(x), norm=M.BatchNorm(6))
+    b = TorchNet(lambda m, x: m.norm(x) + m.norm(2 * x), norm=T.BatchNorm1d(6))
+    assert "called in another order in a" in compare(a, b, X, copy_weights=True).verdict

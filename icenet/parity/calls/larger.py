@@ -4,11 +4,12 @@ A ReLU6 and a ReLU are equal while no value is above 6, and leaky ReLUs of any s
 code of users and the layers without parameters are replayed once more, forward only, on random values of both signs.
 Code with a softmax is left out: masks of -1e4 and -inf, and the maxima of rows and of all scores, are equal only for
 scores of a usual size. Unit vectors and probabilities stay as they are: 2 - 2 x.y is the squared distance of unit
-vectors only.
+vectors only. Running statistics that a user's class uses are replaced in the same way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
+from icenet.core.weights import layout
 from icenet.parity import align
 from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair
-from icenet.parity.calls.replays import judge_replay
+from icenet.parity.calls.replays import judge_replay, replay
 from icenet.parity.measures import rms
 from icenet.parity.nearby import Perturbation
 from icenet.parity.state import Comparison
@@ -56,6 +58,33 @@ def replay_larger(c: Comparison, pairs: list[Pair]) -> dict[int, dict[str, Judge
         if is_known and not over and c.dtype != "fp32":  # the rounding of positive results hides small slopes
             over, _ = _judge_at(c, pair, "negative")
         if over:
+            found[pair.b.number] = over
+    return found
+
+
+def replay_statistics(c: Comparison, pairs: list[Pair]) -> dict[int, dict[str, Judgement]]:
+    """Returns the judgements that are over the tolerance with other running statistics, by the number of the event.
+
+    Those of a new model are 0 and 1, so that evaluation mode does not show whether a user's class uses them.
+    """
+    found = {}
+    back = {theirs: ours for ours, theirs in c.parameter_names.items()}
+    for pair in pairs if c.computes_reference else ():
+        names = c.a.classes.get(pair.a.path, ""), c.b.classes.get(pair.path, "")
+        if pair.b.call or pair.obstacle or pair.children or all(name.startswith(FRAMEWORK_LAYERS) for name in names):
+            continue
+        paths = [path for path in c.b.own_names(pair.path) if path in back and path not in c.b.trainable_names]
+        if not any(layout.split(path)[1] in layout.STATISTICS for path in paths):
+            continue
+        key = zlib.crc32(f"{c.seed} statistics {pair.key}".encode())
+        generator = np.random.Generator(np.random.SFC64(key))
+        values = {path: generator.uniform(0.5, 2.0, c.b.shapes[path]).astype(np.float32) for path in paths}
+        with contextlib.ExitStack() as stack:
+            for side in (c.a, c.b, c.reference):
+                own = {back[path] if side is c.a else path: array for path, array in values.items()}
+                stack.enter_context(side.tools.assigned(side.module, own))
+            judged = replay(c, pair, gradients=False)
+        if over := {n: replace(j, note="with other running statistics") for n, j in judged.items() if j.is_over}:
             found[pair.b.number] = over
     return found
 

@@ -19,7 +19,7 @@ from icenet.core import backends
 from icenet.parity import align
 from icenet.parity.calls.events import Event, arrays_of, rebuild
 from icenet.parity.calls.module_copy import ModuleCopy
-from icenet.parity.calls.pairs import Pair, Replay, Sample
+from icenet.parity.calls.pairs import Pair, Replay, Sample, as_floats
 from icenet.parity.nearby import Perturbation
 from icenet.parity.trace import Value, output_name, short_dtype
 
@@ -158,7 +158,7 @@ class _ReplayedCall:
     def named_outputs(self, outputs: Sequence[Value]) -> dict[str, Value]:
         """Returns the results by name, with the axes of the reference."""
         return {
-            output_name(index): Value(align.to_torch(how, item.array), item.dtype)
+            output_name(index): as_floats(Value(align.to_torch(how, item.array), item.dtype))
             for index, (item, how) in enumerate(zip(outputs, self._result_hows, strict=False))
         }
 

@@ -198,6 +198,13 @@ def rounded(item: Value, dtype: str) -> Value:
     return replace(item, array=round_to(item.array, dtype), dtype=dtype) if item.is_float else item
 
 
+def as_floats(item: Value) -> Value:
+    """Returns complex numbers as pairs of floats, which are judged as such; others unchanged."""
+    if item.array.dtype.kind != "c":
+        return item
+    return Value(np.stack([item.array.real, item.array.imag], axis=-1), "fp32")
+
+
 def hidden(item: Value) -> Value:
     """Returns a value with -inf where it is masked."""
     where = align.masked(item.array)

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.parity import align
-from icenet.parity.calls.pairs import Pair, Replay, Sample
+from icenet.parity.calls.events import Event
+from icenet.parity.calls.pairs import Pair, Replay, Sample, as_floats
 from icenet.parity.calls.sides import Side
 from icenet.parity.layer import judge_layer
 from icenet.parity.measures import rms, rms_distance, squared_distance
@@ -65,6 +66,8 @@ def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
     for name in _masks_compared(c, given, exact, judgements):
         del judgements[name]
         c.add_notes(["gradients by masks of 1 and 0 among the inputs are not compared: one side has none"])
+    for name in _constants(pair) & judgements.keys():
+        del judgements[name]
     if has_ties and pair.path not in c.ties:
         c.ties.add(pair.path)
         remark = tie_remark(c.a.classes.get(pair.a.path, ""), pair.is_leaf)
@@ -74,6 +77,25 @@ def replay(c: Comparison, pair: Pair, gradients: bool) -> dict[str, Judgement]:
         if judgement.passed and judgement.plain_ratio:
             c.factor = max(c.factor, judgement.plain_ratio / FACTOR)
     return judgements
+
+
+def _constants(pair: Pair) -> set[str]:
+    """Returns the gradients by results of calls that have none in the runs: of what `torch.no_grad` computes."""
+    found = set()
+    places = ((child, j, i) for child in pair.children for i, j, _ in child.outputs)
+    counted = sum(value.is_float for value in pair.inputs("b")[: len(pair.arguments)])
+    for child, j, i in places:
+        if not child.b.outputs[j].is_float:
+            continue
+        own = child.a.gradients[i]
+        if (
+            any(item is not None for item in _root(pair.b).gradients)
+            and child.b.gradients[j] is None
+            and (own is None or not own.array.any())
+        ):
+            found.add(f"input {counted}")
+        counted += 1
+    return found
 
 
 def _masks_compared(
@@ -86,14 +108,18 @@ def _masks_compared(
     over = {name for name, item in judgements.items() if name.startswith("input ") and not item.passed}
     if not over:
         return []
-    root = given.pair.b
-    while root.parent is not None:
-        root = root.parent
-    known = {id(item) for item in root.arguments}
+    known = {id(item) for item in _root(given.pair.b).arguments}
     floats = [item for item in given.pair.inputs("b") if item.is_float]
     over &= {f"input {n}" for n, item in enumerate(floats) if id(item) in known and np.isin(item.array, (0, 1)).all()}
     ours = c.a.replay(given) if over else {}
     return [name for name in over if not (ours[name].array.any() and exact[name].array.any())]
+
+
+def _root(event: Event) -> Event:
+    """Returns the call of the model around a call."""
+    while event.parent is not None:
+        event = event.parent
+    return event
 
 
 def judge_replay(c: Comparison, given: Replay, exact: Mapping[str, Value]) -> tuple[dict[str, Judgement], bool]:
@@ -251,7 +277,7 @@ def _are_same(x: Sequence[Value] | None, y: Sequence[Value] | None) -> bool:
 
 def _is_same(found: Mapping[str, Value], recorded: list[Value]) -> bool:
     """Returns whether a replay of the reference computes what its run did, but for the rounding of its inputs."""
-    for index, item in enumerate(recorded):
+    for index, item in enumerate(map(as_floats, recorded)):
         other = found[f"output[{index}]" if index else "output"]
         if other.array.shape != item.array.shape:
             return False

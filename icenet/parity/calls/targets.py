@@ -58,7 +58,7 @@ class Targets:
         return Targets(self._seed, tools, self, hows, same, self._first_only)
 
     def __call__(self, outputs: Sequence[Any], names: Sequence[str] = ()) -> list[Value | None]:
-        """Returns the target of each floating output of a call; None for one that is not trained.
+        """Returns the target of each floating output of a call; None for one that is not trained, or has no values.
 
         Args:
             outputs: The arrays.
@@ -71,10 +71,10 @@ class Targets:
         for place, (index, output) in enumerate(zip(numbers, outputs, strict=True)):
             if "float" not in str(output.dtype):
                 continue
-            if index and self._first_only:
+            shape = tuple(output.shape)
+            if (index and self._first_only) or 0 in shape:
                 found.append(None)
                 continue
-            shape = tuple(output.shape)
             if not self._is_a and index not in self._drawn:
                 size = rms(self._tools.value(self._tools.snapshot(output)).array) or 1.0
                 values = np.random.Generator(np.random.SFC64(self._seed + index)).standard_normal(shape)

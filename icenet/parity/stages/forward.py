@@ -15,7 +15,7 @@ from icenet.parity.calls import culprit
 from icenet.parity.calls.culprit import Origin
 from icenet.parity.calls.events import numbers
 from icenet.parity.calls.pairing import relative
-from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair, hidden
+from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair, as_floats, hidden
 from icenet.parity.calls.replays import replay
 from icenet.parity.calls.runs import agrees_in_samples
 from icenet.parity.causes.passed import find_passed, passes_on
@@ -107,7 +107,7 @@ def judge_forward(
         if passed and pair is origins[0][0]:
             worst = origins[0][1].judgement
         for i, j, how in pair.outputs:
-            if pair.b.outputs[j].is_float:
+            if as_floats(pair.b.outputs[j]).is_float:
                 stage.rows.append(_output_row(c, pair, (i, j, how), worst, places, differing, first, note))
         if pair.obstacle and pair.obstacle not in c.notes_of(pair.path):
             c.notes_of(pair.path).append(pair.obstacle)
@@ -138,9 +138,11 @@ def _updates_differ(
     counts = [Counter(event.path for event in root.walk()) for root in (pairs[0].a, pairs[0].b)]
     for pair in pairs:
         ours, theirs = counts[0][pair.a.path], counts[1][pair.path]
-        if ours != theirs and any(name.startswith("statistic ") for name in found.get(pair.b.number, {})):
+        is_same = ours == theirs and pair.a.call == pair.b.call
+        if not is_same and any(name.startswith("statistic ") for name in found.get(pair.b.number, {})):
             times = [f"{count} times" if count > 1 else "once" for count in (ours, theirs)]
-            note = f"it is called {times[0]} in a, {times[1]} in b, and each call updates its running statistics"
+            what = f"called {times[0]} in a, {times[1]} in b" if ours != theirs else "called in another order in a"
+            note = f"it is {what}, and each call updates its running statistics"
             stage.rows.append(Row(pair.path, "statistics", status=states.DIFFERS, ratio=math.inf, note=note))
             c.fail(stage, pair.path, note=note)
             return True
@@ -242,8 +244,8 @@ def _output_row(
     note: str,
 ) -> Row:
     i, j, how = arrays
-    ours = align.to_torch(how, pair.a.outputs[i].array)
-    theirs, exact = pair.noise.outputs[j], pair.b.outputs[j]
+    ours = as_floats(Value(align.to_torch(how, pair.a.outputs[i].array), pair.a.outputs[i].dtype)).array
+    theirs, exact = as_floats(pair.noise.outputs[j]), as_floats(pair.b.outputs[j])
     if j in pair.masked_outputs:
         ours, theirs, exact = hidden(Value(ours, theirs.dtype)).array, hidden(theirs), hidden(exact)
     judged = judge(ours, theirs.array, exact.array, c.dtype, stored=theirs.dtype)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from icenet.parity import align
 from icenet.parity.calls import culprit
 from icenet.parity.calls.events import Run
+from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import Pair, rounded
 from icenet.parity.calls.propagation import repeated
 from icenet.parity.calls.replays import replay
@@ -23,7 +24,7 @@ from icenet.parity.measures import blocks, rms_distance, squared_distance, sum_o
 from icenet.parity.resampling import FEW, is_decided, median
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
-from icenet.parity.results.rows import index_of, neutral, split_at
+from icenet.parity.results.rows import index_of, is_in, neutral, split_at
 from icenet.parity.stages.forward import apart_row
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
@@ -163,10 +164,45 @@ def judge_gradients(
             c.fail(stage, pair.path, origin.where, neutral(origin.judgement.note) or "in the backward pass")
             c.suggest(pair, found[pair.b.number])
             return
+    if _cut_off(c, stage, run):
+        return
     bad = [row for row in stage.rows if row.part.startswith("gradient of ") and row.status == states.DIFFERS]
     if bad:
         c.fail(stage, bad[0].path, "", bad[0].note)
         c.report.cause = c.report.cause or find_untied(c, bad[0].path) or _find_recomputed(c, run, bad[0])
+
+
+def _cut_off(c: Comparison, stage: Stage, run: RunGradients) -> bool:
+    """Finds parameters that `b` trains without a gradient, as under `torch.no_grad`, and that have one in `a`."""
+    trained = {f"gradient:{name}" for name in c.b.parameters_within("")}  # a shared one under its first name
+    names = [name for name in run.own if name in trained and name not in run.exact]
+    name = next((name for name in names if np.any(run.own[name].array)), None)
+    if name is None:
+        return False
+    path, part = split_at(name.partition(":")[2], c.b.modules)
+    by_event = {id(pair.b): pair for pair in run.pairs}
+    cut = next((pair for pair in run.pairs if is_in(path, pair.path) and _has_none(pair)), None)
+    outer = cut.b.parent if cut is not None else None
+    while outer is not None and id(outer) not in by_event:
+        outer = outer.parent
+    note = f"the gradient of {part} of {path or 'the model'} is none in b, and in a it is not"
+    stage.rows.append(Row(path, f"gradient of {part}", status=states.DIFFERS, ratio=math.inf, note=note))
+    if cut is None or outer is None:
+        c.fail(stage, path, note=note)
+        return True
+    child = relative(cut.path, outer.path)
+    c.fail(stage, outer.path, f"after {child}", note)
+    c.report.cause = f"the output of {child} has no gradient in b, as under torch.no_grad: stop_gradient in MLX"
+    return True
+
+
+def _has_none(pair: Pair) -> bool:
+    """Returns whether the first output of a call has a gradient in `a`, and none in `b`."""
+    if not pair.outputs or pair.b.parent is None:
+        return False
+    i, j, _ = pair.outputs[0]
+    own = pair.a.gradients[i]
+    return pair.b.gradients[j] is None and own is not None and bool(np.any(own.array))
 
 
 def _find_recomputed(c: Comparison, run: RunGradients, row: Row) -> str:

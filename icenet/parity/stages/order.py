@@ -85,7 +85,7 @@ def _run_on(c: Comparison, inputs: Inputs, first: bool) -> None:
             if not _agree(found):
                 found |= replays.replay_all(c, [pair for pair in pairs if pair.b.number in again])
             elif first:
-                found |= larger.replay_larger(c, pairs)
+                found |= larger.replay_larger(c, pairs) | larger.replay_statistics(c, pairs)
             forward.judge_forward(c, stage, pairs, found, "")
             if stage.status == states.FAILED:
                 raise StageFailed

@@ -36,11 +36,15 @@ _SCALES = (1.0, 0.5, -1.0)
 
 def compare_training(c: Comparison, inputs: Inputs) -> None:
     """Compares optimizer steps on equal gradients, and the losses of free-running steps."""
+    back = {theirs: ours for ours, theirs in c.parameter_names.items()}
+    if c.wants("optimizer") and (rows := [*_frozen_parameters(c, back), *_frozen_layers(c)]):
+        with c.stage("optimizer") as stage:
+            stage.rows += rows
+            c.fail(stage, rows[0].path, note=rows[0].note)
     if not c.gradients:
         return _skip(c, "there are no trainable parameters")
     if c.dtype != "fp32":
         return _skip(c, "parameters are updated in fp32: compare with dtype='fp32'")
-    back = {theirs: ours for ours, theirs in c.parameter_names.items()}
     names = [name for name in c.gradients if name in back]
     rate = c.rate(names, c.gradients)
     for side in (c.a, c.b, c.reference):
@@ -271,15 +275,6 @@ def _judge_updates(
     optimizers: tuple[Any, Any],
 ) -> None:
     """Compares the parameters after steps on equal gradients."""
-    trained = c.a.trainable_names, c.b.trainable_names
-    frozen = [name for name in c.b.shapes if name in trained[1] and back.get(name) and back[name] not in trained[0]]
-    extra = [theirs for ours, theirs in c.parameter_names.items() if ours in trained[0] and theirs not in trained[1]]
-    for name, which in (*((n, "a") for n in frozen), *((n, "b") for n in extra)):
-        path, part = split_at(name, c.b.modules)
-        note = f"{part} is frozen in {which}, and trained in {'b' if which == 'a' else 'a'}"
-        stage.rows.append(Row(path, part, status=states.DIFFERS, ratio=math.inf, note=note))
-    for path, note in _frozen_layers(c):
-        stage.rows.append(Row(path, "", status=states.DIFFERS, ratio=math.inf, note=note))
     if ams_grad_differs(c, optimizers):
         stage.rows.append(Row("", "", status=states.DIFFERS, ratio=math.inf, note="AMSGrad in b, not in a"))
     sequence = update_gradients(gradients, names)
@@ -287,8 +282,8 @@ def _judge_updates(
     for side in (c.a, c.b, c.reference):
         is_test = side is c.a
         given = sequence
-        if is_test:  # an optimizer of MLX has no state of what is frozen
-            given = [{back[n]: g for n, g in step.items() if n not in frozen} for step in sequence]
+        if is_test:
+            given = [{back[n]: g for n, g in step.items()} for step in sequence]
         found = side.updated(optimizers[0 if is_test else 1], given)
         if is_test:
             found = {c.parameter_names[n]: array for n, array in found.items() if n in c.parameter_names}
@@ -331,8 +326,19 @@ def _judge_updates(
         c.report.cause = "" if bad[0].note else suggest_update(c, back, sequence, updated, optimizers[1])
 
 
-def _frozen_layers(c: Comparison) -> Iterator[tuple[str, str]]:
-    """Yields the layers with other parameters on each side that are frozen in another way, and how.
+def _frozen_parameters(c: Comparison, back: Mapping[str, str]) -> Iterator[Row]:
+    """Yields a row for each parameter that only one side trains, given the names in `a` by those in `b`."""
+    trained = c.a.trainable_names, c.b.trainable_names
+    frozen = [name for name in c.b.shapes if name in trained[1] and back.get(name) and back[name] not in trained[0]]
+    extra = [theirs for ours, theirs in c.parameter_names.items() if ours in trained[0] and theirs not in trained[1]]
+    for name, which in (*((n, "a") for n in frozen), *((n, "b") for n in extra)):
+        path, part = split_at(name, c.b.modules)
+        note = f"{part} is frozen in {which}, and trained in {'b' if which == 'a' else 'a'}"
+        yield Row(path, part, status=states.DIFFERS, ratio=math.inf, note=note)
+
+
+def _frozen_layers(c: Comparison) -> Iterator[Row]:
+    """Yields a row for each layer with other parameters on each side that is frozen in another way.
 
     Their parameters do not correspond, so it is compared whether all, some or none are frozen.
     """
@@ -346,7 +352,8 @@ def _frozen_layers(c: Comparison) -> Iterator[tuple[str, str]]:
         kinds = [which if which in ([], ["all"]) else ["some"] for which in frozen]
         if kinds[0] != kinds[1]:
             texts = [", ".join(which) or "none" for which in frozen]
-            yield path, f"frozen parameters: {texts[0]} in a, {texts[1]} in b"
+            note = f"frozen parameters: {texts[0]} in a, {texts[1]} in b"
+            yield Row(path, "", status=states.DIFFERS, ratio=math.inf, note=note)
 
 
 def default_rate(names: Sequence[str], weights: Mapping[str, Array], gradients: Mapping[str, Array]) -> float:
