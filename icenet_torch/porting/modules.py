@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from icenet.core.porting.record import Argument, Module, refs
+from icenet.core.porting.record import Argument, Constructor, Module, refs
 
 _SIMPLE = (bool, int, float, str, type(None))
 
@@ -41,7 +41,23 @@ def module_of(path: str, module: nn.Module) -> Module:
     except (TypeError, ValueError):
         arguments = []
     own_class = type(module).__name__ if kind.rpartition(".")[2] != type(module).__name__ else ""
-    return Module(path, kind, settings, children, arguments, own_class)
+    return Module(path, kind, settings, children, arguments, own_class, _constructor(type(module)))
+
+
+def _constructor(kind: type) -> Constructor | None:
+    """Returns where a class makes its modules, None for classes of torch."""
+    made_by: Any = getattr(kind, "__init__")  # noqa: B009 (of the class, as mypy wants it)
+    code = getattr(inspect.unwrap(made_by), "__code__", None)
+    if code is None or kind.__module__.startswith("torch."):
+        return None
+    numbers = [
+        (name, value)
+        for base in reversed(kind.__mro__)
+        if not base.__module__.startswith("torch.")
+        for name, value in vars(base).items()
+        if type(value) in (int, float) and not name.startswith("_")
+    ]
+    return Constructor(code.co_filename, code.co_firstlineno, tuple(numbers))
 
 
 def signature_of(module: nn.Module, input_tree: Any) -> list[Argument]:

@@ -100,7 +100,7 @@ def test_parameters_have_the_original_names(ports: dict[str, Any]) -> None:
 
 def test_the_source_reads_as_a_person_would_write_it(ports: dict[str, Any]) -> None:
     source = port_of(ports, "ConvNet")[0].source
-    assert "self.blocks = [Block() for _ in range(3)]" in source
+    assert "self.blocks = [Block(8, 8) for _ in range(3)]" in source
     assert "for block in self.blocks:\n            x = block(x)" in source
     assert "out = nn.relu(self.bn1(self.conv1(x)))" in source or "out = self.relu(self.bn1(self.conv1(x)))" in source
     assert source.count("transpose(") == 1  # of the images at the beginning

@@ -270,7 +270,7 @@ def test_second_names_parts_and_numbers_have_the_names_of_the_original() -> None
     model, source = ported(module, x)
     assert "def __call__(self, x, cos, sin):" in source and "cos, sin = self.tables(x.shape[1])" in source, source
     assert "shortcut = x" in source and "return residual - " in source and "x_2" not in source
-    assert "def __init__(self, rate):" in source and "x * self.rate" in source
+    assert "def __init__(self, dim, rate):" in source and "x * self.rate" in source
     assert "for layer in self.layers:" in source and "        residual = x" in source
     for B, T in ((2, 3), (1, 7)):
         x, factor = torch.randn(B, T, 8, requires_grad=True), torch.randn(B, T, 8)

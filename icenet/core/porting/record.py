@@ -99,6 +99,15 @@ class Node:
         return self.op.partition(".")[0] if not self.op.startswith("sym.") else self.op
 
 
+@dataclass(frozen=True)
+class Constructor:
+    """Where the original makes a module: file and first line of `__init__`, and the numbers of its class by name."""
+
+    file: str
+    line: int
+    constants: tuple[tuple[str, float], ...] = ()
+
+
 @dataclass
 class Module:
     """A module of the original: its class, its settings and what it holds."""
@@ -114,6 +123,8 @@ class Module:
     """The names of the arguments of `forward`."""
     own_class: str = ""
     """The name of its class if `kind` is the base of it that computes the same."""
+    constructor: Constructor | None = None
+    """Where its class is written, None if that is not known or a class of torch."""
 
     @property
     def class_name(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from icenet.core.porting.layers.mlx_layers import NAMES
 from icenet.core.porting.source import helpers
+from icenet.core.porting.source.constructors import Constructors
 from icenet.core.porting.source.instances import NUMBER, Class, Instance
 from icenet.core.porting.source.lines import WIDTH, lists, wrapped
 from icenet.core.porting.source.unification import Unification
@@ -26,6 +27,7 @@ def resolve(instances: list[Instance], taken: set[str]) -> list[Class]:
     """
     taken = set(taken)
     names = dict(NAMES)
+    constructors = Constructors([item.constructor for item in instances])
     classes: list[Class] = []
     sources: dict[int, str] = {}
     heights = _heights(instances)
@@ -42,7 +44,9 @@ def resolve(instances: list[Instance], taken: set[str]) -> list[Class]:
                 number += 1
                 unique = f"{name}{number}"
             taken.add(unique)
-            made, arguments = Unification(unique, [instances[index] for index in members], names).result()
+            group = [instances[index] for index in members]
+            is_whole = members == [len(instances) - 1]  # it is made without arguments
+            made, arguments = Unification(unique, group, names, constructors, is_whole).result()
             names[unique] = [parameter.partition("=")[0] for parameter in made.parameters]
             classes.append(made)
             for index, values in zip(members, arguments, strict=True):

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from icenet.core.porting.record import Constructor
 from icenet.core.porting.source.lines import Body
 
 NUMBER = re.compile(r"(?<![\w.\]])(?:(?:-(?=\d))?\d+(?:\.\d+)?(?:e-?\d+)?|True|False)(?![\w])|§")
@@ -21,12 +22,14 @@ class Class:
         init: The statements of its constructor.
         bodies: The bodies of its methods, `__call__` first.
         parameters: The parameters of its constructor.
+        keys: What parameters are in the original, such as "config.hidden_size", by name.
     """
 
     name: str
     init: list[str]
     bodies: list[Body] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Instance:
         bodies: The bodies of its methods.
         height: 1 without inner instances, and one more than that of the highest inner one.
         settings: Its attributes in the original that are numbers, by name.
+        constructor: Where the original makes it, None if that is not known.
         text: All of this as one text, by which equal instances are found.
     """
 
@@ -47,4 +51,5 @@ class Instance:
     bodies: list[Body]
     height: int
     settings: dict[str, Any] = field(default_factory=dict)
+    constructor: Constructor | None = None
     text: str = ""

@@ -22,7 +22,7 @@ _SAVED = 3
 
 @dataclass
 class _Sequence:
-    """A sequence in a constructor: its call, the name of its class, and the parameters of the constructor."""
+    """A sequence in a constructor: its call, the name of its class, and the variables of the constructor."""
 
     call: ast.Call
     kind: str
@@ -52,7 +52,7 @@ def functions(classes: list[Class], kinds: set[str], taken: set[str]) -> list[st
         sequences = [
             item
             for (number, _), tree in trees.items()
-            for item in _sequences(tree, kinds, [name.partition("=")[0] for name in classes[number].parameters])
+            for item in _sequences(tree, kinds, _variables(classes[number]))
         ]
         if height > max((item.height for item in sequences), default=0):
             break
@@ -72,6 +72,12 @@ def functions(classes: list[Class], kinds: set[str], taken: set[str]) -> list[st
         line = classes[number].init[row]
         classes[number].init[row] = line[: len(line) - len(line.lstrip())] + ast.unparse(tree)
     return found
+
+
+def _variables(item: Class) -> list[str]:
+    """Returns the variables of a constructor: its parameters and those that it sets."""
+    lines = [line.partition(" = ")[0] for line in item.init]
+    return ["self", *(name.partition("=")[0] for name in item.parameters), *(n for n in lines if n.isidentifier())]
 
 
 def _sequences(tree: ast.AST, kinds: set[str], parameters: list[str]) -> Iterator[_Sequence]:
@@ -135,6 +141,16 @@ class _Values(ast.NodeTransformer):
         if node.id not in self.parameters:
             return node
         self.found.append(node.id)
+        return ast.Name(OPEN)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        if not {item.id for item in ast.walk(node) if isinstance(item, ast.Name)} & {*self.parameters}:
+            return node
+        self.found.append(ast.unparse(node))
+        return ast.Name(OPEN)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.found.append(ast.unparse(node))  # 4 * dim
         return ast.Name(OPEN)
 
     def visit_keyword(self, node: ast.keyword) -> ast.keyword:

@@ -63,6 +63,7 @@ def _short(code: str) -> str:
 
     parts = re.split(r"(\"[^\"]*\"|'[^']*')", code)  # strings stay as they are
     parts[::2] = [_POWER.sub(r"\1**\2\3", _FLOAT.sub(number, part)) for part in parts[::2]]
+    parts[::2] = [re.sub(r" \*\* \((-[\w.]+)\)(?! \*\*)", r" ** \1", part) for part in parts[::2]]
     return "".join(parts)
 
 

@@ -163,7 +163,8 @@ class SizeVariables(Variables):
             self.name_length(names, tensor)
             words = {word for other in self.lines if other is not line for word in re.findall(r"\w+", other.code)}
             words |= in_loops
-            kept = [name if name in words else "_" for name in names]
+            # an axis of the same size as one before needs no variable
+            kept = [name if name in words and name not in names[:axis] else "_" for axis, name in enumerate(names)]
             used = [axis for axis, name in enumerate(kept) if name != "_"]
             if not used:
                 self.lines = [other for other in self.lines if other is not line]

@@ -98,6 +98,9 @@ class Structure:
         """Modules that a class calls and of which some instance holds none, by the class and their paths."""
         for root in roots:
             self.find_passed(root, ())
+        self.layer_calls = {
+            str(node.args["path"]) for source in (graph, train) if source for node in source.nodes if node.op in WHOLE
+        }
         self.methods: dict[str, str] = {}
         recurrent = [layer for layer in layers.values() if isinstance(layer, Recurrent)]
         self.is_time_first = bool(recurrent) and not any(
@@ -190,6 +193,12 @@ class Structure:
         """Returns whether a module is an element of a list or dict."""
         parent = path.rpartition(".")[0]
         return self.is_container(parent)
+
+    def is_idle(self, path: str) -> bool:
+        """Returns whether a module is an identity that no statement calls."""
+        layer = self.layers.get(path)
+        is_identity = layer is not None and layer.constructor == "nn.Identity"
+        return is_identity and path not in self.layer_calls and not self.in_list(path)
 
     def has_arrays(self, path: str) -> bool:
         """Returns whether a module has arrays or layers, itself or below it."""

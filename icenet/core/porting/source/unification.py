@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Any
 
+from icenet.core.porting.source.constructors import Constructors, Solution
 from icenet.core.porting.source.instances import NUMBER, Class, Instance
+from icenet.core.porting.source.known_numbers import attribute_of, formula_of, is_size, known_numbers
 from icenet.core.porting.source.lines import Body, Line
 from icenet.core.porting.source.structure import METHODS
 from icenet.core.porting.source.variants import OPEN
@@ -24,20 +25,33 @@ class Unification:
         name: The name of the class.
         members: The instances.
         names: The names of the arguments of known classes, by the name of the class.
+        constructors: Those of the original.
+        is_whole: Whether it is the class of the whole module, whose arguments have defaults.
     """
 
-    def __init__(self, name: str, members: list[Instance], names: dict[str, list[str]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        members: list[Instance],
+        names: dict[str, list[str]],
+        constructors: Constructors,
+        is_whole: bool = False,
+    ) -> None:
+        self.constructors, self.is_whole, self.solution = constructors, is_whole, Solution()
+        self.settings = [item.settings for item in members]
         self.name, self.members, self.first = name, members, members[0]
         self.columns: list[Column] = list(zip(*(NUMBER.findall(item.text) for item in members), strict=True))
         self.in_init = len(NUMBER.findall("\n".join(self.first.init)))
         self.taken = {*re.findall(r"self\.(\w+)", self.first.text), *METHODS}
+        self.set = set(self.taken)
+        """What the class has as attributes."""
         self.suggested = hints(self.first.text, names)
         self.parameters: dict[Column, str] = {}
         """The parameters of the constructor by the numbers that the instances give to them."""
         self.flags: set[str] = set()
         """The parameters that say whether an instance has a layer."""
-        self.attributes: dict[str, None] = {}
-        """The parameters that the methods read."""
+        self.attributes: dict[str, str] = {}
+        """The parameters that the methods read, by the names of attributes."""
         self.replacement: dict[int, str] = {}
         """What replaces the number at a place."""
 
@@ -46,25 +60,77 @@ class Unification:
         varying = [index for index, column in enumerate(self.columns) if len(set(column)) > 1]
         # numbers that some instances lack come last: they are those of other parameters
         varying.sort(key=lambda index: OPEN in self.columns[index])
-        known = _known_numbers(self.members, self.in_init, self.taken)
-        known = {index: key for index, key in known.items() if index not in varying}
-        if not varying and not known:
+        known = {index: key for index, key in self._known_numbers().items() if index not in varying}
+        in_methods = [
+            attribute_of(self.columns[index], self.settings, self.set) for index in varying if index >= self.in_init
+        ]
+        self._solve([key for key in dict.fromkeys([*known.values(), *in_methods]) if key])
+        attributes_of = self.solution.attributes
+        known = {index: key for index, key in known.items() if is_size(key) or key in attributes_of}
+        if not varying and not known and not self.solution.arguments:
             return Class(self.name, self.first.init, _common_comments(self.members)), [[] for _ in self.members]
         for index in varying:
-            self._replace(index)
-        values = {key: self.columns[index][0] for index, key in known.items() if key not in self.taken}
+            if index not in self.replacement:
+                self._replace(index)
+        is_free = {key: key in attributes_of or key not in self.taken for key in known.values()}
+        values = {key: self.columns[index][0] for index, key in known.items() if is_free[key]}
         self.replacement |= {index: f"self.{key}" for index, key in known.items() if key in values}
         init, bodies = self._written()
-        attributes = [
-            *(f"self.{name} = {name}" for name in self.attributes),
-            *(f"self.{name} = {value}" for name, value in values.items()),
-        ]
+        further = {name: value for name, value in {**self.attributes, **values}.items() if name not in attributes_of}
+        attributes = [*self.solution.statements, *(f"self.{name} = {value}" for name, value in further.items())]
         parameters, arguments = self._parameters_and_arguments()
-        return Class(self.name, [*attributes, *init], bodies, parameters), arguments
+        return Class(self.name, [*attributes, *init], bodies, parameters, self.solution.keys), arguments
+
+    def _known_numbers(self) -> dict[int, str]:
+        """Returns the attributes of the original that are numbers in the methods, by their places."""
+        rows = [line for body in self.first.bodies for line in (None, *body.lines)]  # None for the parameters
+        origins = [line.origin if line is not None else None for line in rows]
+        origins = [*[None] * (len(self.first.init) + 1), *origins]
+        return known_numbers(self.first.text, self.in_init, self.settings, self.taken, origins)
+
+    def _solve(self, read: list[str]) -> None:
+        """Replaces numbers of the constructor by the expressions of the original.
+
+        Args:
+            read: The attributes that methods read.
+        """
+        lines: list[str] = []
+        places: dict[tuple[int, int], tuple[int, Column]] = {}
+        count = itertools.count()
+        for row, texts in enumerate(zip(*(item.init for item in self.members), strict=True)):
+            lines.append(next((text for text in texts if OPEN not in text), ""))
+            starts = [match.start() for match in NUMBER.finditer(lines[-1])]
+            for place, _ in enumerate(NUMBER.finditer(texts[0])):
+                index = next(count)
+                if place < len(starts):
+                    places[row, starts[place]] = index, self.columns[index]
+        self.solution = self.constructors.solved(self.name, self.first, lines, places, self.settings, read)
+        self.replacement = dict(self.solution.expressions)
+        self.parameters = {column: name for name, column in self.solution.arguments.items()}
+        self.taken |= {*self.solution.arguments}
+
+    def _solved_like(self, column: Column) -> str:
+        """Returns the expression of another number that each instance has at a place, empty without one."""
+        if len({*column} - {OPEN}) < 2:
+            return ""
+        found = [
+            text
+            for place, text in self.solution.expressions.items()
+            if all(value in (OPEN, other) for value, other in zip(column, self.columns[place], strict=True))
+        ]
+        return min(found, key=len, default="")
 
     def _replace(self, index: int) -> None:
         """Replaces the number at a place by a parameter."""
         column, form = self.columns[index], "{}"
+        attribute = attribute_of(column, self.settings, self.set)
+        if index >= self.in_init and attribute in self.solution.attributes:
+            self.replacement[index] = f"self.{attribute}"
+            return
+        equal = self._solved_like(column) if index < self.in_init and column not in self.parameters else ""
+        if equal:
+            self.replacement[index] = equal
+            return
         if OPEN in column:
             like = _compatible(column, self.suggested[index], self.parameters)
             if like is None and len({*column} - {OPEN}) == 1:
@@ -72,8 +138,8 @@ class Unification:
                 return
             column = like or tuple("None" if value == OPEN else value for value in column)
         if column not in self.parameters:
-            attribute = _attribute(column, self.members, self.taken)
-            formula = _formula(column, self.members) if not attribute and index >= self.in_init else None
+            attribute = attribute_of(column, self.settings, self.taken)
+            formula = formula_of(column, self.settings) if not attribute and index >= self.in_init else None
             if formula is not None:
                 attribute, column, form = formula
             if column not in self.parameters:
@@ -82,8 +148,9 @@ class Unification:
         if index < self.in_init:
             self.replacement[index] = parameter
         else:
-            self.attributes[parameter] = None
-            self.replacement[index] = form.format(f"self.{parameter}")
+            attribute = f"{parameter}_value" if parameter in self.set else parameter
+            self.attributes[attribute] = parameter
+            self.replacement[index] = form.format(f"self.{attribute}")
 
     def _add_parameter(self, column: Column, attribute: str, suggested: str) -> None:
         """Adds a parameter with the name of an attribute of the original, or with the one that is suggested."""
@@ -114,11 +181,15 @@ class Unification:
 
     def _parameters_and_arguments(self) -> tuple[list[str], list[list[str]]]:
         """Returns the parameters with their defaults, those without one first, and the arguments of each instance."""
+        given, defaults = self.solution.arguments, self.solution.defaults
+        fixed = {name: column[0] for name, column in given.items() if self.is_whole or name in defaults}
         flags = {name: column for column, name in self.parameters.items() if name in self.flags}
-        others = {name: column for column, name in self.parameters.items() if name not in self.flags}
+        others = {name: column for column, name in self.parameters.items() if name not in (*self.flags, *given)}
+        others = {**{name: column for name, column in given.items() if name not in fixed}, **others}
         optional = {name: column for name, column in others.items() if "None" in column}
         required = {name: column for name, column in others.items() if "None" not in column}
-        parameters = [*required, *(f"{name}=None" for name in optional), *(f"{name}=False" for name in flags)]
+        default = {**fixed, **dict.fromkeys(optional, "None"), **dict.fromkeys(flags, "False")}
+        parameters = [*required, *(f"{name}={value}" for name, value in default.items())]
         arguments = [
             [
                 *(column[row] for column in required.values()),
@@ -128,59 +199,6 @@ class Unification:
             for row in range(len(self.members))
         ]
         return parameters, arguments
-
-
-_SIZE = re.compile(
-    r"head|dim|size|channel|emb|window|group|patch|hidden|scal|feature|width|state|rank|length|^(d|n|num)_|_(d|n)$"
-)
-"""Words in the names of attributes that are sizes or a scale."""
-_USES_SIZES = re.compile(r"\.reshape\([^()]*$|\bscale=$")
-"""What stands before the sizes of a shape, or a scale."""
-
-
-def _known_numbers(members: list[Instance], start: int, taken: set[str]) -> dict[int, str]:
-    """Returns the attribute of the original that has a number of a shape or a scale in the methods, by its place."""
-    found = {}
-    text = members[0].text
-    for index, match in enumerate(NUMBER.finditer(text)):
-        before, after = text[: match.start()].rpartition("\n")[2], text[match.start() :].partition("\n")[0]
-        if index < start or match[0] in ("1", "0", "1.0", OPEN) or not _USES_SIZES.search(before):
-            continue
-        shape = re.split(r"[()]", before)[-1] + re.split(r"[()]", after)[0]
-        if len(re.findall(rf"(?<![\w.]){re.escape(match[0])}(?![\w.])", shape)) > 1:
-            continue  # one of them may have another meaning
-        attribute = _attribute((match[0],) * len(members), members, taken)
-        if _SIZE.search(attribute):
-            found[index] = attribute
-    return found
-
-
-def _attribute(column: tuple[str, ...], members: list[Instance], taken: set[str]) -> str:
-    """Returns the only attribute of the original that has the numbers of a column, empty without one."""
-    found = [
-        name
-        for name in members[0].settings
-        if all(repr(item.settings.get(name)) == value for item, value in zip(members, column, strict=True))
-    ]
-    return found[0] if len(found) == 1 and found[0] not in taken and not found[0].startswith("_") else ""
-
-
-def _formula(column: tuple[str, ...], members: list[Instance]) -> tuple[str, tuple[str, ...], str] | None:
-    """Returns the only attribute x for which the numbers of a column are -x or 1 - x; None without one.
-
-    Returns:
-        The attribute, its numbers, and how a number is written with it, such as "(1 - {})".
-    """
-    found = []
-    for name in members[0].settings:
-        values: list[Any] = [item.settings.get(name) for item in members]
-        if name.startswith("_") or any(type(value) not in (int, float) for value in values):
-            continue
-        rests = [1 - value if type(value) is float else None for value in values]
-        for form, numbers in (("-{}", [-value for value in values]), ("(1 - {})", rests)):
-            if tuple(map(repr, numbers)) == column:
-                found.append((name, tuple(map(repr, values)), form))
-    return found[0] if len(found) == 1 else None
 
 
 def _compatible(column: tuple[str, ...], hint: str, parameters: dict[tuple[str, ...], str]) -> tuple[str, ...] | None:

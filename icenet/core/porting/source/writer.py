@@ -16,6 +16,7 @@ from icenet.core.porting.record import Graph, Module
 from icenet.core.porting.source import sequences
 from icenet.core.porting.source.body import Frame
 from icenet.core.porting.source.classes import MARK, class_source, resolve
+from icenet.core.porting.source.configurations import with_configuration
 from icenet.core.porting.source.instances import Class, Instance
 from icenet.core.porting.source.joined_names import join_names
 from icenet.core.porting.source.lines import Body
@@ -116,13 +117,21 @@ class _Writer:
         self.build("", bodies)
         taken = {*self.written.values(), *self.sequence_kinds}
         classes = resolve(self.instances, taken)
+        configuration = with_configuration(classes, taken | {item.name for item in classes})
         repeated = sequences.functions(classes, self.sequence_kinds, taken)
         functions = [*self.finished(classes), *([_SEQUENTIAL] if self.sequence_kinds else []), *repeated]
         lines = ['"""' + self.title, "", "Written by icenet.port. It depends on mlx only.", '"""', ""]
-        code = "\n\n\n".join([*functions, *self.written_sources(), *(class_source(item) for item in classes)])
-        imports = []
+        code = "\n\n\n".join(
+            [
+                *filter(None, [configuration]),
+                *functions,
+                *self.written_sources(),
+                *(class_source(item) for item in classes),
+            ]
+        )
+        imports = ["from dataclasses import dataclass", ""] if configuration else []
         if re.search(r"\bmath\.", code):
-            imports += ["import math", ""]
+            imports = ["import math", *(imports or [""])]
         if re.search(r"\bnp\.", code):
             imports += ["import numpy as np"]
         imports += ["import mlx.core as mx", "import mlx.nn as nn"]
@@ -286,7 +295,7 @@ class _Writer:
         return f"self{member(name)}"
 
     def is_needed(self, path: str) -> bool:
-        return (
+        return not self.structure.is_idle(path) and (
             self.structure.has_arrays(path)
             or (self.structure.in_list(path))
             or (path in self.structure.called and not self.structure.is_inlined(path))
@@ -324,5 +333,5 @@ class _Writer:
         name = class_of(module)
         children = [int(found) for line in init for found in MARK.findall(line)]
         height = 1 + max((self.instances[child].height for child in children), default=0)
-        self.instances.append(Instance(name, init, bodies, height, module.settings))
+        self.instances.append(Instance(name, init, bodies, height, module.settings, module.constructor))
         return f"@{len(self.instances) - 1}@"

@@ -1,0 +1,134 @@
+"""Numbers in the methods of a class that are attributes of the original: sizes of shapes, scales and rates."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from typing import Any
+
+from icenet.core.porting.source.instances import NUMBER
+from icenet.core.porting.source.lines import split
+from icenet.core.porting.statements import place_at, syntax_tree
+
+_SIZE = re.compile(
+    r"head|dim|size|channel|emb|window|group|patch|hidden|scal|feature|width|state|rank|length|^(d|n|num)_|_(d|n)$"
+)
+"""Words in the names of attributes that are sizes or a scale."""
+_USES_SIZES = re.compile(r"\.reshape\([^()]*$|\bscale=$")
+"""What stands before the sizes of a shape, or a scale."""
+_COMMON = {"1", "0", "1.0", "0.0", "2.0", "0.5"}
+"""Numbers that are seldom those of an attribute."""
+
+
+def known_numbers(
+    text: str,
+    start: int,
+    settings: list[dict[str, Any]],
+    taken: set[str],
+    origins: list[Any],
+) -> dict[int, str]:
+    """Returns the attribute of the original that has a number in the methods, by the place of the number.
+
+    Args:
+        text: The constructor and the methods of an instance, one statement a line.
+        start: The place of the first number of the methods.
+        settings: The attributes of each instance that are numbers.
+        taken: Names that the class has for something else.
+        origins: The statements of the original that led to each line, None if they are not known.
+    """
+    found = {}
+    for index, match in enumerate(NUMBER.finditer(text)):
+        if index < start or match[0] in ("1", "0", "1.0"):
+            continue
+        row = text.count("\n", 0, match.start())
+        before, after = text[: match.start()].rpartition("\n")[2], text[match.start() :].partition("\n")[0]
+        if _USES_SIZES.search(before):
+            key = _in_shape(before, after, match[0], settings, origins[row]) if ".reshape(" in before else ""
+            key = key or _only_size(before, after, match[0], settings, taken)
+        else:
+            key = attribute_of((match[0],) * len(settings), settings, taken)
+            key = key if "." in match[0] and match[0] not in _COMMON else ""
+        if key and key not in taken:
+            found[index] = key
+    return found
+
+
+def is_size(name: str) -> bool:
+    """Returns whether an attribute is a size or a scale by its name."""
+    return bool(_SIZE.search(name))
+
+
+def _only_size(before: str, after: str, number: str, settings: list[dict[str, Any]], taken: set[str]) -> str:
+    """Returns the only size that has a number which a shape has once."""
+    shape = re.split(r"[()]", before)[-1] + re.split(r"[()]", after)[0]
+    if len(re.findall(rf"(?<![\w.]){re.escape(number)}(?![\w.])", shape)) > 1:
+        return ""  # one of them may have another meaning
+    key = attribute_of((number,) * len(settings), settings, taken)
+    return key if is_size(key) else ""
+
+
+def _in_shape(before: str, after: str, number: str, settings: list[dict[str, Any]], origin: Any) -> str:
+    """Returns the attribute in the place of a number of a shape, as the original has it."""
+    if not origin:
+        return ""
+    inside = before.rpartition(".reshape(")[2]
+    place = len(split(inside + "0")) - 1
+    length = len(split((inside + after).partition(")")[0]))
+    shapes = [shape for shape in _shapes(*origin[-1]) if len(shape) == length]
+    keys = {shape[place] for shape in shapes}
+    key = keys.pop().removeprefix("self.") if len(keys) == 1 else ""
+    return key if key.isidentifier() and all(repr(item.get(key)) == number for item in settings) else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _shapes(file: str, line: int) -> tuple[tuple[str, ...], ...]:
+    """Returns the shapes to which the statement at a line brings values, each as the texts of its sizes."""
+    return tuple(shape for first, last, shape in _all_shapes(file) if first <= line <= last)
+
+
+@functools.lru_cache(maxsize=64)
+def _all_shapes(file: str) -> tuple[tuple[int, int, tuple[str, ...]], ...]:
+    found = []
+    for node in ast.walk(syntax_tree(file)):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("view", "reshape")
+        ):
+            given = node.args
+            if len(given) == 1 and isinstance(given[0], (ast.Tuple, ast.List)):
+                given = given[0].elts
+            place = place_at(file, node.lineno)
+            found.append(
+                (min(place.line, node.lineno), node.end_lineno or node.lineno, tuple(map(ast.unparse, given)))
+            )
+    return tuple(found)
+
+
+def attribute_of(column: tuple[str, ...], settings: list[dict[str, Any]], taken: set[str]) -> str:
+    """Returns the only attribute of the original that has the numbers of a column, empty without one."""
+    found = [
+        name
+        for name in settings[0]
+        if all(repr(item.get(name)) == value for item, value in zip(settings, column, strict=True))
+    ]
+    return found[0] if len(found) == 1 and found[0] not in taken and not found[0].startswith("_") else ""
+
+
+def formula_of(column: tuple[str, ...], settings: list[dict[str, Any]]) -> tuple[str, tuple[str, ...], str] | None:
+    """Returns the only attribute x for which the numbers of a column are -x or 1 - x; None without one.
+
+    Returns:
+        The attribute, its numbers, and how a number is written with it, such as "(1 - {})".
+    """
+    found = []
+    for name in settings[0]:
+        values: list[Any] = [item.get(name) for item in settings]
+        if name.startswith("_") or any(type(value) not in (int, float) for value in values):
+            continue
+        rests = [1 - value if type(value) is float else None for value in values]
+        for form, numbers in (("-{}", [-value for value in values]), ("(1 - {})", rests)):
+            if tuple(map(repr, numbers)) == column:
+                found.append((name, tuple(map(repr, values)), form))
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,173 @@
+"""Constructors of a port: the arguments of the original's, and the expressions that it gives to its layers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import icenet.blas  # noqa: F401  (before mlx)
+
+import mlx.core as mx
+import torch
+from made_ports import close, ported
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int = 4, bias: bool = False) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, dim // heads
+        inner = heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * inner, bias=bias)
+        self.out = nn.Linear(inner, out_features=dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, hidden: int | None = None, drop: float = 0.1) -> None:
+        super().__init__()
+        hidden = hidden or 4 * dim
+        self.gain = nn.Parameter(torch.ones(dim))
+        self.norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(drop))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm(x)) * self.gain
+        return x + self.mlp(x)
+
+
+class Model(nn.Module):
+    def __init__(self, width: int = 12, depth: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(width, 2) for _ in range(depth)])
+        self.last = Block(width, heads=3, hidden=5 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def test_a_class_has_the_arguments_of_the_original() -> None:
+    module, x = Model().eval(), torch.randn(2, 5, 12)
+    model, source = ported(module, x)
+    assert "def __init__(self, dim, heads):" in source and "self.head_dim = dim // heads" in source
+    assert "nn.Linear(dim, 3 * inner, bias=False)" in source and "nn.Linear(inner, dim)" in source
+    assert "def __init__(self, dim, heads, hidden, drop=0.1):" in source and "Attention(dim, heads)" in source
+    assert "nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(drop)" in source
+    assert "mx.ones((dim,))" in source
+    assert "def __init__(self, width=12, depth=2):" in source
+    assert "[Block(width, 2, 48) for _ in range(depth)]" in source and "Block(width, 3, 5 * width)" in source
+    close(model(mx.array(x.numpy())), module(x))
+    names: dict[str, Any] = {}
+    exec(source, names)  # another size
+    assert names["Model"](width=18, depth=1)(mx.zeros((1, 3, 18))).shape == (1, 3, 18)
+
+
+class Stack(nn.Module):
+    def __init__(self, dim: int, ratio: int = 4) -> None:
+        super().__init__()
+        self.hidden = dim * ratio
+        inner = dim * 3
+        self.a = nn.Sequential(nn.Conv2d(dim, self.hidden, 1), nn.BatchNorm2d(self.hidden), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(self.hidden, inner, 1), nn.BatchNorm2d(inner), nn.ReLU())
+        self.c = nn.Sequential(nn.Conv2d(inner, 2 * dim, 1), nn.BatchNorm2d(2 * dim), nn.ReLU())
+        self.d = nn.Sequential(nn.Conv2d(2 * dim, dim, 1), nn.BatchNorm2d(dim), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(self.c(self.b(self.a(x))))
+
+
+def test_a_repeated_sequence_takes_expressions_of_arguments() -> None:
+    module, x = Stack(3).eval(), torch.randn(2, 3, 4, 5)
+    model, source = ported(module, x)
+    assert "self.b = conv_block(self.hidden, inner)" in source and "conv_block(inner, 2 * dim)" in source
+    assert "self.hidden = dim * ratio" in source and "inner = dim * 3" in source
+    close(model(mx.array(x.numpy())), module(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: SimpleNamespace, index: int) -> None:
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        hidden = config.inner if config.inner is not None else 3 * self.hidden_size
+        self.norm = nn.LayerNorm(self.hidden_size, eps=config.eps)
+        self.up, self.down = nn.Linear(config.hidden_size, hidden), nn.Linear(hidden, config.hidden_size)
+        self.drop, self.scale = nn.Dropout(config.drop), 1 / (index + 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop(self.down(self.up(self.norm(x)).relu())) * self.scale
+
+
+class Configured(nn.Module):
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.embed, self.drop = nn.Embedding(config.vocab_size, config.hidden_size), nn.Dropout(config.embed_drop)
+        self.layers = nn.ModuleList([Layer(config, index) for index in range(config.num_layers)])
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.drop(self.embed(ids))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_numbers_of_a_configuration_are_one_argument() -> None:
+    sizes = {"vocab_size": 20, "hidden_size": 12, "num_layers": 3, "inner": None}
+    config = SimpleNamespace(eps=1e-6, drop=0.1, embed_drop=0.2, **sizes)
+    module, ids = Configured(config).eval(), torch.randint(0, 20, (2, 5))
+    model, source = ported(module, ids)
+    assert "from dataclasses import dataclass" in source
+    assert (
+        "    vocab_size: int = 20\n    hidden_size: int = 12\n    embed_drop: float = 0.2\n    eps: float = 1e-6"
+        in source
+    )
+    assert "def __init__(self, config=Config()):" in source and "def __init__(self, config, scale):" in source
+    assert "nn.LayerNorm(config.hidden_size, eps=config.eps)" in source and "Layer(config, 0.5)" in source
+    assert "hidden = 3 * config.hidden_size" in source and "nn.Linear(config.hidden_size, hidden)" in source
+    close(model(mx.array(ids.numpy())), module(ids))
+
+
+class Scaled(nn.Module):
+    """Numbers in the method are those of attributes, which are arguments or computed from them."""
+
+    def __init__(self, dim: int, slope: float = 0.2, eps: float = 1e-3) -> None:
+        super().__init__()
+        self.scale, self.slope, self.eps = dim**-0.5, slope, eps
+        self.fc = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x) * self.scale + self.slope
+        return y / (y.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def test_numbers_of_methods_are_attributes() -> None:
+    module, x = Scaled(16).eval(), torch.randn(2, 16)
+    model, source = ported(module, x)
+    assert "self.scale = dim**-0.5" in source and "* self.scale + self.slope" in source and "+ self.eps" in source
+    assert "def __init__(self, dim=16, slope=0.2, eps=0.001):" in source
+    close(model(mx.array(x.numpy())), module(x))
+
+
+class Classifier(nn.Module):
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).relu())
+
+
+def test_a_layer_that_was_replaced_has_its_own_numbers() -> None:
+    module, x = Classifier().eval(), torch.randn(2, 6)
+    module.head = nn.Linear(6, 7)
+    model, source = ported(module, x)
+    assert "self.body = nn.Linear(dim, dim)" in source and "self.head = nn.Linear(dim, 7)" in source
+    close(model(mx.array(x.numpy())), module(x))
