@@ -97,7 +97,7 @@ class Measured:
 
     Attributes:
         cold: Seconds of the first step.
-        step_s: Seconds of a step before the rounds.
+        first: The measurement of steps before the rounds.
         steps: Number of steps of a round.
         rounds: Seconds of a step in each round.
         processor: Seconds of processor time of a step in each round, of all threads.
@@ -106,7 +106,7 @@ class Measured:
     """
 
     cold: float
-    step_s: float
+    first: Mapping[str, Any]
     steps: int = 1
     rounds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
@@ -114,9 +114,20 @@ class Measured:
     data_wait: float | None = None
 
     @property
+    def step_s(self) -> float:
+        """Seconds of a step before the rounds."""
+        return float(self.first["seconds"])
+
+    @property
     def round_s(self) -> float:
         """Seconds that a round is expected to take."""
         return self.steps * self.step_s
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        """Adds a measurement of a session as a round."""
+        self.rounds.append(found["seconds"])
+        self.processor.append(found["processor_s"])
+        self.peak = found["peak_bytes"]
 
 
 @dataclass(frozen=True)
@@ -264,6 +275,7 @@ class _Run:
                 place = f" (row {number + 1} of {len(self._rows)})" if len(self._rows) > 1 else ""
                 self._measure(name, name + place)
         except (KeyboardInterrupt, Stopped) as error:
+            self._use_first_steps()
             if not any(side.rounds for *_, sides in self._done for side in sides.values()):
                 raise
             interruption = error
@@ -275,6 +287,16 @@ class _Run:
         machine = {**system_facts(), "sides": self._sides.facts}
         notes = [*self._conditions, *self._sides.notes]
         return TrainingReport(machine, self._rates, results, notes, interruption)
+
+    def _use_first_steps(self) -> None:
+        """Takes the first steps of a row for a round, if it was stopped before its rounds."""
+        for row, _, sides in self._done:
+            if sides and not any(side.rounds for side in sides.values()):
+                self._sides.notes.append(
+                    f"{row}: stopped before the rounds: the figures are those of the first steps"
+                )
+                for side in sides.values():
+                    side.add(side.first)
 
     def _note_load(self) -> None:
         """Notes if other processes use the cores: threads of products then wait for each other."""
@@ -334,8 +356,12 @@ class _Run:
         self._notify(text)
 
     def _prepare(self, row: str, title: str, task: Mapping[str, Any], sides: dict[str, Measured]) -> None:
-        """Makes the models of a row. Adds the sides that make their first steps in time."""
-        for name in self._sides.names:
+        """Makes the models of a row. Adds the sides that make their first steps in time.
+
+        Compiled ones come first, those of IceNet before the others: a run that is stopped has their first steps.
+        """
+        kinds = loops.KINDS
+        for name in sorted(self._sides.names, key=lambda name: (not kinds[name].compiled, kinds[name].is_peer)):
             first = f"{title}: {name}: first step" + (", which compiles" if loops.KINDS[name].compiled else "")
             self._notify(first)
             with common.waiting(self._notify, first):
@@ -345,8 +371,11 @@ class _Run:
                 continue
             seconds = found["seconds"]
             steps = int(self._options.seconds / max(seconds, 1e-9))
-            sides[name] = Measured(cold, seconds, min(max(steps, 1), MAX_STEPS))
+            sides[name] = Measured(cold, found, min(max(steps, 1), MAX_STEPS))
             self._notify(f"{title}: {name}: {rounded(cold)} s, then {rounded(1e3 * seconds)} ms a step")
+        prepared = dict(sides)
+        sides.clear()
+        sides.update((name, prepared[name]) for name in self._sides.names if name in prepared)
 
     def _warm_up(self, name: str, row: str) -> Any:
         """Returns the measurement of steps after the first one; None, with a note, if they fail."""
@@ -366,9 +395,7 @@ class _Run:
             if found is None:
                 del sides[name]
                 continue
-            side.rounds.append(found["seconds"])
-            side.processor.append(found["processor_s"])
-            side.peak = found["peak_bytes"]
+            side.add(found)
 
     def _number_of_rounds(self, row: str, sides: Mapping[str, Measured]) -> int:
         """Returns the number of rounds, and notes if the time is enough for some of them only."""
