@@ -15,7 +15,7 @@ from icenet.core import backends
 from icenet.parity import align
 from icenet.parity.calls.pairing import relative
 from icenet.parity.causes.numbers import attributes, code_numbers
-from icenet.parity.causes.rotary import bases
+from icenet.parity.causes.rotary import bases, turns_positions
 from icenet.parity.causes.trial import Trial
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import judge
@@ -70,7 +70,7 @@ def find_functions(trial: Trial) -> str:
                 ratio = trial.ratio(new)
                 if ratio > 2:  # the noise may be larger there
                     ratio = min(ratio, trial.ratio(new, _of_b(trial, variant, only)))
-                accepted.append((ratio, index, _text(variant, only, calls)))
+                accepted.append((ratio, index, _text(variant, only, calls, _turns_if_rotary(trial, variant))))
                 break
         if accepted and accepted[-1][0] <= 2:
             break
@@ -84,6 +84,10 @@ def find_functions(trial: Trial) -> str:
         if edges and trial.explains_array(np.clip(trial.exact[trial.name].array, ours.min(), ours.max())):
             return f"clipped at {' and '.join(f'{edge:g}' for edge in edges)} in a"
     return min(accepted)[2] if accepted else ""
+
+
+def _turns_if_rotary(trial: Trial, variant: Any) -> bool:
+    return not variant.text.startswith("rotary positions of") or turns_positions(trial)
 
 
 def find_activated(trial: Trial) -> str:
@@ -120,14 +124,18 @@ def _of_b(trial: Trial, variant: Any, only: Any) -> dict[str, Value]:
         return {}
 
 
-def _text(variant: Any, only: Any, calls: Sequence[Any]) -> str:
+def _text(variant: Any, only: Any, calls: Sequence[Any], turns: bool) -> str:
     """Returns the text of a variant, with the name of the activation that it replaces."""
     activation_name = backends.module("torch", "tools.variants").activation_name
     replaced = (c for c in calls if c.name in variant.names and (only is None or c.site in only))
     used = list(dict.fromkeys(activation_name(c.name, c.kwargs, c.args) for c in replaced))
     others = [name for name in used if not variant.text.startswith(f"{name} in a")]
     same = f"{used[0]} with other numbers" if used else "another activation"
-    return str(variant.text).replace("{0}", " and ".join(others) or same)
+    text = str(variant.text)
+    if not turns:  # such as a gate and what it multiplies
+        text = text.replace("rotary positions of pairs", "pairs").replace("rotary positions of halves", "halves")
+        text = text.replace(", of ", ", ")
+    return text.replace("{0}", " and ".join(others) or same)
 
 
 def find_stopped(trial: Trial) -> str:

@@ -62,7 +62,7 @@ def find_rotary(trial: Trial) -> str:
 
     Both are the same up to the order of the values of a head, which queries and keys have in common.
     """
-    if not trial.is_forward or not _turns(trial):
+    if not trial.is_forward or not turns_positions(trial):
         return ""
     floats = [index for index in _float_inputs(trial) if trial.given.values[index].array.ndim >= 3]
     chosen = [[index] for index in floats if trial.given.values[index].array.shape[-1] % 3 == 0]
@@ -99,7 +99,7 @@ def find_partial(trial: Trial) -> str:
 
     Queries and keys are turned as in `a` and then back by the angles of the reference, before that turns them.
     """
-    if not trial.is_forward or not _turns(trial):
+    if not trial.is_forward or not turns_positions(trial):
         return ""
     floats = [index for index in _float_inputs(trial) if trial.given.values[index].array.ndim in (3, 4)]
     held = _held(trial)
@@ -236,7 +236,7 @@ def _rotated(heads: Array, axis: int, turn: _Turn, sign: int) -> Array:
     return found
 
 
-def _turns(trial: Trial) -> bool:
+def turns_positions(trial: Trial) -> bool:
     """Returns whether a module has rotary positions: sines of its own, tables of them, or a layer of that name."""
     if trial.c.reference.backend != "torch" or not trial.c.computes_reference:
         return True

@@ -19,7 +19,7 @@ def find_shapes(c: Comparison, runs: tuple[Run, Run, Run], mismatch: Mismatch) -
         c, runs: The comparison, and its runs: of `a`, of `b` and of the reference.
         mismatch: The first array whose shapes differ.
     """
-    if text := _gets_another(c, runs, mismatch):
+    if text := _gets_another(c, runs, mismatch) or _called_before(c, runs, mismatch):
         return text
     if c.reference.backend != "torch" or not c.computes_reference:
         return ""
@@ -55,6 +55,27 @@ def _gets_another(c: Comparison, runs: tuple[Run, Run, Run], mismatch: Mismatch)
         if how is not None and ours.dtype.kind == "f" and align.is_near(align.to_torch(how, ours), theirs):
             names = [relative(path, mismatch.path) for path in (pair.path, other.path)]
             return f"{names[0]} gets in a what {names[1]} gets in b"
+    return ""
+
+
+def _called_before(c: Comparison, runs: tuple[Run, Run, Run], mismatch: Mismatch) -> str:
+    """Returns which module is called before the one that gets other shapes on one side, and after it on the other."""
+    if not mismatch.child:
+        return ""
+    orders: list[list[str]] = []
+    for run, own in ((runs[0], c.a.names), (runs[2], None)):
+        paths = [event.path if own is None else own.get(event.path, "") for event in run.events]
+        siblings = [path for path in paths if path and _holder(path) == _holder(mismatch.child)]
+        orders.append([path for path in siblings if siblings.count(path) == 1])
+    if any(mismatch.child not in order for order in orders):
+        return ""
+    before = [order[: order.index(mismatch.child)] for order in orders]
+    for side, other in ((0, 1), (1, 0)):
+        for path in before[side]:
+            if path in orders[other] and path not in before[other]:
+                names = [relative(name, mismatch.path) for name in (path, mismatch.child)]
+                places = ("before", "after") if side == 0 else ("after", "before")
+                return f"{names[0]} is called {places[0]} {names[1]} in a, {places[1]} it in b"
     return ""
 
 

@@ -188,7 +188,8 @@ def _uncut(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _softmax(func: Any, args: Any, kwargs: Any) -> Any:
-    return torch.softmax(_unchanged(func, args, kwargs), -1)
+    x = _unchanged(func, args, kwargs)
+    return torch.softmax(x, -1) if x.ndim and x.shape[-1] > 1 else NotImplemented
 
 
 def _sigmoid(func: Any, args: Any, kwargs: Any) -> Any:
@@ -233,6 +234,87 @@ def _without_part(last: bool) -> Run:
         given = arguments(("tensors", "dim"), args, kwargs)
         parts = given["tensors"]
         return func(parts[:-1] if last else parts[1:], given.get("dim", 0)) if len(parts) > 1 else NotImplemented
+
+    return run
+
+
+def _without_effect(func: Any, args: Any, kwargs: Any) -> Any:
+    """Hides the last part of a concatenation from a softmax."""
+    given = arguments(("tensors", "dim"), args, kwargs)
+    parts = list(given["tensors"])
+    if len(parts) < 2 or not parts[-1].is_floating_point():
+        return NotImplemented
+    return func([*parts[:-1], torch.full_like(parts[-1], -1e9)], given.get("dim", 0))
+
+
+def _bounds_left_out(func: Any, args: Any, kwargs: Any) -> Any:
+    return (args[0] if args else kwargs["input"]).clone()
+
+
+def _both_bounds(func: Any, args: Any, kwargs: Any) -> Any:
+    """Takes the negative of the only bound as the other one."""
+    given = arguments(("input", "min", "max"), args, kwargs)
+    low, high = given.get("min"), given.get("max")
+    bound = high if low is None else low
+    if (low is None) == (high is None) or not isinstance(bound, (int, float)) or not bound:
+        return NotImplemented
+    return torch.clamp(given["input"], -abs(bound), abs(bound))
+
+
+def _of_whole_sum(place: int) -> Run:
+    """Returns the variant of `x * y + z` that is `x * (y + z)`, or `(x + z) * y`."""
+    known: list[tuple[torch.Tensor, Any, Any]] = []
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        if len(args) != 2 or not any(isinstance(item, torch.Tensor) for item in args):
+            return NotImplemented
+        if name_of(func) in ("mul", "rmul"):
+            y = func(*args, **kwargs)
+            known[:] = [(y, args[0], args[1])]
+            return y
+        for i in (0, 1):
+            if known and args[i] is known[0][0]:
+                _, x, y = known[0]
+                return x * (y + args[1 - i]) if place else (x + args[1 - i]) * y
+        return NotImplemented
+
+    return run
+
+
+def _of_one_term(place: int) -> Run:
+    """Returns the variant of `(x + y) * z` that is `x * z + y`, or `x + y * z`."""
+    known: list[tuple[torch.Tensor, Any, Any]] = []
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        if len(args) != 2 or not any(isinstance(item, torch.Tensor) for item in args):
+            return NotImplemented
+        if name_of(func) in ("add", "radd"):
+            y = func(*args, **kwargs)
+            known[:] = [(y, args[0], args[1])]
+            return y
+        for i in (0, 1):
+            if known and args[i] is known[0][0]:
+                _, x, y = known[0]
+                return x + y * args[1 - i] if place else x * args[1 - i] + y
+        return NotImplemented
+
+    return run
+
+
+def _factor_outside() -> Run:
+    """Returns the variant of `f(n * x)` that is `n * f(x)`, given a number n."""
+    known: list[tuple[torch.Tensor, Any, Any]] = []
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        if name_of(func) in ("mul", "rmul"):
+            y = func(*args, **kwargs)
+            numbers = [item for item in args if isinstance(item, (int, float))]
+            tensors = [item for item in args if isinstance(item, torch.Tensor)]
+            known[:] = [(y, numbers[0], tensors[0])] if numbers and tensors else []
+            return y
+        if known and args and args[0] is known[0][0]:
+            return known[0][1] * func(known[0][2], *args[1:], **kwargs)
+        return NotImplemented
 
     return run
 
@@ -299,6 +381,7 @@ _LISTS = _CAT - {"stack"}
 _SPLITS = frozenset({"chunk", "split", "unbind", "tensor_split"})
 _RESHAPE = frozenset({"view", "reshape", "unflatten"})
 _CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
+_CLAMPS = frozenset({"clamp", "clip", "clamp_min", "clamp_max"})
 _TOPK, _GETITEM = frozenset({"topk"}), frozenset({"getitem"})
 _PRODUCTS = _CONVS | {"linear", "matmul", "bmm", "einsum", "scaled_dot_product_attention"}
 
@@ -391,6 +474,24 @@ VARIANTS: list[Variant] = [
     Variant("mean in a, sum in b", frozenset({"sum"}), _summed("mean")),
     Variant("argmax in a, argmin in b", frozenset({"argmin"}), _summed("argmax")),
     Variant("argmin in a, argmax in b", frozenset({"argmax"}), _summed("argmin")),
+    Variant(
+        "the last part of a concatenation has no effect in a, as of a sink of attention", _LISTS, _without_effect
+    ),
+    Variant("bounds are left out in a", _CLAMPS, _bounds_left_out),
+    Variant("bounded on both sides in a, on one side in b", _CLAMPS, _both_bounds),
+    *(
+        Variant("a whole sum is multiplied in a, one of its terms in b", frozenset({"mul", "add", "radd"}), run)
+        for run in map(_of_whole_sum, (0, 1))
+    ),
+    *(
+        Variant("one term of a sum is multiplied in a, the whole sum in b", frozenset({"mul", "rmul", "add"}), run)
+        for run in map(_of_one_term, (0, 1))
+    ),
+    Variant(
+        "a number multiplies the result of a function in a, its argument in b",
+        frozenset({"mul", "rmul", "sin", "cos", "tanh", "exp", "sigmoid", "softmax", "softplus"}),
+        _factor_outside(),
+    ),
     Variant("a sum in a, a product in b", frozenset({"mul"}), _added),
     Variant("a quotient is left out in a", frozenset({"div", "truediv"}), _left_out),
     *(

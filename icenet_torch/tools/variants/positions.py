@@ -58,6 +58,20 @@ def _cut_moved(by: int | None) -> Run:
     return run
 
 
+def _other_places(func: Any, args: Any, kwargs: Any) -> Any:
+    """Takes the elements of odd places where those of even ones are taken, and the reverse."""
+    x, index = args
+    items = index if isinstance(index, tuple) else (index,)
+
+    def moved(item: Any) -> Any:
+        is_second = isinstance(item, slice) and item.step == 2 and item.stop is None and item.start in (None, 0, 1)
+        return slice(0 if item.start == 1 else 1, None, 2) if is_second else item
+
+    new = tuple(map(moved, items))
+    is_same = all(one is other for one, other in zip(new, items, strict=True))
+    return NotImplemented if is_same else func(x, new)
+
+
 def _ids_moved(by: int) -> Run:
     """Returns the variant of an embedding whose ids are other by a number."""
 
@@ -155,6 +169,7 @@ VARIANTS: list[Variant] = [
         )
         for by in _STEPS
     ),
+    Variant("the elements of even and odd places are exchanged in a", frozenset({"getitem"}), _other_places),
     *(
         Variant(f"a slice that cuts elements off, as x[1:], {text} in a", frozenset({"getitem"}), _cut_moved(by))
         for by, text in (
