@@ -14,6 +14,8 @@ from typing import Any
 from icenet.core.porting.record import Constructor
 from icenet.core.porting.source.constructor_syntax import Original, is_loop_variable, key_of, original_at
 from icenet.core.porting.source.instances import Instance
+from icenet.core.porting.source.lines import RESERVED
+from icenet.core.porting.source.structure import METHODS
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -206,6 +208,7 @@ class _Solver:
             key: values
             for key, values in found.items()
             if key not in wrong and None not in values and not is_loop_variable(self.original, key)
+            if all(math.isfinite(value) for value in values)  # "inf" is no source
         }
         self.known = {key: found[key] for key in found if key in self.original.parameters or "." in key}
         for key in found.keys() - self.known.keys():
@@ -327,7 +330,12 @@ class _Solver:
             if root and name in [text for other, text in self.names.items() if other != key]:
                 name = f"{root.removesuffix('_config').rpartition('.')[2]}_{name}"  # vision_hidden_size
             name = self.names.setdefault(key, name)
-            if [*self.names.values()].count(name) > 1 or not name.isidentifier() or name.startswith("_"):
+            if (
+                [*self.names.values()].count(name) > 1
+                or not name.isidentifier()
+                or name.startswith("_")
+                or name in RESERVED
+            ):
                 del self.names[key]
                 raise _Unknown
             return ast.Name(name)
@@ -360,8 +368,8 @@ class _Solver:
     def attribute(self, name: str) -> bool:
         """Notes the source of an attribute, and returns whether there is one."""
         expressions = self.original.attributes.get(name, [])
-        if name in self.result.attributes:
-            return True
+        if name in self.result.attributes or name in METHODS:
+            return name not in METHODS
         column = tuple(repr(item.get(name)) for item in self.settings)
         if not expressions or not all(_number(text) is not None for text in column):
             return False
