@@ -199,75 +199,87 @@ class Values:
 
     def find_interface(self, call: Call) -> None:
         """Finds the parameters and the results of a call, given those of the calls in it."""
-        inside = self.inside.get(call.entered, set())
         items = self.own_items(call)
-        used: list[str] = []
-        sizes: list[tuple[int, str]] = []
-        seen: set[str] = set()
+        used, sizes = self._needed_from_outside(call, items)
+        given = self._arguments_of_original(call, used)
+        declared = {name for _, name in given}
+        for name in used:
+            if name not in declared:
+                declared.add(name)
+                given.append((self._argument_name(call, name), name))
+        defined = self.definers(items)
+        for position, name in sizes:
+            known = [value for _, value in given]
+            if name not in declared and self.sources_of_size(name, position, known, defined) is None:
+                if call is self.root:
+                    raise self._size_of_values(name)
+                declared.add(name)
+                given.append((self.hint(name), name))
+        self._parameters[call.entered] = given
+        inside = self.inside.get(call.entered, set())
+        self._returns[call.entered] = self._needed_results(call, inside) if call is not self.root else []
 
-        def need(name: str, position: int) -> None:
-            if self.size(name) is not None:
-                sizes.append((position, name))
-                return
-            if name in seen:
-                return
-            seen.add(name)
-            if name in inside:
-                return
-            if name.startswith(MODULE) and self.structure.has_module(call.path, name.removeprefix(MODULE)):
-                return
-            array = self.graph.arrays.get(name)
-            if array is not None and (array.value is not None or self.structure.can_reach(call.path, array.path)):
-                return
-            used.append(name)
+    def _needed_from_outside(self, call: Call, items: list[Item]) -> tuple[list[str], list[tuple[int, str]]]:
+        """Returns what the body of a call reads and does not have.
 
-        for position, item in enumerate(items):
-            for name in self.read_by(item):
-                if not (isinstance(item, Node) and item.op.startswith("sym.")):
-                    need(name, position)
+        Returns:
+            The values, arrays and modules that come from outside, and all sizes, each with the position of the item
+            that reads it.
+        """
+        reads = [
+            (position, name)
+            for position, item in enumerate(items)
+            if not (isinstance(item, Node) and item.op.startswith("sym."))
+            for name in self.read_by(item)
+        ]
         if call is self.root:
-            for name in refs(self.graph.output_tree):
-                need(name, len(items))
-        given: list[tuple[str, str]] = []
-        declared: set[str] = set()
+            reads += [(len(items), name) for name in refs(self.graph.output_tree)]
+        sizes = [(position, name) for position, name in reads if self.size(name) is not None]
+        inside = self.inside.get(call.entered, set())
+        others = dict.fromkeys(name for _, name in reads if self.size(name) is None)
+        return [name for name in others if name not in inside and not self._can_reach(call, name)], sizes
+
+    def _can_reach(self, call: Call, name: str) -> bool:
+        """Returns whether the body of a call has a module or an array by its own attributes, or as a constant."""
+        if name.startswith(MODULE) and self.structure.has_module(call.path, name.removeprefix(MODULE)):
+            return True
+        array = self.graph.arrays.get(name)
+        return array is not None and (array.value is not None or self.structure.can_reach(call.path, array.path))
+
+    def _arguments_of_original(self, call: Call, used: list[str]) -> list[tuple[str, str]]:
+        """Returns the values that the original gives to a call and that its body uses, with names for them.
+
+        The root takes all inputs of the example, in their order.
+        """
+        given: dict[str, str] = {}
         for argument, value in call.given.items():
             leaves = [name for name in refs(value) if self.is_value(name) or name in used]
             named = value.items() if type(value) is dict else ()  # **kwargs, for example
             keys = {item.name: key for key, item in named if isinstance(item, Ref)}
             for number, name in enumerate(leaves):
-                if name not in declared and (name in used or call is self.root):
-                    declared.add(name)
+                if name not in given and (name in used or call is self.root):
                     hint = argument if len(leaves) == 1 else self.part(call, argument, leaves, number)
-                    given.append((keys.get(name, hint), name))
+                    given[name] = keys.get(name, hint)
+        names = list(given)
         if call is self.root:
-            for ref in self.graph.inputs:
-                if ref.name not in declared:
-                    declared.add(ref.name)
-                    given.append((ref.name, ref.name))
-            wanted = [ref.name for ref in self.graph.inputs]
-            given.sort(key=lambda pair: wanted.index(pair[1]) if pair[1] in wanted else len(wanted))
-        for name in used:
-            if name not in declared:
-                declared.add(name)
-                is_module = name.startswith(MODULE)
-                path = name.removeprefix(MODULE)
-                hint = self.structure.module_name(call.path, path) if is_module else self.hint(name)
-                given.append((hint, name))
-        defined = self.definers(items)
-        for position, name in sizes:
-            names = [value for _, value in given]
-            if name not in declared and self.sources_of_size(name, position, names, defined) is None:
-                if call is self.root:
-                    node = self.by_name.get(name)
-                    where = f"{node.place}: " if node is not None and node.place is not None else ""
-                    raise PortError(
-                        f"{where}the size {self.size(name)} depends on values, not on the sizes of the inputs; "
-                        "give it as an argument that is a number"
-                    )
-                declared.add(name)
-                given.append((self.hint(name), name))
-        self._parameters[call.entered] = given
-        self._returns[call.entered] = self._needed_results(call, inside) if call is not self.root else []
+            inputs = [ref.name for ref in self.graph.inputs]
+            given = {**dict(zip(inputs, inputs, strict=True)), **given}
+            names = [*inputs, *(name for name in names if name not in inputs)]
+        return [(given[name], name) for name in names]
+
+    def _argument_name(self, call: Call, name: str) -> str:
+        """Returns a name for an argument of a call that the original does not give to it."""
+        if name.startswith(MODULE):
+            return self.structure.module_name(call.path, name.removeprefix(MODULE))
+        return self.hint(name)
+
+    def _size_of_values(self, name: str) -> PortError:
+        node = self.by_name.get(name)
+        where = f"{node.place}: " if node is not None and node.place is not None else ""
+        return PortError(
+            f"{where}the size {self.size(name)} depends on values, not on the sizes of the inputs; "
+            "give it as an argument that is a number"
+        )
 
     def _needed_results(self, call: Call, inside: set[str]) -> list[str]:
         """Returns the values computed in a call that its caller, another call or an update of a buffer reads."""
