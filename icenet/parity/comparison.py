@@ -205,7 +205,7 @@ class ModuleComparison(Comparison):
         return propagation.propagated(self, exact, pairs, gradients, quick)
 
     def rate(self, names: Sequence[str], gradients: Mapping[str, Array]) -> float:
-        return training.default_rate(names, self.reference.weights(), gradients)
+        return training.default_rate(names, self.reference.native_weights(names), gradients)
 
     def suggest(self, pair: Pair, judgements: Mapping[str, Judgement]) -> None:
         if self.options.get("suggest", True):

@@ -55,9 +55,24 @@ def working_copy(module: nn.Module, dtype: str = "fp32", exact: bool = False) ->
     return copied
 
 
-def detached(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module whose parameters may be updated."""
-    return tree.copy_modules(module)
+def detached(module: nn.Module, rows: Mapping[str, int] | None = None) -> nn.Module:
+    """Returns a copy of a module whose parameters may be updated.
+
+    Args:
+        module: Any module.
+        rows: How many of its first rows in PyTorch's axes a parameter keeps, by path. The others keep all. A module
+            with less than all cannot be called.
+    """
+    copied = tree.copy_modules(module)
+    if rows:
+        own, kinds = tree.Arrays(copied, trainable=False), tree.layer_kinds(copied)
+        whole = {name: array for name, array in own.get().items() if name in rows}
+        views = layout.PermutedWeights({name: value(a).array for name, a in whole.items()}, kinds, "to_torch")
+        for name, array in whole.items():
+            kind, leaf = layout.parameter_kind(kinds, name), layout.split(name)[1]
+            kept = from_numpy(layout.mlx_view(kind, leaf, views[name][: rows[name]]))
+            own.set({name: kept.astype(array.dtype)})
+    return copied
 
 
 def distinct_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -76,10 +76,21 @@ def _doubled(item: Any) -> Any:
     return {key: _doubled(value) for key, value in item.items()} if type(item) is dict else item
 
 
-def detached(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module with parameters of its own, which may be updated."""
+def detached(module: nn.Module, rows: Mapping[str, int] | None = None) -> nn.Module:
+    """Returns a copy of a module with parameters of its own, which may be updated.
+
+    Args:
+        module: Any module.
+        rows: How many of its first rows a parameter keeps, by path. The others keep all. A module with less than all
+            cannot be called.
+    """
+    memo = held_results(module)
+    for name, parameter in module.named_parameters() if rows else ():
+        if rows and name in rows:
+            kept = parameter.detach()[: rows[name]].clone()
+            memo[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
     with torch.no_grad():
-        copied = copy.deepcopy(module, held_results(module))
+        copied = copy.deepcopy(module, memo)
     _share_hooks(module, copied)
     return copied
 

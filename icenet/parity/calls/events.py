@@ -209,10 +209,12 @@ class Recorder:
         tools: The backend's `tools.calls`.
         store: Keeps the arrays.
         with_gradients: Whether to record the gradients of the outputs.
+        with_values: Whether to record the arguments and the outputs.
     """
 
-    def __init__(self, tools: Any, store: Store, with_gradients: bool) -> None:
+    def __init__(self, tools: Any, store: Store, with_gradients: bool, with_values: bool = True) -> None:
         self.tools, self.store, self.with_gradients = tools, store, with_gradients
+        self.with_values = with_values
         self.events: list[Event] = []
         self.failed: str | None = None
         """Path of the innermost module whose call raised."""
@@ -230,7 +232,7 @@ class Recorder:
         event.given, given = take_apart((args, kwargs), self.tools.ARRAY)
         event.names = argument_names(event.given)
         # taken before the call, which may change its arguments in place
-        event.arguments = [self._taken(array) for array in given]
+        event.arguments = [self._taken(array) for array in given] if self.with_values else []
         self.events.append(event)
         if event.parent is not None:
             event.parent.children.append(event)
@@ -243,7 +245,7 @@ class Recorder:
         finally:
             self._open.pop()
         event.result, arrays = take_apart(result, self.tools.ARRAY)
-        event.outputs = [self._taken(array) for array in arrays]
+        event.outputs = [self._taken(array) for array in arrays] if self.with_values else []
         event.gradients = [None] * len(arrays)
         event.is_complete = True
         if not self.with_gradients:
@@ -261,7 +263,7 @@ class Recorder:
             else array
             for index, array in enumerate(arrays)
         ]
-        for new, taken in zip(tapped, event.outputs, strict=True):
+        for new, taken in zip(tapped, event.outputs, strict=self.with_values):
             self._remember(new, taken)
         return result if all(a is b for a, b in zip(tapped, arrays, strict=True)) else rebuild(event.result, tapped)
 

@@ -34,23 +34,25 @@ def forced_run(c: Comparison, pairs: list[Pair], side: Side, of_a: bool = True) 
         side: `b` in the dtype under test, or the reference.
         of_a: Whether the modules return the values of `a`; otherwise those of the reference.
     """
-    values = {
-        (pair.path, pair.b.call): {
+    by_call = {(pair.path, pair.b.call): pair for pair in pairs}
+    calls: dict[str, int] = {}
+
+    def values_of(pair: Pair) -> dict[int, Any]:
+        return {
             j: align.to_torch(how, pair.a.outputs[i].array) if of_a else pair.b.outputs[j].array
             for i, j, how in pair.outputs
             if j not in pair.masked_outputs and pair.b.outputs[j].is_float
         }
-        for pair in pairs
-    }
-    calls: dict[str, int] = {}
 
     def handle(path: str, call: Any, args: Any, kwargs: Any) -> Any:
         number = calls.get(path, 0)
         calls[path] = number + 1
-        return _forced(side, call(*args, **kwargs), values.get((path, number), {}))
+        result, pair = call(*args, **kwargs), by_call.get((path, number))
+        return result if pair is None else _forced(side, result, values_of(pair))
 
+    loss = (c.losses or (None, None))[1]
     with side.tools.intercepting(side.modules, handle):
-        return side.record(c.inputs_a.given, c.inputs_b, c.store, (c.losses or (None, None))[1], c.targets_b, True)
+        return side.record(c.inputs_a.given, c.inputs_b, c.store, loss, c.targets_b, True, only_gradients=True)
 
 
 def _forced(side: Side, result: Any, values: Mapping[int, Any]) -> Any:

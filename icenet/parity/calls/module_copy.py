@@ -104,6 +104,11 @@ class ModuleCopy(Side):
         found: dict[str, Array] = self._tree.weights(self.module)
         return found
 
+    def native_weights(self, names: Sequence[str]) -> dict[str, Array]:
+        """Returns some parameters with the axes of the framework, by path; of PyTorch on a CPU without a copy."""
+        to_numpy, arrays = backends.module(self.backend, "nn.arrays").to_numpy, self._tree.native_arrays(self.module)
+        return {name: to_numpy(arrays[name]) for name in names}
+
     def own_arrays(self, path: str) -> dict[str, Array]:
         return self.some_weights(self.own_names(path), f"{path}." if path else "")
 

@@ -46,8 +46,9 @@ class ModuleSide(ModuleCopy):
         targets: Targets | None = None,
         cotangent: bool = False,
         inner: bool = True,
+        only_gradients: bool = False,
     ) -> Run:
-        recorder = Recorder(self.tools, store, cotangent)
+        recorder = Recorder(self.tools, store, cotangent, not only_gradients)
         run = Run(recorder.events)
         store.runs.append(run)  # also if it fails
         perturb = self.perturbation
@@ -148,8 +149,9 @@ class ModuleSide(ModuleCopy):
         optimizer: Any,
         gradients: Iterable[Mapping[str, Array]],
         change: Callable[[Any, int], None] | None = None,
+        rows: Mapping[str, int] | None = None,
     ) -> dict[str, Array]:
-        module = self.tools.detached(self.module)
+        module = self.tools.detached(self.module, rows)
         made = self.tools.make_optimizer(module, optimizer, self.rate)
         for number, step in enumerate(gradients):
             if change is not None:

@@ -125,6 +125,10 @@ class Side(ABC):
     def weights(self) -> dict[str, Array]:
         """Returns the canonical weights."""
 
+    def native_weights(self, names: Sequence[str]) -> Mapping[str, Array]:
+        """Returns some weights with the axes of the framework, by path. They must not be changed."""
+        return self.weights()
+
     @abstractmethod
     def own_arrays(self, path: str) -> dict[str, Array]:
         """Returns the parameters and buffers of the module at a path itself, not of those within it, by name."""
@@ -188,6 +192,7 @@ class Side(ABC):
         targets: Targets | None = None,
         cotangent: bool = False,
         inner: bool = True,
+        only_gradients: bool = False,
     ) -> Run:
         """Calls the module and records all events.
 
@@ -199,6 +204,7 @@ class Side(ABC):
             targets: Returns the target of each floating output, in the axes of this side, given the outputs.
             cotangent: Whether to compute the loss and its gradients.
             inner: Whether to record the calls of the modules within it. Without them, replays follow the run before.
+            only_gradients: Whether to leave out the arguments and the outputs of the calls.
 
         Raises:
             ModuleError: The module raises an error.
@@ -243,6 +249,7 @@ class Side(ABC):
         optimizer: Any,
         gradients: Iterable[Mapping[str, Array]],
         change: Callable[[Any, int], None] | None = None,
+        rows: Mapping[str, int] | None = None,
     ) -> dict[str, Array]:
         """Returns the canonical weights after a step of an optimizer on each of the gradients.
 
@@ -250,6 +257,7 @@ class Side(ABC):
             optimizer: The optimizer of the user; None for SGD.
             gradients: Of each step, by path.
             change: Changes the options of the optimizer before a step, given its number.
+            rows: How many of its first rows a parameter and its gradients have, by path; None for all.
         """
 
     @abstractmethod

@@ -113,6 +113,7 @@ class RecordedSide(Side):
         targets: Any = None,
         cotangent: bool = False,
         inner: bool = True,
+        only_gradients: bool = False,
     ) -> Run:
         run = self.trace.runs[self.run_mode][self._role]
         if targets is not None and cotangent:
@@ -163,7 +164,7 @@ class RecordedSide(Side):
     def check_optimizer(self, given: Any, role: str) -> None:
         """Does nothing: the updates are recorded."""
 
-    def updated(self, optimizer: Any, gradients: Any, change: Any = None) -> dict[str, Array]:
+    def updated(self, optimizer: Any, gradients: Any, change: Any = None, rows: Any = None) -> dict[str, Array]:
         if change is not None:
             raise align.ReplayError("is not there to be changed")
         if self._nearby is None:
