@@ -153,8 +153,8 @@ FAULTS: dict[str, list[Fault]] = {
     "icenet/models/transformer.py": [
         Fault(
             "embeddings are not scaled",
-            "self.token_embedding(input_ids) * scale",
-            "self.token_embedding(input_ids)",
+            "            x = x * scale\n",
+            "            pass\n",
             ["parity/test_parity.py::test_fp32"],
         ),
         Fault(
