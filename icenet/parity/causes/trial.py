@@ -24,7 +24,7 @@ ACCEPTED = 4 * FACTOR
 """Largest ratio with which a cause explains a difference. The noise is one run of the reference, without samples."""
 _MOSTLY = 1e-3
 """Largest part of a difference that is left if a change explains most of it."""
-_MOST = 600
+_MOST = 800
 """Number of replays that are tried for one difference."""
 
 
