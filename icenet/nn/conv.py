@@ -142,8 +142,9 @@ def _to_stride_1(x: Array, weight: Array, stride: int, padding: int) -> tuple[Ar
     Cells of stride x stride pixels become one pixel with stride^2 times the channels (space to depth).
     """
     (batch, *size, channels), (outputs, kernel, *_) = x.shape, weight.shape
+    edge = (padding, padding)
     if kernel == 1:
-        return x[:, ::stride, ::stride], weight
+        return mx.pad(x, [(0, 0), edge, edge, (0, 0)])[:, ::stride, ::stride], weight
     cells = -(-kernel // stride)  # per kernel and axis; the kernel is filled up with zeros
     height, width = ((length + 2 * padding - kernel) // stride + cells for length in size)
     after = [max(stride * n - length - padding, 0) for n, length in zip((height, width), size, strict=True)]

@@ -18,6 +18,7 @@ RNG = np.random.default_rng(0)
 CASES = [
     (nn.Conv2d(3, 5, 3, stride=2, padding=1), torch.nn.Conv2d(3, 5, 3, 2, 1)),
     (nn.Conv2d(3, 5, 1, stride=2, bias=False), torch.nn.Conv2d(3, 5, 1, 2, bias=False)),
+    (nn.Conv2d(3, 5, 1, stride=2, padding=1), torch.nn.Conv2d(3, 5, 1, 2, 1)),
     (nn.Conv2d(3, 5, 1, padding=1), torch.nn.Conv2d(3, 5, 1, padding=1)),
     (nn.Conv2d(3, 5, (1, 3), padding=(0, 1)), torch.nn.Conv2d(3, 5, (1, 3), padding=(0, 1))),
     (nn.Conv2d(3, 5, 3, stride=(2, 1), padding=1), torch.nn.Conv2d(3, 5, 3, (2, 1), 1)),
