@@ -107,7 +107,7 @@ FUNCTIONS: dict[str, tuple[Function, Function, Function, str]] = {
         lambda x: x.clamp(-30, 20),
         "a bound is -9 in a, -30 in b",
     ),
-    "none": (lambda x: x, lambda x: mx.minimum(x, 7), lambda x: torch.clamp(x, max=7), "output of fc1 in its place"),
+    "none": (lambda x: x, lambda x: mx.minimum(x, 7), lambda x: torch.clamp(x, max=7), "bounds are left out in a"),
     "added": (lambda x: mx.minimum(x, 7), lambda x: x, lambda x: x, "clipped at 7 in a"),
     "gate": (
         lambda x: mx.maximum(x, 0) * mx.sigmoid(x),
