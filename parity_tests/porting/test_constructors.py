@@ -171,3 +171,38 @@ def test_a_layer_that_was_replaced_has_its_own_numbers() -> None:
     model, source = ported(module, x)
     assert "self.body = nn.Linear(dim, dim)" in source and "self.head = nn.Linear(dim, 7)" in source
     close(model(mx.array(x.numpy())), module(x))
+
+
+class Circular(nn.Module):
+    """Variables and attributes that are computed from each other."""
+
+    def __init__(self, size: tuple[int, int] = (16, 24), heads: int = 4, wrap: bool = False) -> None:
+        super().__init__()
+        height, width = size
+        if height > width:
+            height = width
+        else:
+            width = height
+        self.inner = size[0]
+        self.head_dim = self.inner // heads
+        self.inner = self.head_dim * heads
+        self.input = nn.Linear(height, width)
+        self.query = nn.Linear(width, self.inner)
+        self.layers = nn.ModuleList()
+        for layer in (nn.Linear(self.inner, heads), nn.Linear(heads, self.inner)):
+            layer = nn.Sequential(layer, nn.ReLU()) if wrap else layer
+            self.layers.append(layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.query(self.input(x))
+        q = q.view(len(x), -1, self.head_dim).flip(1).reshape(len(x), -1)
+        for layer in self.layers:
+            q = layer(q)
+        return q * self.inner
+
+
+def test_what_is_computed_from_itself_is_no_expression() -> None:
+    module, x = Circular().eval(), torch.randn(2, 16)
+    model, source = ported(module, x)
+    assert "def __init__(self, heads=4, head_dim=4):" in source and "self.inner = self.head_dim * heads" in source
+    close(model(mx.array(x.numpy())), module(x))

@@ -46,7 +46,7 @@ class Original:
         attributes: The values that it gives to attributes, by name.
         appended: The values that it appends to lists in attributes or variables.
         assigned: The values that it gives to variables.
-        targets: The variables of its loops.
+        targets: The variables without a known value: those of loops, and those that are computed from themselves.
         functions: The functions of the file that return a call, such as `conv3x3`.
         calls: What it calls.
     """
@@ -64,6 +64,12 @@ class Original:
         """Returns the only value that the constructor gives to a variable."""
         values = self.assigned.get(name, [])
         return values[0] if len(values) == 1 and name not in self.parameters else None
+
+    def source_of(self, key: str) -> str:
+        """Returns the variable or attribute of which a variable is a copy; `key` itself if it is none."""
+        while (variable := self.variable(key)) is not None and key_of(variable):
+            key = key_of(variable)
+        return key
 
     def gives(self, kind: str, number: int, parameter: str) -> bool:
         """Returns whether it gives a class an argument: the one with a number or a name."""
@@ -168,7 +174,29 @@ def _original(function: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) 
             elif node.func.attr == "append" and len(node.args) == 1:
                 holder = key_of(node.func.value).removeprefix("self.")
                 made.appended.setdefault(holder, []).append(node.args[0])
+    for name in _circular(made):
+        made.targets.add(name)
+        del made.assigned[name]
     return made
+
+
+def _circular(made: Original) -> list[str]:
+    """Returns the variables that are computed from themselves, as in `if h < w: h = w` and `else: w = h`."""
+    read = {
+        name: {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}
+        for name in made.assigned
+        if (value := made.variable(name)) is not None
+    }
+    found = []
+    for name in read:
+        left, seen = [name], set[str]()
+        while left:
+            for inner in read.get(left.pop(), set()) - seen:
+                seen.add(inner)
+                left.append(inner)
+        if name in seen:
+            found.append(name)
+    return found
 
 
 def _note(made: Original, target: ast.expr, value: ast.expr) -> None:

@@ -142,10 +142,12 @@ class _Solver:
         self.is_set: set[str] = set()
         self.chosen: dict[str, ast.expr] = {}
         """The expressions of variables of which the original has several, `b` in `a or b`."""
+        self.open: set[str] = set()
+        """The attributes whose expressions are being written."""
 
     def solution(self, wanted: Iterable[str], given: Callable[[int, str], bool]) -> Solution:
         """Returns the expressions of the numbers, and those of attributes that methods read."""
-        self.known = self.values_of_arguments()
+        self.find_arguments()
         for place in sorted(self.candidates):
             column = self.numbers[place]
             if set(column) <= {"True", "False"} and len(set(column)) == 1:
@@ -176,14 +178,13 @@ class _Solver:
         self.result.signature = self.signature
         return self.result
 
-    def values_of_arguments(self) -> dict[str, list[Any]]:
-        """Returns what each argument must have been: a number that the constructor gives to a layer as it is."""
+    def find_arguments(self) -> None:
+        """Notes what each argument must have been: a number that the constructor gives to a layer as it is."""
         found: dict[str, list[Any]] = {}
         wrong: set[str] = set()
 
         def note(key: str, values: list[Any]) -> None:
-            while (variable := self.original.variable(key)) is not None and key_of(variable) not in ("", key):
-                key = key_of(variable)
+            key = self.original.source_of(key)
             before = found.setdefault(key, [None] * len(values))
             for row, value in enumerate(values):
                 if value is not None and before[row] is not None and repr(before[row]) != repr(value):
@@ -219,10 +220,9 @@ class _Solver:
                 self.chosen[key] = agreeing[0]
             else:
                 self.known[key] = found[key]
-        self.factors()
-        return self.known
+        self.find_factors()
 
-    def factors(self) -> None:
+    def find_factors(self) -> None:
         """Notes arguments of which only a product with a known number is known: x in `x * self.expansion`."""
         for place, expressions in self.candidates.items():
             expression = expressions[0]
@@ -370,19 +370,18 @@ class _Solver:
         expressions = self.original.attributes.get(name, [])
         if name in self.result.attributes or name in METHODS:
             return name not in METHODS
+        if name in self.open:
+            return False  # it is computed from itself
         column = tuple(repr(item.get(name)) for item in self.settings)
         if not expressions or not all(_number(text) is not None for text in column):
             return False
         if all(isinstance(item, ast.Constant) for item in expressions) and len(set(column)) == 1:
             return False  # a number of the original
-        text = None
-        for expression in (inner for item in expressions for inner in _alternatives(item)):
-            if (
-                text is None
-                and any(key_of(node) for node in ast.walk(expression))
-                and self.agrees(expression, column)
-            ):
-                text = self.written(expression)
+        self.open.add(name)
+        candidates = (inner for item in expressions for inner in _alternatives(item))
+        agreeing = (item for item in candidates if any(map(key_of, ast.walk(item))) and self.agrees(item, column))
+        text = next((text for text in map(self.written, agreeing) if text is not None), None)
+        self.open.discard(name)
         if text is None and name not in self.names.values():
             self.known[f"self.{name}"] = [item[name] for item in self.settings]
             self.names[f"self.{name}"] = text = name

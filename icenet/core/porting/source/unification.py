@@ -43,7 +43,7 @@ class Unification:
         self.columns: list[Column] = list(zip(*(NUMBER.findall(item.text) for item in members), strict=True))
         self.in_init = len(NUMBER.findall("\n".join(self.first.init)))
         self.taken = {*re.findall(r"self\.(\w+)", self.first.text), *METHODS}
-        self.set = set(self.taken)
+        self.existing = set(self.taken)
         """What the class has as attributes."""
         self.suggested = hints(self.first.text, names)
         self.parameters: dict[Column, str] = {}
@@ -62,7 +62,9 @@ class Unification:
         varying.sort(key=lambda index: OPEN in self.columns[index])
         known = {index: key for index, key in self._known_numbers().items() if index not in varying}
         in_methods = [
-            attribute_of(self.columns[index], self.settings, self.set) for index in varying if index >= self.in_init
+            attribute_of(self.columns[index], self.settings, self.existing)
+            for index in varying
+            if index >= self.in_init
         ]
         self._solve([key for key in dict.fromkeys([*known.values(), *in_methods]) if key])
         attributes_of = self.solution.attributes
@@ -123,7 +125,7 @@ class Unification:
     def _replace(self, index: int) -> None:
         """Replaces the number at a place by a parameter."""
         column, form = self.columns[index], "{}"
-        attribute = attribute_of(column, self.settings, self.set)
+        attribute = attribute_of(column, self.settings, self.existing)
         if index >= self.in_init and attribute in self.solution.attributes:
             self.replacement[index] = f"self.{attribute}"
             return
@@ -148,7 +150,7 @@ class Unification:
         if index < self.in_init:
             self.replacement[index] = parameter
         else:
-            attribute = f"{parameter}_value" if parameter in self.set else parameter
+            attribute = f"{parameter}_value" if parameter in self.existing else parameter
             self.attributes[attribute] = parameter
             self.replacement[index] = form.format(f"self.{attribute}")
 
@@ -231,7 +233,7 @@ def hints(text: str, known: dict[str, list[str]]) -> list[str]:
     """Returns a name for each number of a text: its keyword, or the argument of the constructor."""
     names: list[str] = []
     for match in NUMBER.finditer(text):
-        before = text[: match.start()].rpartition("\n")[2]
+        before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
         found = re.search(r"(\w+)=\(?(?:\d+, )*$", before)
         attribute = re.match(r"self\.(\w+) = ", before)
         hint = ""
@@ -246,12 +248,12 @@ def hints(text: str, known: dict[str, list[str]]) -> list[str]:
                 arguments = known[opened[1]]
                 place = opened[2].count(",")
                 hint = arguments[place] if place < len(arguments) else ""
-            elif opened and opened[1] in ("range",):
+            elif opened and opened[1] == "range":
                 hint = "num_layers"
             elif attribute:
                 hint = "dims" if attribute[1] in ("weight", "bias") else f"{attribute[1]}_size"
         if not hint and "reshape(" in before:
             hint = "size"
         hint = hint or "value"
-        names.append({"num_features": "channels", "axis": "axis"}.get(hint, hint))
+        names.append("channels" if hint == "num_features" else hint)
     return names
