@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from icenet_torch.tools.variants.variant import Run, Variant, arguments
+from icenet_torch.tools.variants.variant import Run, Variant, arguments, left_out
 
 
 def _unsquared(func: Any, args: Any, kwargs: Any) -> Any:
@@ -21,10 +21,6 @@ def _root_left_out(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _negated(func: Any, args: Any, kwargs: Any) -> Any:
     return func(-args[0], *args[1:], **kwargs) if args and args[0].is_floating_point() else NotImplemented
-
-
-def _unnegated(func: Any, args: Any, kwargs: Any) -> Any:
-    return (args[0] if args else kwargs["input"]).clone()
 
 
 def _other_sign(func: Any, args: Any, kwargs: Any) -> Any:
@@ -84,7 +80,7 @@ VARIANTS: list[Variant] = [
     Variant("a square is left out in a", frozenset({"square", "pow"}), _unsquared),
     Variant("a square root is left out in a", frozenset({"sqrt", "rsqrt"}), _root_left_out),
     Variant("the exponent of exp has the other sign in a", frozenset({"exp"}), _negated),
-    Variant("a sign, -x, is left out in a", frozenset({"neg", "negative"}), _unnegated),
+    Variant("a sign, -x, is left out in a", frozenset({"neg", "negative"}), left_out),
     *(
         Variant(f"the input of {name} has the other sign in a{text}", frozenset({name}), _negated)
         for name, text in _UNEVEN.items()

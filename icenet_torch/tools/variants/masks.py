@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from icenet_torch.tools.variants.variant import Run, Variant, arguments, equal_axes, name_of
+from icenet_torch.tools.variants.variant import Run, Variant, arguments, equal_axes, left_out, name_of
 
 LOW = -1e3
 """Scores are hidden by a number at most as large as this."""
@@ -134,8 +134,6 @@ VARIANTS: list[Variant] = [
     Variant("masked_fill is left out in a", _FILLS, _filled(lambda mask: None)),
     Variant("the mask of masked_fill is inverted in a", _FILLS, _filled(torch.logical_not)),
     Variant("the mask of masked_fill is transposed in a: the other triangle", _FILLS, _filled(_turned)),
-    Variant(
-        "tril or triu is left out in a", _TRIANGLES, lambda func, args, kwargs: (*args, *kwargs.values())[0].clone()
-    ),
+    Variant("tril or triu is left out in a", _TRIANGLES, left_out),
     Variant("tril and triu are exchanged in a: the other triangle", _TRIANGLES, _other_triangle),
 ]

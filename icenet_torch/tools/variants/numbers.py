@@ -20,6 +20,9 @@ _CLIPPED = frozenset({"softplus", "exp", "sigmoid", "tanh", "relu", "softmax", "
 """Functions whose results may be clipped."""
 _MOST_CLIPS = 6
 """Number of numbers at which results are clipped."""
+_FACTORS = ("mul", "rmul", "div", "truediv")
+"""Functions of which a number is a factor."""
+_LARGEST_EPS = 1e-2
 _LARGEST_LOG = 100
 """A theta below this number is a logarithm, as that of 10000 in exp(-log(10000) * i / n)."""
 _LARGEST_COUNT = 4096
@@ -41,58 +44,75 @@ def number_variants(
         bounds: Further numbers of it, that may be bounds.
     """
     found: dict[tuple[str, float, float], Variant] = {}
-
-    def add(name: str, old: float, new: float, what: str) -> None:
-        is_log = what == "theta" and abs(old) < _LARGEST_LOG
-        if abs(old - new) > _EQUAL * max(abs(old), 1e-12) and not (is_log and abs(new) >= _LARGEST_LOG):
-            shown = (math.exp(abs(new)), math.exp(abs(old))) if is_log else (new, old)
-            root = tuple(map(_root, shown)) if what == "a scale" else ("", "")
-            text = f"{what} is {shown[0]:.6g}{root[0]} in a, {shown[1]:.6g}{root[1]} in b"
-            if what == "a number" and new == 0 and "sub" not in name:
-                text = f"{old:.6g} is not added in a"
-            found.setdefault((name, old, new), Variant(text, frozenset({name}), replacing(old, new)))
-
     for name, args, kwargs, _ in calls:
         numbers = [n for n in (*args, *kwargs.values()) if isinstance(n, (int, float)) and not isinstance(n, bool)]
         for old in map(float, numbers[:2] if name == "linspace" else numbers):
-            candidates: tuple[float, ...]
-            if name in ("layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm", "normalize"):
-                candidates, what = (EPS if 0 <= old <= 1e-2 else ()), "eps"
-            elif name in ("add", "radd", "iadd", "sub", "clamp", "clamp_min", "maximum") and 0 <= old <= 1e-2:
-                candidates, what = EPS, "eps"
-            elif name in ("pow", "rpow") and old >= 100:
-                candidates, what = THETA, "theta"
-            elif name in ("pow", "rpow", "float_power"):
-                candidates = (-old, 2 * old, old / 2, 1.0) if "r" not in name else (2 * old, old / 2)
-                what = "the base of a power" if name == "rpow" else "an exponent"
-            elif name in ("mul", "rmul", "div", "truediv") and abs(old) > 2 and _is_log(abs(old)):
-                candidates, what = tuple(math.copysign(math.log(t), old) for t in THETA), "theta"
-            elif name in ("mul", "rmul", "div", "truediv") and old not in (0.0,):
-                for new, text in _other_thetas(old, others):
-                    found.setdefault((name, old, new), Variant(text, frozenset({name}), replacing(old, new)))
-                candidates = (old * old, math.sqrt(abs(old)), 1.0, -old, 1 / old, 2 * old, old / 2)
-                if abs(old) < 1:  # the scale of an attention, of the width of all heads in place of that of one
-                    candidates += tuple(old / math.sqrt(heads) for heads in (2, 4, 8, 12, 16))
-                    candidates += tuple(old * math.sqrt(heads) for heads in (2, 8, 12, 16))  # of a part of each head
-                else:
-                    candidates += tuple(old * heads**power for heads in (2, 4, 8, 12, 16) for power in (-0.5, 0.5))
-                    candidates += (old - 1, old + 1) if old == round(old) > 2 else ()
-                what = "a scale"
-            elif name == "linspace":
-                candidates, what = (0.0, 1.0, -1.0, -old, 2 * old, old / 2), "an end of linspace"
-            elif name in ("leaky_relu", "elu", "celu", "softplus"):
-                candidates, what = (0.01, 0.1, 0.2, 0.3, 0.5, 1.0), "the slope or alpha"
-            elif name in BOUNDED:
-                # those of the same sign first, if several have the same effect
-                candidates, what = tuple(sorted((*others, *bounds), key=lambda n: n * old < 0)), "a bound"
-            elif name in ("mul", "add", "sub", "rsub", "radd"):
-                candidates, what = (0.0, 1.0, 2.0) if name != "mul" else (), "a number"
-            else:
-                continue
-            for new in (*candidates, *others):
-                if what != "eps" or 0 <= new <= 1e-2:
-                    add(name, old, float(new), what)
+            what, candidates = _candidates(name, old, [*others, *bounds])
+            texts: dict[float, str] = {}
+            for new, text in _other_thetas(old, others) if what == "a scale" else ():
+                texts.setdefault(new, text)
+            for new in map(float, (*candidates, *others) if what else ()):
+                if what == "eps" and not 0 <= new <= _LARGEST_EPS:
+                    continue
+                if text := _text(what, name, old, new):
+                    texts.setdefault(new, text)
+            for new, text in texts.items():
+                found.setdefault((name, old, new), Variant(text, frozenset({name}), replacing(old, new)))
     return list(found.values())
+
+
+def _candidates(name: str, old: float, bounds: Sequence[float]) -> tuple[str, tuple[float, ...]]:
+    """Returns what a number in a call is, and the numbers that are tried in its place; an empty text for no such one.
+
+    Args:
+        name: The function.
+        old: The number.
+        bounds: Those that are tried in the place of a bound.
+    """
+    if name in ("layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm", "normalize"):
+        return "eps", EPS if 0 <= old <= _LARGEST_EPS else ()
+    if name in ("add", "radd", "iadd", "sub", "clamp", "clamp_min", "maximum") and 0 <= old <= _LARGEST_EPS:
+        return "eps", EPS
+    if name in ("pow", "rpow") and old >= 100:
+        return "theta", THETA
+    if name == "rpow":
+        return "the base of a power", (2 * old, old / 2)
+    if name in ("pow", "float_power"):
+        return "an exponent", (-old, 2 * old, old / 2, 1.0)
+    if name in _FACTORS and abs(old) > 2 and _is_log(abs(old)):
+        return "theta", tuple(math.copysign(math.log(theta), old) for theta in THETA)
+    if name in _FACTORS and old:
+        return "a scale", _scales(old)
+    if name == "linspace":
+        return "an end of linspace", (0.0, 1.0, -1.0, -old, 2 * old, old / 2)
+    if name in ("leaky_relu", "elu", "celu", "softplus"):
+        return "the slope or alpha", (0.01, 0.1, 0.2, 0.3, 0.5, 1.0)
+    if name in BOUNDED:  # those of the same sign first, if several have the same effect
+        return "a bound", tuple(sorted(bounds, key=lambda n: n * old < 0))
+    if name in ("add", "sub", "rsub", "radd"):
+        return "a number", (0.0, 1.0, 2.0)
+    return ("a number", ()) if name == "mul" else ("", ())
+
+
+def _scales(old: float) -> tuple[float, ...]:
+    found: tuple[float, ...] = (old * old, math.sqrt(abs(old)), 1.0, -old, 1 / old, 2 * old, old / 2)
+    if abs(old) < 1:  # the scale of an attention, of the width of all heads in place of that of one
+        found += tuple(old / math.sqrt(heads) for heads in (2, 4, 8, 12, 16))
+        return found + tuple(old * math.sqrt(heads) for heads in (2, 8, 12, 16))  # of a part of each head
+    found += tuple(old * heads**power for heads in (2, 4, 8, 12, 16) for power in (-0.5, 0.5))
+    return found + ((old - 1, old + 1) if old == round(old) > 2 else ())
+
+
+def _text(what: str, name: str, old: float, new: float) -> str:
+    """Returns the text of a number that is another one; empty for numbers that are not compared."""
+    is_log = what == "theta" and abs(old) < _LARGEST_LOG
+    if abs(old - new) <= _EQUAL * max(abs(old), 1e-12) or (is_log and abs(new) >= _LARGEST_LOG):
+        return ""
+    if what == "a number" and new == 0 and "sub" not in name:
+        return f"{old:.6g} is not added in a"
+    shown = (math.exp(abs(new)), math.exp(abs(old))) if is_log else (new, old)
+    root = tuple(map(_root, shown)) if what == "a scale" else ("", "")
+    return f"{what} is {shown[0]:.6g}{root[0]} in a, {shown[1]:.6g}{root[1]} in b"
 
 
 def clip_variants(calls: Sequence[FunctionCall], others: Sequence[float]) -> list[Variant]:
@@ -119,7 +139,7 @@ def sum_variants(calls: Sequence[FunctionCall]) -> list[Variant]:
         return []
     factors = {}
     for name, args, kwargs, _ in calls:
-        is_product = name in ("mul", "rmul", "div", "truediv")
+        is_product = name in _FACTORS
         for n in (*args, *kwargs.values()) if is_product else ():
             if isinstance(n, (int, float)) and not isinstance(n, bool) and n not in (0, 1):
                 factors[n if "div" in name else 1 / n] = f"{'divided' if 'div' in name else 'multiplied'} by {n:.6g}"

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from icenet_torch.tools.variants.variant import Run, Variant, arguments, equal_axes, name_of
+from icenet_torch.tools.variants import terms
+from icenet_torch.tools.variants.variant import Run, Variant, arguments, equal_axes, left_out, name_of
 
 
 def _bias(factor: float) -> Run:
@@ -157,11 +158,6 @@ def _transposed(place: int) -> Run:
     return run
 
 
-def _added(func: Any, args: Any, kwargs: Any) -> Any:
-    both = len(args) == 2 and all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in args)
-    return args[0] + args[1] if both else NotImplemented
-
-
 def _exchanged(func: Any, args: Any, kwargs: Any) -> Any:
     both = len(args) == 2 and all(isinstance(item, torch.Tensor) for item in args)
     return func(args[1], args[0], **kwargs) if both else NotImplemented
@@ -247,10 +243,6 @@ def _without_effect(func: Any, args: Any, kwargs: Any) -> Any:
     return func([*parts[:-1], torch.full_like(parts[-1], -1e9)], given.get("dim", 0))
 
 
-def _bounds_left_out(func: Any, args: Any, kwargs: Any) -> Any:
-    return (args[0] if args else kwargs["input"]).clone()
-
-
 def _both_bounds(func: Any, args: Any, kwargs: Any) -> Any:
     """Takes the negative of the only bound as the other one."""
     given = arguments(("input", "min", "max"), args, kwargs)
@@ -261,64 +253,6 @@ def _both_bounds(func: Any, args: Any, kwargs: Any) -> Any:
     return torch.clamp(given["input"], -abs(bound), abs(bound))
 
 
-def _of_whole_sum(place: int) -> Run:
-    """Returns the variant of `x * y + z` that is `x * (y + z)`, or `(x + z) * y`."""
-    known: list[tuple[torch.Tensor, Any, Any]] = []
-
-    def run(func: Any, args: Any, kwargs: Any) -> Any:
-        if len(args) != 2 or not any(isinstance(item, torch.Tensor) for item in args):
-            return NotImplemented
-        if name_of(func) in ("mul", "rmul"):
-            y = func(*args, **kwargs)
-            known[:] = [(y, args[0], args[1])]
-            return y
-        for i in (0, 1):
-            if known and args[i] is known[0][0]:
-                _, x, y = known[0]
-                return x * (y + args[1 - i]) if place else (x + args[1 - i]) * y
-        return NotImplemented
-
-    return run
-
-
-def _of_one_term(place: int) -> Run:
-    """Returns the variant of `(x + y) * z` that is `x * z + y`, or `x + y * z`."""
-    known: list[tuple[torch.Tensor, Any, Any]] = []
-
-    def run(func: Any, args: Any, kwargs: Any) -> Any:
-        if len(args) != 2 or not any(isinstance(item, torch.Tensor) for item in args):
-            return NotImplemented
-        if name_of(func) in ("add", "radd"):
-            y = func(*args, **kwargs)
-            known[:] = [(y, args[0], args[1])]
-            return y
-        for i in (0, 1):
-            if known and args[i] is known[0][0]:
-                _, x, y = known[0]
-                return x + y * args[1 - i] if place else x * args[1 - i] + y
-        return NotImplemented
-
-    return run
-
-
-def _factor_outside() -> Run:
-    """Returns the variant of `f(n * x)` that is `n * f(x)`, given a number n."""
-    known: list[tuple[torch.Tensor, Any, Any]] = []
-
-    def run(func: Any, args: Any, kwargs: Any) -> Any:
-        if name_of(func) in ("mul", "rmul"):
-            y = func(*args, **kwargs)
-            numbers = [item for item in args if isinstance(item, (int, float))]
-            tensors = [item for item in args if isinstance(item, torch.Tensor)]
-            known[:] = [(y, numbers[0], tensors[0])] if numbers and tensors else []
-            return y
-        if known and args and args[0] is known[0][0]:
-            return known[0][1] * func(known[0][2], *args[1:], **kwargs)
-        return NotImplemented
-
-    return run
-
-
 def _also_exchanged(i: int, j: int) -> Run:
     """Returns the variant of a permutation that exchanges two axes in addition."""
 
@@ -327,10 +261,6 @@ def _also_exchanged(i: int, j: int) -> Run:
         return y.transpose(i, j) if y.ndim > j and y.shape[i] == y.shape[j] > 1 else NotImplemented
 
     return run
-
-
-def _flipped(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0].clone()
 
 
 def _summed(kind: str) -> Run:
@@ -468,7 +398,7 @@ VARIANTS: list[Variant] = [
         frozenset({"matmul", "bmm", "baddbmm"}),
         _scaled_scores,
     ),
-    Variant("the sequence is not reversed in a", frozenset({"flip"}), _flipped),
+    Variant("the sequence is not reversed in a", frozenset({"flip"}), left_out),
     Variant("sum in a, mean in b", frozenset({"mean"}), _summed("sum")),
     Variant("maximum in a, mean in b", frozenset({"mean"}), _summed("amax")),
     Variant("mean in a, sum in b", frozenset({"sum"}), _summed("mean")),
@@ -477,22 +407,9 @@ VARIANTS: list[Variant] = [
     Variant(
         "the last part of a concatenation has no effect in a, as of a sink of attention", _LISTS, _without_effect
     ),
-    Variant("bounds are left out in a", _CLAMPS, _bounds_left_out),
+    Variant("bounds are left out in a", _CLAMPS, left_out),
     Variant("bounded on both sides in a, on one side in b", _CLAMPS, _both_bounds),
-    *(
-        Variant("a whole sum is multiplied in a, one of its terms in b", frozenset({"mul", "add", "radd"}), run)
-        for run in map(_of_whole_sum, (0, 1))
-    ),
-    *(
-        Variant("one term of a sum is multiplied in a, the whole sum in b", frozenset({"mul", "rmul", "add"}), run)
-        for run in map(_of_one_term, (0, 1))
-    ),
-    Variant(
-        "a number multiplies the result of a function in a, its argument in b",
-        frozenset({"mul", "rmul", "sin", "cos", "tanh", "exp", "sigmoid", "softmax", "softplus"}),
-        _factor_outside(),
-    ),
-    Variant("a sum in a, a product in b", frozenset({"mul"}), _added),
+    *terms.VARIANTS,
     Variant("a quotient is left out in a", frozenset({"div", "truediv"}), _left_out),
     *(
         Variant(f"a {what} is left out in a", frozenset({name, f"i{name}"}), run)

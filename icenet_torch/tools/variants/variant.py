@@ -45,6 +45,11 @@ def name_of(func: Any) -> str:
     return str(getattr(func, "__name__", func)).strip("_")
 
 
+def left_out(func: Any, args: Any, kwargs: Any) -> Any:
+    """The variant that returns the input of a function."""
+    return (args[0] if args else kwargs["input"]).clone()
+
+
 def equal_axes(x: torch.Tensor) -> tuple[int, int] | None:
     """Returns two neighbouring axes of the same size, above 1, the last ones first; None without."""
     return next(((i - 1, i) for i in range(x.ndim - 1, 0, -1) if x.shape[i] == x.shape[i - 1] > 1), None)
@@ -100,13 +105,15 @@ class Applied(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if name_of(func) in self._variant.names:
-            site = _site()
-            found = self._variant.run(func, args, kwargs) if site in (self._only or (site,)) else NotImplemented
-            if found is not NotImplemented:
-                self.sites += [] if site in self.sites else [site]
-                return found
-        return func(*args, **kwargs)
+        site = _site() if name_of(func) in self._variant.names else None
+        if site is None or not (self._only is None or site in self._only):
+            return func(*args, **kwargs)
+        found = self._variant.run(func, args, kwargs)
+        if found is NotImplemented:
+            return func(*args, **kwargs)
+        if site not in self.sites:
+            self.sites.append(site)
+        return found
 
 
 def _site() -> Site:
