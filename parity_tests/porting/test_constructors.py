@@ -206,3 +206,29 @@ def test_what_is_computed_from_itself_is_no_expression() -> None:
     model, source = ported(module, x)
     assert "def __init__(self, heads=4, head_dim=4):" in source and "self.inner = self.head_dim * heads" in source
     close(model(mx.array(x.numpy())), module(x))
+
+
+class Literals(nn.Module):
+    """Attributes that have by chance the numbers which the method writes."""
+
+    def __init__(self, dim: int = 8, alpha: float = 0.3, temperature: float = 0.5) -> None:
+        super().__init__()
+        self.alpha, self.num_heads, self.temperature = alpha, 4, temperature
+        self.fc = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x) + 0.3 * x - self.alpha
+        return y.reshape(-1, 4, 2).softmax(-1) / self.num_heads
+
+
+class Halved(Literals):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x).sigmoid() * self.temperature
+
+
+def test_numbers_that_a_method_writes_are_no_attributes() -> None:
+    _, source = ported(Literals().eval(), torch.randn(2, 8))
+    assert "0.3 * x" in source.replace("x * 0.3", "0.3 * x") and "self.alpha" not in source
+    assert "reshape(-1, 4, 2)" in source
+    _, source = ported(Halved().eval(), torch.randn(2, 8))
+    assert "* self.temperature" in source and "temperature=0.5" in source

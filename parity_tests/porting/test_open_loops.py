@@ -340,3 +340,19 @@ def test_turns_that_the_example_does_not_have_are_tried(module: nn.Module) -> No
     for size in (3, 40):
         with pytest.raises(ValueError, match=f"x has {size} in dimension 1; the port was made for 4"):
             port.module(mx.zeros((2, size, 3)))
+
+
+class Window(nn.Module):
+    """Sums of the last three steps: the first turns take fewer and are written before the loop."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x[:, max(0, t - 2) : t + 1].sum(1) for t in range(x.shape[1])], 1)
+
+
+def test_turns_before_a_loop_are_the_least_number_of_steps() -> None:
+    x = torch.randn(2, 6, 3)
+    port = icenet.port(Window(), x)
+    assert port.report.limits == {"x": {1: [3, None]}}
+    close(port.module(mx.array(x[:, :3].numpy())), Window()(x[:, :3]))
+    with pytest.raises(ValueError, match="made for at least 3"):
+        port.module(mx.array(x[:, :2].numpy()))

@@ -126,7 +126,7 @@ class Proof:
         self.progress("comparing, other sizes")
         guards = [
             *self.differs_at_one,
-            *_of_one_step(self.plan),
+            *_of_few_steps(self.plan, self.example, self._serves),
             *(Guard(*guard) for guard in self.run.guards(self.program)),
         ]
         self._try_limits(guards)
@@ -187,10 +187,14 @@ class Proof:
             found.append(smaller if self._runs(smaller) else None)
         return [given for given in found if given is not None]
 
+    def _serves(self, given: Arguments) -> bool:
+        """Returns whether the module takes some inputs and the port computes the same."""
+        return bool(_agreed(self._pair(given)))
+
     def _try_limits(self, guards: list[Guard]) -> None:
         """Tries sizes that violate the guards of the graph; those at which the port differs are in the report."""
         report, names = self.report, [ref.name for ref in self.plan.graph.inputs]
-        found = find_limits(self.example, guards, self._runs, lambda given: bool(_agreed(self._pair(given))))
+        found = find_limits(self.example, guards, self._runs, self._serves)
         if found.untried:
             report.notes.append(
                 f"{found.untried} conditions of the export on sizes were not tried, since {MOST} inputs were; "
@@ -232,14 +236,27 @@ def _places_of_one(example: Arguments, given: Arguments) -> tuple[Place, ...]:
     )
 
 
-def _of_one_step(plan: Plan) -> list[Guard]:
-    """Returns the conditions that the sizes of loops are not 1, which an export does not try."""
+def _of_few_steps(plan: Plan, example: Arguments, serves: Callable[[Arguments], bool]) -> list[Guard]:
+    """Returns conditions on the sizes of loops: that they are not 1, which an export does not try, and the least size.
+
+    The first turns of a loop may be written before it, as in `x[:, max(t - 3, 0)]`. Fewer steps have less turns.
+    """
     shapes = [plan.graph.tensors[ref.name].shape for ref in plan.graph.inputs]
+    given = [array.shape for array in arrays_of(example)]
     found = []
     for symbol in dict.fromkeys(symbol for loop in plan.graph.loops for symbol in loop.symbols()):
         places = [(number, dim) for number, shape in enumerate(shapes) for dim, n in enumerate(shape) if n == symbol]
-        if places:
-            found.append(Guard("size >= 2", {"size": tuple(places)}))
+        if not places:
+            continue
+        low, high = 1, int(given[places[0][0]][places[0][1]])
+        middle = 2
+        while high - low > 1:
+            if serves(with_sizes(example, dict.fromkeys(places, middle))):
+                high = middle
+            else:
+                low = middle
+            middle = (low + high) // 2
+        found += [Guard(f"size >= {size}", {"size": tuple(places)}) for size in dict.fromkeys((max(high, 2), 2))]
     return found
 
 

@@ -101,6 +101,8 @@ class Frame(Inlining):
             self.lines.append(Line("return " + ", ".join(self.expression(Ref(name)) for name in results)))
         self.unpack_sizes()
         places = [item.place for item in self.items if item.place is not None]
+        if places and self.lines and self.lines[-1].code.startswith("return "):
+            self.lines[-1].origin = places[-1].chain  # that of the last operation, which is often in it
         rolled = self.with_open_loops(roll(self.lines, self.list_names))
         lines = tuples(rolled, {place.chain: place.targets for place in places})
         for line in lines:

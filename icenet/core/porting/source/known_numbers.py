@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from icenet.core.porting.source.instances import NUMBER
@@ -17,8 +18,8 @@ _SIZE = re.compile(
 """Words in the names of attributes that are sizes or a scale."""
 _USES_SIZES = re.compile(r"\.reshape\([^()]*$|\bscale=$")
 """What stands before the sizes of a shape, or a scale."""
-_COMMON = {"1", "0", "1.0", "0.0", "2.0", "0.5"}
-"""Numbers that are seldom those of an attribute."""
+_COMMON = {"2.0", "0.5"}
+"""Numbers that are often in the formula of an operation: only a statement that reads an attribute has them of it."""
 
 
 def known_numbers(
@@ -39,16 +40,19 @@ def known_numbers(
     """
     found = {}
     for index, match in enumerate(NUMBER.finditer(text)):
-        if index < start or match[0] in ("1", "0", "1.0"):
+        if index < start or match[0] in ("1", "0", "1.0", "0.0"):
             continue
-        row = text.count("\n", 0, match.start())
-        before, after = text[: match.start()].rpartition("\n")[2], text[match.start() :].partition("\n")[0]
+        origin = origins[text.count("\n", 0, match.start())]
+        line_start, line_end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.start())
+        before = text[line_start : match.start()]
+        after = text[match.start() : line_end if line_end >= 0 else len(text)]
         if _USES_SIZES.search(before):
-            key = _in_shape(before, after, match[0], settings, origins[row]) if ".reshape(" in before else ""
-            key = key or _only_size(before, after, match[0], settings, taken)
+            key = _in_shape(before, after, match[0], settings, origin) if ".reshape(" in before else ""
+            other = "" if key else _only_size(before, after, match[0], settings, taken)
+            key = key or (other if _is_read(other, match[0], origin) else "")
         else:
-            key = attribute_of((match[0],) * len(settings), settings, taken)
-            key = key if "." in match[0] and match[0] not in _COMMON else ""
+            key = attribute_of((match[0],) * len(settings), settings, taken) if "." in match[0] else ""
+            key = key if _is_read(key, match[0], origin, is_common=match[0] in _COMMON) else ""
         if key and key not in taken:
             found[index] = key
     return found
@@ -66,6 +70,54 @@ def _only_size(before: str, after: str, number: str, settings: list[dict[str, An
         return ""  # one of them may have another meaning
     key = attribute_of((number,) * len(settings), settings, taken)
     return key if is_size(key) else ""
+
+
+@dataclass(frozen=True)
+class _Function:
+    """What a function of the original reads: the numbers that it writes, and attributes with the lines of each."""
+
+    numbers: frozenset[str]
+    attributes: frozenset[tuple[str, int]]
+
+
+def _is_read(name: str, number: str, origin: Any, is_common: bool = False) -> bool:
+    """Returns whether the original reads an attribute where a number comes from, and does not write the number.
+
+    Args:
+        name: The attribute.
+        number: The number.
+        origin: The statements of the original, from the outermost call to the innermost.
+        is_common: Whether the statement itself must read the attribute, not only its function.
+    """
+    if not name or not origin:
+        return False
+    found = [(line, function) for file, line in origin for function in _functions_at(file, line)]
+    if any(number in function.numbers for _, function in found):
+        return False
+    return any(
+        key == name and (not is_common or at == line) for line, function in found for key, at in function.attributes
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _functions_at(file: str, line: int) -> tuple[_Function, ...]:
+    """Returns the innermost function around a line of a file; none outside of functions."""
+    around = [item for item in _all_functions(file) if item[0] <= line <= item[1]]
+    return (max(around, key=lambda item: item[0])[2],) if around else ()
+
+
+@functools.lru_cache(maxsize=64)
+def _all_functions(file: str) -> list[tuple[int, int, _Function]]:
+    """Returns the functions of a file: first line, last line, and what each reads."""
+    found = []
+    for node in ast.walk(syntax_tree(file)):
+        if isinstance(node, ast.FunctionDef):
+            inner = [*ast.walk(node)]
+            numbers = frozenset(repr(item.value) for item in inner if isinstance(item, ast.Constant))
+            read = [(item.attr, item.lineno) for item in inner if isinstance(item, ast.Attribute)]
+            attributes = frozenset((name, place_at(file, line).line) for name, line in read)
+            found.append((node.lineno, node.end_lineno or node.lineno, _Function(numbers, attributes)))
+    return found
 
 
 def _in_shape(before: str, after: str, number: str, settings: list[dict[str, Any]], origin: Any) -> str:
