@@ -14,7 +14,6 @@ import numpy as np
 
 from icenet.core.config import ModelConfig
 from icenet.core.generation.request import Tokens
-from icenet.core.host.allocator import reuse_freed_memory
 from icenet.core.models.base import ModelBase
 from icenet.generation.decoder import Decoder
 from icenet.nn import tree
@@ -112,8 +111,6 @@ class BaseModel(ModelBase, nn.Module):
         return reading_ids(self._named_layers())
 
     def _assign_weights(self, values: Iterable[tuple[str, np.ndarray]]) -> None:
-        if self.is_on_cpu:
-            reuse_freed_memory()
         tree.assign_weights(self, values)
 
     def _host_memory(self) -> dict[str, np.ndarray]:

@@ -19,31 +19,10 @@ def keep_freed_memory() -> None:
     a training step of MLX, which allocates the result of each operation, and 29 % of one of PyTorch (2 x 128 tokens;
     LSTM 4 x 512 8 %, ResNet-50 5 %). Variables that users set keep their values.
     """
-    _set_thresholds(1 << 30, (1 << 31) - 1)
-
-
-def reuse_freed_memory() -> None:
-    """Makes glibc take arrays of up to 32 MB from memory that was freed, from the first one on.
-
-    glibc sets the same thresholds after an array of 32 MB was freed. Weights that are loaded before have pages of
-    their own, which go back to the system when generation joins them. With memory that is used again, the first token
-    of SmolLM2-135M takes 1.19 s and not 1.38 on MLX (processor time of the process, one thread of an AMD EPYC).
-    """
-    _set_thresholds(1 << 25, 1 << 26)
-
-
-_mmap_threshold = 0
-"""The threshold that this process has set. It becomes larger only."""
-
-
-def _set_thresholds(mmap: int, trim: int) -> None:
-    """Sets the size from which an array has pages of its own, and that of freed memory that is returned."""
-    global _mmap_threshold
-    if sys.platform != "linux" or mmap <= _mmap_threshold or any(os.environ.get(name) for name in VARIABLES):
+    if sys.platform != "linux" or any(os.environ.get(name) for name in VARIABLES):
         return
     library = ctypes.CDLL(None)
     # musl has no such function. Older versions of glibc refuse more than 32 MB for the first threshold. The second
     # one is then not set either, because it alone would keep the first at 128 kB.
-    if hasattr(library, "mallopt") and library.mallopt(_M_MMAP_THRESHOLD, mmap):
-        library.mallopt(_M_TRIM_THRESHOLD, trim)
-        _mmap_threshold = mmap
+    if hasattr(library, "mallopt") and library.mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+        library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -7,7 +7,6 @@ import platform
 import pytest
 from helpers import TINY_MODELS, both_backends, python
 
-import icenet
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.engine import engine
@@ -16,10 +15,9 @@ from icenet.core.host.allocator import VARIABLES
 PROGRAM = """
 import ctypes, resource
 from icenet.core import backends
-from icenet.core.host.allocator import keep_freed_memory, reuse_freed_memory
+from icenet.core.host.allocator import keep_freed_memory
 
 keep_freed_memory()
-reuse_freed_memory()  # a model that is loaded later
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 library.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
@@ -44,19 +42,6 @@ def test_freed_memory_is_kept_unless_users_set_the_allocator(
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)  # glibc reads an empty value as zero
     assert python(PROGRAM, **(THRESHOLDS if is_set_by_user else {})) == str(not is_set_by_user)
-
-
-def test_loading_with_mlx_uses_freed_memory_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not backends.installed("mlx"):
-        pytest.skip("MLX is not installed")
-    from icenet.models import base
-
-    calls: list[int] = []
-    monkeypatch.setattr(base, "reuse_freed_memory", lambda: calls.append(1))
-    model = icenet.build(Config.from_dict({"model": TINY_MODELS["rnn"]}), "mlx", "cpu")
-    del calls[:]
-    model.set_weights(model.weights())
-    assert calls == [1]
 
 
 @both_backends

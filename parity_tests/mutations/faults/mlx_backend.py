@@ -130,12 +130,6 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet/models/base.py": [
         Fault(
-            "the memory of weights goes back to the system when generation joins them",
-            "            reuse_freed_memory()\n",
-            "            pass\n",
-            ["core/host/test_allocator.py::test_loading_with_mlx_uses_freed_memory_again"],
-        ),
-        Fault(
             "a model that icenet.build did not make is on a GPU",
             "        with self.arithmetic():\n            return on_cpu()\n",
             "        with self.arithmetic():\n            return self.device is not None and on_cpu()\n",
