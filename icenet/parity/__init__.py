@@ -27,8 +27,9 @@ inputs       inputs of the user and random ones, their axes, and the smallest th
 stages/      one file for each stage, or for two that belong together, and their `order`
 calls/       the calls of both sides: `sides` says what a side computes, `module_side` does it with a copy of a module
              (`module_copy`, `module_replays`), `events` are the calls of a run, `pairing` finds those of both sides
-             (`pairs`), `runs` and `replays` compute them, `draws` are equal random numbers, `forced` is a run of the
-             reference at the values of the other side, `culprit` is the first difference
+             (`pairs`) and `mismatches` the first whose shapes differ, `runs` and `replays` compute them, `draws` are
+             equal random numbers, `forced` is a run of the reference at the values of the other side, `culprit` is
+             the first difference
 causes/      known causes, tried on the reference (`search`)
 results/     what was found (`result`), and the `report` of it: its tree, its page (`html`, `charts`, `style`)
 recordings/  a reference on another machine: `recording` writes what a comparison needs, `trace` reads it,
@@ -41,9 +42,9 @@ configuration/  the `run` of a parity comparison, its three `engines`, the `rand
 
 A port (`icenet port`):
 
-ports/       `port` exports a module (`original`) and tries ports of it (`attempts`) until the `proof` of one passes: it
-             compares both on several sizes (`inputs`, `pair`) and finds the `limits` of the sizes. `size_checks` writes
-             these into the source, `model_file` and `page` write the files of a port
+ports/       `port` exports a module (`original`) and tries ports of it (`attempts`) until the `proof` of one passes,
+             which compares both on several sizes (`inputs`, `pair`) and finds the `limits` of the sizes;
+             `size_checks` writes these into the source, `model_file` and `page` write the files of a port
 """
 
 from __future__ import annotations

@@ -177,7 +177,10 @@ def convert(
     # one of its shards may be the destination, which may be behind a symbolic link
     destination = files.output_file(destination, overwrite=True, inputs=given.files)
     if model is not None:
-        kinds, shapes, names, shared, aliases = _facts(model)
+        kinds, shapes = _kinds_and_shapes(model)
+        tree = backends.module(backends.backend_of(model), "nn.tree")
+        names, aliases = tree.mlx_names(model), sharing.aliases_in_twin(tree.named_modules(model))
+        shared = sharing.find_shared((path, array) for path, array, _ in tree.named_arrays(model))
     names = names or {}
     found = RenamedWeights(given.arrays, names) if given.form == "mlx" else given.arrays
     found = sharing.complete(found, shared or {})
@@ -316,15 +319,11 @@ def _note(names: Iterable[str]) -> str:
     return f"names begin with or contain {' and '.join(found)}; {prefixes.advice(found)}" if found else ""
 
 
-def _facts(
-    model: Any,
-) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, str], dict[str, str], set[str]]:
-    """Returns kinds, canonical shapes, MLX's names, shared arrays and aliases of a module of either backend."""
+def _kinds_and_shapes(model: Any) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Returns the kinds of the layers and the canonical shapes of a module of either backend, by path."""
     tree = backends.module(backends.backend_of(model), "nn.tree")
     kinds = tree.layer_kinds(model)
-    shapes = {path: shape for path, shape in tree.weight_shapes(model).items() if not layout.is_left_out(kinds, path)}
-    shared = sharing.find_shared((path, array) for path, array, _ in tree.named_arrays(model))
-    return kinds, shapes, tree.mlx_names(model), shared, sharing.aliases_in_twin(tree.named_modules(model))
+    return kinds, {p: shape for p, shape in tree.weight_shapes(model).items() if not layout.is_left_out(kinds, p)}
 
 
 def _check_form(form: str) -> None:

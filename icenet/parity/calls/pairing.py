@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,8 +64,8 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
     pairs, other_rows = _without_other_rows(pairs, by_event, shapes)
     notes += other_rows
     for pair in pairs:
-        children_a = {id(child) for child in _nearest(pair.a, by_event)}
-        for child in _nearest(pair.b, by_event):
+        children_a = {id(child) for child in nearest(pair.a, by_event)}
+        for child in nearest(pair.b, by_event):
             found = by_event[id(child)]
             if id(found.a) in children_a and is_separable(found):
                 pair.children.append(found)
@@ -116,11 +115,11 @@ def _without_other_rows(
         arrays += zip(pair.a.outputs, pair.b.outputs, strict=False)
         hows = [(x, y, _how_of_rows(pair, x, y, known)) for x, y in arrays if y.is_float]
         around, around_it = by_event[id(outer)], _callers(pair.b)
-        if not (_argument_mismatch(pair) or _output_mismatch(pair)):
+        if not (argument_mismatch(pair) or output_mismatch(pair)):
             continue
         if any(how is None or x.array.shape == align.to_mlx(how, y.array).shape for x, y, how in hows):
             continue
-        if _argument_mismatch(around) or _output_mismatch(around):
+        if argument_mismatch(around) or output_mismatch(around):
             continue
         if (
             all(x.array.ndim != y.array.ndim for x, y, _ in hows)
@@ -213,8 +212,8 @@ def _set_apart(pairs: list[Pair], callers: Mapping[int, Pair], known: Mapping[tu
             callers[id(pair.b)].apart.append(pair)
     for pair in pairs:
         if id(pair.b) in found:
-            own = {id(child) for child in _nearest(pair.a, found)}
-            inner = (found[id(child)] for child in _nearest(pair.b, found))
+            own = {id(child) for child in nearest(pair.a, found)}
+            inner = (found[id(child)] for child in nearest(pair.b, found))
             pair.children = [child for child in inner if id(child.a) in own and is_separable(child)]
 
 
@@ -237,13 +236,13 @@ def _derived(event: Event) -> dict[int, tuple[int, Any]]:
     return found
 
 
-def _nearest(event: Event, by_event: Mapping[int, Pair]) -> Iterator[Event]:
+def nearest(event: Event, by_event: Mapping[int, Pair]) -> Iterator[Event]:
     """Yields the calls within an event that have a counterpart, and are in no other such call."""
     for child in event.children:
         if id(child) in by_event:
             yield child
         else:
-            yield from _nearest(child, by_event)
+            yield from nearest(child, by_event)
 
 
 def is_separable(pair: Pair) -> bool:
@@ -256,7 +255,7 @@ def known_shapes(pairs: list[Pair]) -> dict[tuple[int, ...], str]:
     """Returns the alignments that kinds of layers or values determine, by the shape of an output in `b`."""
     found: dict[tuple[int, ...], str] = {}
     for pair in pairs:
-        for i, theirs in zip(_numbers(pair), pair.b.outputs, strict=False):
+        for i, theirs in zip(output_numbers(pair), pair.b.outputs, strict=False):
             ours = pair.a.outputs[i]
             if theirs.array.ndim < 3:
                 continue
@@ -272,7 +271,6 @@ def known_shapes(pairs: list[Pair]) -> dict[tuple[int, ...], str]:
 def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool, sequence_first: bool) -> None:
     """Sets which arrays of a pair correspond, and their axes."""
     ours, theirs = pair.a, pair.b
-
     name = theirs.path.rpartition(".")[2].lower()
     is_norm = pair.kind in ("layer_norm", "rms_norm") or (not theirs.children and "norm" in name)
 
@@ -288,38 +286,14 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool, sequen
         exchanged = align.sequence_first(a.array, b.array) if sequence_first and found != align.MOVED else None
         return exchanged or found or align.rows(a.array, b.array)
 
-    if len(ours.names) == len(theirs.names):
-        by_name = set(ours.names) == set(theirs.names) and len(set(ours.names)) == len(ours.names)
-        indices = [(ours.names.index(name) if by_name else j, j) for j, name in enumerate(theirs.names)]
-        for i, j in indices:
-            found = how(ours.arguments[i], theirs.arguments[j])
-            # a mask may be booleans on one side and numbers on the other: then each side keeps its own
-            if found is not None and ours.arguments[i].is_float == theirs.arguments[j].is_float:
-                pair.arguments.append((i, j, found))
-            elif _are_masks(ours.arguments[i], theirs.arguments[j]):
-                pair.own.add(j)
-            elif found is None and ours.arguments[i].is_float:
-                pair.obstacle = pair.obstacle or unequal(
-                    pair.kind, ours.arguments[i], theirs.arguments[j], "input of"
-                )
-    else:
-        start = 0
-        for j, theirs_value in enumerate(theirs.arguments):
-            for i in range(start, len(ours.arguments)):
-                found = how(ours.arguments[i], theirs_value)
-                if found is not None and ours.arguments[i].is_float == theirs_value.is_float:
-                    pair.arguments.append((i, j, found))
-                    start = i + 1
-                    break
+    _align_arguments(pair, how)
     count = 1 if pair.kind in align.DIFFERENT_CALLS else None
-    for j, i in enumerate(_numbers(pair)[:count]):
+    for j, i in enumerate(output_numbers(pair)[:count]):
         if (found := how(ours.outputs[i], theirs.outputs[j])) is not None:
             pair.outputs.append((i, j, found))
     if pair.kind == "native_recurrent" and (len(ours.outputs), len(theirs.outputs)) == (2, 3):
-        own, last = (
-            ours.outputs[1].array,
-            theirs.outputs[2].array,
-        )  # the cells of all steps in MLX, of the last in PyTorch
+        # the cells of all steps in MLX, of the last in PyTorch
+        own, last = ours.outputs[1].array, theirs.outputs[2].array
         if found := align.SAME if own.shape == last.shape else align.rows(own, last):
             pair.outputs.append((1, 2, found))
     pair.masked_arguments = {
@@ -331,7 +305,39 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool, sequen
         }
 
 
-def _numbers(pair: Pair) -> list[int]:
+def _align_arguments(pair: Pair, how: Callable[[Value, Value], str | None]) -> None:
+    """Sets which arguments correspond: those of equal names or places, or if one side has more, the next that fits.
+
+    Args:
+        pair: The pair.
+        how: Returns the alignment of two arrays; None if there is none.
+    """
+    ours, theirs = pair.a, pair.b
+    if len(ours.names) != len(theirs.names):
+        start = 0
+        for j, value in enumerate(theirs.arguments):
+            for i in range(start, len(ours.arguments)):
+                found = how(ours.arguments[i], value)
+                if found is not None and ours.arguments[i].is_float == value.is_float:
+                    pair.arguments.append((i, j, found))
+                    start = i + 1
+                    break
+        return
+    by_name = set(ours.names) == set(theirs.names) and len(set(ours.names)) == len(ours.names)
+    for j, name in enumerate(theirs.names):
+        i = ours.names.index(name) if by_name else j
+        own, other = ours.arguments[i], theirs.arguments[j]
+        found = how(own, other)
+        # a mask may be booleans on one side and numbers on the other: then each side keeps its own
+        if found is not None and own.is_float == other.is_float:
+            pair.arguments.append((i, j, found))
+        elif _are_masks(own, other):
+            pair.own.add(j)
+        elif found is None and own.is_float:
+            pair.obstacle = pair.obstacle or unequal(pair.kind, own, other, "input of")
+
+
+def output_numbers(pair: Pair) -> list[int]:
     """Returns the number in `a` of each output of `b`: of the same key or field, otherwise the same number."""
     numbers = numbers_by_name(pair.b.output_names, pair.a.output_names, len(pair.b.outputs))
     return [number for number in numbers if number < len(pair.a.outputs)]
@@ -357,56 +363,8 @@ def unequal(kind: str | None, ours: Value, theirs: Value, what: str) -> str:
     return f"{what} {text}".replace("in MLX", "in a").replace("in PyTorch", "in b")
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """The first array whose shape differs.
-
-    Attributes:
-        path: Path in `b` of the module that computed it.
-        where: Where in that module, between which of its calls.
-        note: The shapes.
-        child: Path in `b` of the module that gets it; empty for an output.
-        order: Position in the order of the computation.
-    """
-
-    path: str
-    where: str
-    note: str
-    child: str = ""
-    order: float = 0.0
-
-
-def first_mismatch(pairs: list[Pair]) -> Mismatch | None:
-    """Returns the first array in the order of the computation that differs in shape between the sides."""
-    by_event = {id(pair.b): pair for pair in pairs}
-
-    def visit(event: Event, parent: Event | None, before: str) -> Mismatch | None:
-        pair = by_event.get(id(event))
-        if pair is not None:
-            note = _argument_mismatch(pair)
-            if note:
-                name = relative(event.path, parent.path) if parent is not None else ""
-                where = f"{f'between {before} and' if before else 'before'} {name}" if parent is not None else ""
-                path = parent.path if parent is not None else ""
-                return Mismatch(path, where, note, event.path, event.number - 0.5)
-        last = ""
-        for child in event.children:
-            found = visit(child, event if pair is not None else parent, last if pair is not None else before)
-            if found is not None:
-                return found
-            last = relative(child.path, event.path) if id(child) in by_event else last
-        if pair is not None and (note := _output_mismatch(pair)):
-            if mismatch := _other_ids(pair, by_event):
-                return mismatch
-            order = max(inner.number for inner in event.walk()) + 0.5
-            return Mismatch(event.path, f"after {last}" if last else "", note, order=order)
-        return None
-
-    root = next(iter(pairs), None)
-    return None if root is None else visit(root.b, None, "")
-
-
-def _argument_mismatch(pair: Pair) -> str:
+def argument_mismatch(pair: Pair) -> str:
+    """Returns a phrase on the first argument whose shapes do not correspond; empty if there is none."""
     matched = {j for _, j, _ in pair.arguments}
     if len(pair.a.arguments) != len(pair.b.arguments):
         return ""
@@ -419,33 +377,8 @@ def _argument_mismatch(pair: Pair) -> str:
     return ""
 
 
-def _other_ids(pair: Pair, by_event: Mapping[int, Pair]) -> Mismatch | None:
-    """Returns the mismatch of the outermost call that passes ids of another shape on to a call; None without one."""
-    found = None
-    while note := _ids_mismatch(pair):
-        outer = pair.b.parent
-        while outer is not None and id(outer) not in by_event:
-            outer = outer.parent
-        if outer is None:
-            break
-        name = relative(pair.path, outer.path)
-        before = [child for child in _nearest(outer, by_event) if child.number < pair.b.number]
-        where = f"between {relative(before[-1].path, outer.path)} and {name}" if before else f"before {name}"
-        found = Mismatch(outer.path, where, note, pair.path, pair.b.number - 0.5)
-        pair = by_event[id(outer)]
-    return found
-
-
-def _ids_mismatch(pair: Pair) -> str:
-    """Returns a phrase on integers of another shape among the arguments; empty if there are none."""
-    for ours, theirs in zip(pair.a.arguments, pair.b.arguments, strict=False):
-        are_ids = "i" == ours.array.dtype.kind == theirs.array.dtype.kind and ours.array.ndim == theirs.array.ndim
-        if are_ids and ours.array.size != theirs.array.size:
-            return unequal(None, ours, theirs, "input of")
-    return ""
-
-
-def _output_mismatch(pair: Pair) -> str:
+def output_mismatch(pair: Pair) -> str:
+    """Returns a phrase on the outputs, if their number or a shape does not correspond; else an empty text."""
     if not pair.a.is_complete or (pair.kind in align.DIFFERENT_CALLS and pair.outputs):
         return ""
     if len(pair.a.outputs) != len(pair.b.outputs):
@@ -456,7 +389,7 @@ def _output_mismatch(pair: Pair) -> str:
         missing = [f"{', '.join(sorted(keys))} in {side} only" for keys, side in zip(only, "ab", strict=True) if keys]
         return "; ".join([f"{len(pair.a.outputs)} outputs in a, {len(pair.b.outputs)} in b", *missing])
     matched = {j for _, j, _ in pair.outputs}
-    for j, i in enumerate(_numbers(pair)):
+    for j, i in enumerate(output_numbers(pair)):
         if j not in matched:
             return unequal(pair.kind, pair.a.outputs[i], pair.b.outputs[j], "output of")
     return ""

@@ -7,7 +7,8 @@ import contextlib
 from icenet.core import backends
 from icenet.parity import align
 from icenet.parity.calls.events import Run
-from icenet.parity.calls.pairing import Mismatch, first_mismatch, pair_calls, relative
+from icenet.parity.calls.mismatches import Mismatch, first_mismatch
+from icenet.parity.calls.pairing import pair_calls, relative
 from icenet.parity.calls.sides import ModuleError
 from icenet.parity.state import Comparison
 

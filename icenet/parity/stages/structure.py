@@ -15,7 +15,8 @@ from icenet.parity import align
 from icenet.parity.calls.convolutions import align_convolutions, align_points
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.matching import renamed_arrays
-from icenet.parity.calls.pairing import first_mismatch, pair_calls, relative
+from icenet.parity.calls.mismatches import first_mismatch
+from icenet.parity.calls.pairing import pair_calls, relative
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.runs import Draws, check_draws, run_training, with_equal_draws
 from icenet.parity.calls.sides import ModuleError

@@ -110,8 +110,8 @@ FAULTS: dict[str, list[Fault]] = {
         ),
         Fault(
             "a mask of another shape is an obstacle",
-            "                pair.own.add(j)\n",
-            "                pair.obstacle = 'a mask'\n",
+            "            pair.own.add(j)\n",
+            "            pair.obstacle = 'a mask'\n",
             ["parity/test_compare_idioms.py::test_each_side_keeps_its_own_mask"],
         ),
     ],
