@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
+from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 
+from icenet.nn import exact
 from icenet.nn.arrays import Array
 
 Sizes = tuple[int, ...]
@@ -62,11 +66,44 @@ def _unfolded(x: Array, weight: Array, stride: Sizes, padding: Sizes, dilation: 
     seen = [x[places] for places in itertools.product(*slices)]
     if groups == channels == outputs:
         factors = weight.reshape(outputs, -1).T
-        total = seen[0] * factors[0]
-        for part, factor in zip(seen[1:], factors[1:], strict=True):
-            total = total + part * factor
-        return total
+        products: list[Any] = [_scaled(part, factor) for part, factor in zip(seen, factors, strict=True)]
+        return functools.reduce(operator.add, products)  # type: ignore[no-any-return]
     parts = [part.reshape(-1, groups, channels // groups) for part in seen]
     columns = mx.stack(parts, axis=2).swapaxes(0, 1).reshape(groups, parts[0].shape[0], -1)
-    y = columns @ weight.reshape(groups, outputs // groups, -1).swapaxes(1, 2)  # [groups, pixels, O / groups]
-    return y.swapaxes(0, 1).reshape(x.shape[0], *sizes, outputs)
+    y: Any = _products(columns, weight.reshape(groups, outputs // groups, -1))
+    return y.swapaxes(0, 1).reshape(x.shape[0], *sizes, outputs)  # type: ignore[no-any-return]
+
+
+@mx.custom_function
+def _scaled(x: Array, factor: Array) -> Array:
+    """Returns x `[..., C]` times a factor `[C]`, whose gradient MLX would sum term by term."""
+    return x * factor
+
+
+@_scaled.vjp
+def _scaled_gradient(inputs: tuple[Array, Array], cotangent: Array, _: Array) -> tuple[Array, Array]:
+    x, factor = inputs
+    return cotangent * factor, exact.channel_sums(cotangent * x)
+
+
+@mx.custom_function
+def _products(columns: Array, weight: Array) -> Array:
+    """Returns a product for each group: `[groups, N, K]` and `[groups, O, K]` to `[groups, N, O]`.
+
+    A BLAS sums products with few results term by term. So the gradient of the weight is the sum of about sqrt(N)
+    products: over 8 images of 32 x 32 x 64 in 16 groups its error is 3.5 half ulps and not 19, PyTorch's 2.2.
+    """
+    return columns @ weight.swapaxes(1, 2)
+
+
+@_products.vjp
+def _products_gradient(inputs: tuple[Array, Array], cotangent: Array, _: Array) -> tuple[Array, Array]:
+    columns, weight = inputs
+    groups, count, outputs = cotangent.shape
+    # terms of a product; with fewer than 4 O, the products would be more numbers than a quarter of the columns
+    terms = 2 ** max(count.bit_length() // 2, (4 * outputs - 1).bit_length())
+    rest = [(0, 0), (0, -count % terms), (0, 0)]
+    first, second = (
+        mx.pad(array, rest).reshape(groups, -1, terms, array.shape[-1]) for array in (cotangent, columns)
+    )
+    return cotangent @ weight, (first.swapaxes(2, 3) @ second).sum(axis=1)

@@ -41,7 +41,8 @@ class _ConvolutionOnCPU:
     """What the classes of MLX's own convolutions after `accelerate` share."""
 
     def __call__(self: Any, x: Array) -> Array:
-        if not (on_cpu() and x.ndim == self.weight.ndim and x.dtype == self.weight.dtype == mx.float32):
+        is_single = x.dtype == self.weight.dtype == mx.float32
+        if not (on_cpu() and x.ndim == self.weight.ndim and is_single and x.size):
             return super().__call__(x)  # type: ignore[misc,no-any-return]
         rank = x.ndim - 2
         stride, padding, dilation = (
@@ -62,7 +63,7 @@ class Conv2d(_ConvolutionOnCPU, nn.Conv2d):
     def __call__(self, x: Array) -> Array:
         (kernel, width), (stride, stride_2), (padding, padding_2) = self.weight.shape[1:3], self.stride, self.padding
         is_square = kernel == width and stride == stride_2 and padding == padding_2
-        is_plain = self.groups == 1 and self.dilation in (1, (1, 1)) and x.ndim == 4
+        is_plain = self.groups == 1 and self.dilation in (1, (1, 1)) and x.ndim == 4 and x.size > 0
         if not (is_square and is_plain and x.dtype == self.weight.dtype == mx.float32):
             return super().__call__(x)
         y = conv2d(x, self.weight, stride, padding)
