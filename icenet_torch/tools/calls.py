@@ -204,7 +204,7 @@ def version(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _computed(tensor: torch.Tensor) -> Value:
     """Returns a tensor that is not written to again, without a copy if it is in the memory of the host."""
-    tensor = tensor.detach()
+    tensor = tensor.detach().to_dense()  # also a sparse one, of an embedding
     if tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16 or not tensor.is_contiguous():
         return snapshot(tensor)
     return Value(tensor.numpy(), short_dtype(tensor.dtype))
@@ -433,12 +433,18 @@ def make_optimizer(module: nn.Module, given: Any, rate: float = 0.1) -> Any:
         given: A function of the module, or a class of `torch.optim` or a `partial` of it, which gets the parameters;
             None for SGD with momentum.
         rate: Learning rate of SGD with momentum.
+
+    Raises:
+        TypeError: The optimizer takes no dense gradients.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     if given is None:
         return torch.optim.SGD(trained, lr=rate, momentum=0.9)
     cls = getattr(given, "func", given)  # of a partial
-    return given(trained if isinstance(cls, type) else module)
+    made = given(trained if isinstance(cls, type) else module)
+    if isinstance(made, torch.optim.SparseAdam):
+        raise TypeError("SparseAdam updates with sparse gradients only, and those of a comparison are dense")
+    return made
 
 
 def apply_gradients(module: nn.Module, optimizer: Any, gradients: Mapping[str, np.ndarray]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,12 +12,14 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as M
 import mlx.optimizers
+import numpy as np
 import pytest
 import torch
 import torch.nn as T
 from function_nets import Net, TorchNet
 from pairs import draw
 
+from icenet.core.errors import UsageError
 from icenet.parity import compare, read_trace, record
 
 X = draw(4, 6)
@@ -94,6 +97,41 @@ def test_outputs_correspond_by_their_keys(tmp_path: Any) -> None:
     assert compare(a, read_trace(tmp_path), copy_weights=True).passed
 
 
+@pytest.mark.parametrize("key", "ab")
+def test_the_loss_of_a_user_gets_outputs_by_their_keys(key: str) -> None:
+    def call(m: Any, x: Any, keys: str) -> Any:
+        y = m.fc(x)
+        return {name: {"a": y, "b": 2 * y}[name] for name in keys}
+
+    a, b = Net(partial(call, keys="ba"), fc=M.Linear(6, 6)), TorchNet(partial(call, keys="ab"), fc=T.Linear(6, 6))
+    losses = lambda y: (y["a"] ** 2).sum(), lambda y: (y[key] ** 2).sum()
+    report = compare(a, b, X, copy_weights=True, loss=losses)
+    assert report.passed == (key == "a") and ("in the loss" in report.verdict) == (key == "b"), report.verdict
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_gradients_of_a_sparse_embedding_are_compared(factor: int) -> None:
+    a = Net(lambda m, x: factor * m.table(x), table=M.Embedding(20, 6))
+    b = TorchNet(lambda m, x: m.table(x), table=T.Embedding(20, 6, sparse=True))
+    ids = np.array([[1, 2, 3], [4, 4, 1]])
+    report = compare(a, b, ids, copy_weights=True)
+    assert report.passed == (factor == 1), report.verdict
+    assert report.passed or report.cause == "it is multiplied by 2 in a"
+    with pytest.raises(UsageError, match="the optimizer of b: SparseAdam updates with sparse gradients only"):
+        compare(a, b, ids, optimizer=(mlx.optimizers.Adam(1e-3), torch.optim.SparseAdam))
+
+
+@pytest.mark.parametrize("factor", [1, 1.5])
+def test_numbers_with_rounding_are_compared_roughly(factor: float) -> None:
+    def call(m: Any, x: Any, factor: float) -> Any:
+        y = m.fc(x)
+        return {"y": y, "size": factor * (y * y).mean().item(), "unknown": math.nan}
+
+    report = report_of(partial(call, factor=factor), partial(call, factor=1))
+    assert report.passed == (factor == 1), report.verdict
+    assert report.passed or "output['size'] is the number" in report.verdict, report.verdict
+
+
 def test_numbers_among_the_outputs_are_compared() -> None:
     for number in (3, 4):
         report = report_of(lambda m, x, n=number: (m.fc(x), n), lambda m, x: (m.fc(x), 3))
@@ -139,7 +177,10 @@ def test_other_rates_of_dropouts_that_are_left_out_are_noted() -> None:
 def test_a_reference_that_trains_nothing_is_no_pair_of_one_that_trains(dtype: str) -> None:
     a, b = Net(lambda m, x: m.fc(x), fc=M.Linear(6, 6)), TorchNet(lambda m, x: m.fc(x), fc=T.Linear(6, 6))
     b.requires_grad_(False)
-    assert "weight is frozen in b, and trained in a" in compare(a, b, X, copy_weights=True, dtype=dtype).verdict
+    verdict = compare(a, b, X, copy_weights=True, dtype=dtype).verdict
+    assert "weight is frozen in b, and trained in a" in verdict
+    assert "all of b is frozen: freeze a, too, unfreeze b, or compare stages=['forward'] alone" in verdict
+    assert compare(a, b, X, copy_weights=True, dtype=dtype, stages=["forward"]).passed
     a.freeze()
     assert compare(a, b, X, copy_weights=True, dtype=dtype).passed
 

@@ -115,8 +115,11 @@ def find_scale(trial: Trial) -> str:
     factor = float((ours * exact).sum()) / size if size and ours.shape == exact.shape else 0.0
     if not factor or exact.size <= 2 or not trial.explains_array(factor * exact):
         return ""
-    square = factor * factor
-    known = f", the square root of {round(square)}," if square > 1.5 and abs(square - round(square)) < 1e-4 else ""
+    square = round(factor * factor)
+    is_root = factor > 1.2 and abs(factor * factor - square) < 1e-4
+    # 2 is the square root of 4 by chance, unless the array has such a size
+    is_known = is_root and (square in exact.shape or abs(factor - round(factor)) > 1e-4)
+    known = f", the square root of {square}," if is_known else ""
     return f"it is multiplied by {factor:.6g}{known} in a"
 
 
@@ -223,12 +226,15 @@ def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
                 output = next(child.b.output_label(number) for child in trial.pair.children if child.path == path)
                 label = f"the {output} of {relative(path, trial.pair.path)}, of all its calls,"
                 found.append((label, np.stack(arrays, 1)))
-        found += _computed_within(trial)
+        computed = _computed_within(trial)
         for index, (source, _) in enumerate(trial.pair.places()):
             name = output_name(index)
             if source is not None and name in trial.checked[1:]:
                 label = f"the input of {relative(source.path, trial.pair.path)}"
-                found.append((label, np.asarray(trial.exact[name].array, np.float64)))
+                computed.append((label, np.asarray(trial.exact[name].array, np.float64)))
+        # what a call gets unchanged has the name that it has already
+        known = [array for _, array in found]
+        found += [(label, array) for label, array in computed if not any(np.array_equal(array, x) for x in known)]
     elif trial.given.cotangents is not None:
         for (source, _), value in zip(trial.pair.places(), trial.given.cotangents, strict=True):
             what = "the output" if source is None else f"the input of {relative(source.path, trial.pair.path)}"

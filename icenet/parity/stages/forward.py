@@ -31,6 +31,8 @@ Array = npt.NDArray[Any]
 
 _EQUAL = 1e-6
 """Largest relative distance of equal Python numbers; one may be that of an fp32 array."""
+_NUMBER, _ROUGH = 1000.0, 0.01
+"""Of Python numbers with rounding: allowed multiple of the one distance that is known, and part of the number."""
 _LARGE_NOISE = 0.01
 """Rounding error of an output of `b` in fp32, relative to its size, above which a note says so."""
 
@@ -150,10 +152,12 @@ def _updates_differ(
 
 
 def _numbers_differ(c: Comparison, stage: Stage, root: Pair) -> bool:
-    """Compares the Python numbers that the models return, but for those that are computed with rounding."""
+    """Compares the Python numbers that the models return; those that are computed with rounding, roughly."""
     ours, theirs, exact = (numbers(event.result) for event in (root.a, root.noise, root.b))
-    for name in ours.keys() & theirs.keys():
-        if theirs[name] != exact.get(name) or math.isclose(ours[name], theirs[name], rel_tol=_EQUAL):
+    for name in sorted(ours.keys() & theirs.keys() & exact.keys()):
+        own, noisy = ours[name], theirs[name]
+        noise = 0.0 if noisy == exact[name] else _NUMBER * abs(noisy - exact[name]) + _ROUGH * abs(noisy)
+        if not math.isfinite(noise) or math.isclose(own, noisy, rel_tol=_EQUAL, abs_tol=noise):
             continue
         note = f"output{name} is the number {ours[name]} in a, {theirs[name]} in b"
         stage.rows.append(Row("", f"output{name}", status=states.DIFFERS, ratio=math.inf, note=note))

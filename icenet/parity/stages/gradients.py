@@ -72,10 +72,11 @@ def _judge_users_loss(c: Comparison, root: Pair, values: list[Value]) -> dict[st
     ours, theirs, exact = losses
     judged = {}
     for name in exact:
-        if name in ours and name in theirs:
-            x, y = ours[name], theirs[name]
-            if name != "loss" and index_of(name) in hows:
-                x = Value(align.to_torch(hows[index_of(name)][1], x.array), x.dtype)
+        index = index_of(name)
+        i, how = hows.get(index, (index, align.SAME)) if name != "loss" else (0, align.SAME)
+        own = f"gradient[{i}]" if name != "loss" else name
+        if own in ours and name in theirs:
+            x, y = Value(align.to_torch(how, ours[own].array), ours[own].dtype), theirs[name]
             floor = 2.0**-24 * abs(float(exact["loss"].array)) if name == "loss" else 0.0
             judged[name] = judge(x.array, y.array, exact[name].array, "fp32", min_noise=floor)
     if any(not item.passed for item in judged.values()):

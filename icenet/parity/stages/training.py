@@ -43,6 +43,7 @@ def compare_training(c: Comparison, inputs: Inputs) -> None:
         with c.stage("optimizer") as stage:
             stage.rows += rows
             c.fail(stage, rows[0].path, note=rows[0].note)
+            c.report.cause = _way_out(c)
     if not c.gradients:
         return _skip(c, "there are no trainable parameters")
     if c.dtype != "fp32":
@@ -361,6 +362,14 @@ def _frozen_parameters(c: Comparison, back: Mapping[str, str]) -> Iterator[Row]:
         path, part = split_at(name, c.b.modules)
         note = f"{part} is frozen in {which}, and trained in {'b' if which == 'a' else 'a'}"
         yield Row(path, part, status=states.DIFFERS, ratio=math.inf, note=note)
+
+
+def _way_out(c: Comparison) -> str:
+    """Returns what to change if a parameter is frozen on one side only."""
+    if c.a.trainable_names and c.b.trainable_names:
+        return "freeze it on both sides or on none, with freeze() of MLX and requires_grad_() of PyTorch"
+    which, other = ("b", "a") if c.a.trainable_names else ("a", "b")
+    return f"all of {which} is frozen: freeze {other}, too, unfreeze {which}, or compare stages=['forward'] alone"
 
 
 def _frozen_layers(c: Comparison) -> Iterator[Row]:
