@@ -55,6 +55,9 @@ class Reader:
             path: "" if isinstance(inner, (nn.Sequential, nn.ModuleList)) else file_of(type(inner))
             for path, inner in module.named_modules()
         }
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        self.stored = {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+        self.trained = {path for path, value in parameters.items() if value.requires_grad}
         self.stack: list[str] = []
         self.storages: dict[int, int] = {}
         self.nodes: list[Node] = []
@@ -75,14 +78,7 @@ class Reader:
         arrays: dict[str, Array] = {}
         inputs: list[Any] = []
         shared = shared_arrays(self.module)
-        stored = {
-            **dict(self.module.named_parameters(remove_duplicate=False)),
-            **dict(self.module.named_buffers(remove_duplicate=False)),
-        }
         specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
-        trainable = {
-            path for path, value in self.module.named_parameters(remove_duplicate=False) if value.requires_grad
-        }
         for node in graph.nodes:
             if node.op != "placeholder":
                 continue
@@ -95,17 +91,8 @@ class Reader:
             spec = specs.get(node.name)
             kind = spec.kind.name if spec is not None else "USER_INPUT"
             if spec is not None and kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
-                name = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "constant"}[kind]
                 path = shared.get(str(spec.target), str(spec.target))
-                constant = self.program.constants.get(spec.target) if name == "constant" else None
-                small = isinstance(constant, torch.Tensor) and constant.numel() <= 16 and not constant.is_complex()
-                number = constant.tolist() if small and torch.isfinite(constant).all() else None  # type: ignore[union-attr]
-                is_saved = name == "parameter" or (name == "buffer" and spec.persistent is not False)
-                fill = fill_of(stored.get(path))
-                is_trained = spec.target in trainable
-                arrays[node.name] = Array(
-                    path, tensors[node.name], name, is_trained, number, fill=fill, is_saved=is_saved
-                )
+                arrays[node.name] = self.array_of(spec, path, tensors[node.name])
             elif kind == "USER_INPUT":
                 inputs.append(Ref(node.name))
             # custom objects and tokens have no counterpart: an operation that reads one is missing in the table
@@ -142,6 +129,22 @@ class Reader:
             aliases=aliases,
             training=self.training,
         )
+
+    def array_of(self, spec: Any, path: str, tensor: Any) -> Array:
+        """Returns the record of a parameter, a buffer or a constant.
+
+        Args:
+            spec: What the program says of it.
+            path: Its path; of a shared one, the first.
+            tensor: Its shape and dtype.
+        """
+        kind = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "constant"}[spec.kind.name]
+        constant = self.program.constants.get(spec.target) if kind == "constant" else None
+        small = isinstance(constant, torch.Tensor) and constant.numel() <= 16 and not constant.is_complex()
+        number = constant.tolist() if small and torch.isfinite(constant).all() else None  # type: ignore[union-attr]
+        is_saved = kind == "parameter" or (kind == "buffer" and spec.persistent is not False)
+        is_trained = spec.target in self.trained
+        return Array(path, tensor, kind, is_trained, number, fill=fill_of(self.stored.get(path)), is_saved=is_saved)
 
     @staticmethod
     def leaf(ref: Any, leaf: Any) -> Any:

@@ -130,67 +130,73 @@ def _short(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _optimizer_changes() -> Iterator[tuple[str, Change]]:
-    def setting(name: str, value: Any) -> Change:
-        def change(optimizer: Any, step: int) -> None:
-            for group in optimizer.param_groups:
-                if name not in group:
-                    raise KeyError(name)
-                group[name] = value(group) if callable(value) else value
+def _setting(name: str, value: Any) -> Change:
+    """Returns the change of an option of all groups, to a value or what a function of the group returns."""
 
-        return change
-
-    def uncorrected(optimizer: Any, step: int) -> None:
+    def change(optimizer: Any, step: int) -> None:
         for group in optimizer.param_groups:
+            if name not in group:
+                raise KeyError(name)
+            group[name] = value(group) if callable(value) else value
+
+    return change
+
+
+def _uncorrected(optimizer: Any, step: int) -> None:
+    """Takes Adam's correction of the bias out of the learning rate and of eps."""
+    for group in optimizer.param_groups:
+        if step == 0:
+            group["icenet_lr"], group["icenet_eps"] = group["lr"], group["eps"]
+        one, two = (1 - beta ** (step + 1) for beta in group["betas"])
+        group["lr"] = group["icenet_lr"] * one / math.sqrt(two)
+        group["eps"] = group["icenet_eps"] / math.sqrt(two)
+        if group.get("weight_decay") and group.get("decoupled_weight_decay"):
             if step == 0:
-                group["icenet_lr"], group["icenet_eps"] = group["lr"], group["eps"]
-            one, two = (1 - beta ** (step + 1) for beta in group["betas"])
-            group["lr"], group["eps"] = (
-                group["icenet_lr"] * one / math.sqrt(two),
-                group["icenet_eps"] / math.sqrt(two),
-            )
-            if group.get("weight_decay") and group.get("decoupled_weight_decay"):
-                if step == 0:
-                    group["icenet_decay"] = group["weight_decay"]
-                group["weight_decay"] = group["icenet_decay"] * group["icenet_lr"] / group["lr"]
+                group["icenet_decay"] = group["weight_decay"]
+            group["weight_decay"] = group["icenet_decay"] * group["icenet_lr"] / group["lr"]
 
-    def decayed(chosen: Callable[[Any], bool], decays: bool) -> Change:
-        def change(optimizer: Any, step: int) -> None:
-            if step:
-                return
-            groups = [dict(group) for group in optimizer.param_groups]
-            largest = max(group["weight_decay"] for group in groups)
-            optimizer.param_groups.clear()
-            for group in groups:
-                for flag in (True, False):
-                    parameters = [p for p in group["params"] if chosen(p) is flag]
-                    if parameters:
-                        decay = (largest if decays else 0.0) if flag else group["weight_decay"]
-                        optimizer.param_groups.append({**group, "params": parameters, "weight_decay": decay})
 
-        return change
+def _decayed(decays: bool) -> Change:
+    """Returns the change that gives biases and parameters of norms the largest weight decay, or none."""
 
-    yield "no bias correction in a: pass bias_correction=True", uncorrected
-    yield "weight decay on biases and norms in a, not in b", decayed(lambda p: p.ndim < 2, True)
-    yield "no weight decay on biases and norms in a", decayed(lambda p: p.ndim < 2, False)
-    yield "no weight decay in a", setting("weight_decay", 0.0)
+    def change(optimizer: Any, step: int) -> None:
+        if step:
+            return
+        groups = [dict(group) for group in optimizer.param_groups]
+        largest = max(group["weight_decay"] for group in groups)
+        optimizer.param_groups.clear()
+        for group in groups:
+            vectors = [p for p in group["params"] if p.ndim < 2]
+            others = [p for p in group["params"] if p.ndim >= 2]
+            for parameters, decay in ((vectors, largest if decays else 0.0), (others, group["weight_decay"])):
+                if parameters:
+                    optimizer.param_groups.append({**group, "params": parameters, "weight_decay": decay})
+
+    return change
+
+
+def _optimizer_changes() -> Iterator[tuple[str, Change]]:
+    yield "no bias correction in a: pass bias_correction=True", _uncorrected
+    yield "weight decay on biases and norms in a, not in b", _decayed(True)
+    yield "no weight decay on biases and norms in a", _decayed(False)
+    yield "no weight decay in a", _setting("weight_decay", 0.0)
     for decay in (0.01, 0.1, 0.05, 1e-3, 1e-4):
-        yield f"weight decay is {decay:g} in a", setting("weight_decay", decay)
-    yield "weight decay in the gradient in a, decoupled in b", setting("decoupled_weight_decay", False)
-    yield "decoupled weight decay in a, in the gradient in b", setting("decoupled_weight_decay", True)
+        yield f"weight decay is {decay:g} in a", _setting("weight_decay", decay)
+    yield "weight decay in the gradient in a, decoupled in b", _setting("decoupled_weight_decay", False)
+    yield "decoupled weight decay in a, in the gradient in b", _setting("decoupled_weight_decay", True)
     for eps in (1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-3):
-        yield f"eps of the optimizer is {eps:g} in a", setting("eps", eps)
+        yield f"eps of the optimizer is {eps:g} in a", _setting("eps", eps)
     for betas in ((0.9, 0.999), (0.9, 0.95), (0.9, 0.99), (0.9, 0.98), (0.95, 0.999), (0.5, 0.999)):
-        yield f"betas are {list(betas)} in a", setting("betas", betas)
+        yield f"betas are {list(betas)} in a", _setting("betas", betas)
     for momentum in (0.0, 0.9, 0.95, 0.99):
-        yield f"momentum of the optimizer is {momentum:g} in a", setting("momentum", momentum)
-    yield "Nesterov momentum in a, not in b", setting("nesterov", True)
-    yield "no Nesterov momentum in a", setting("nesterov", False)
-    yield "dampening as large as the momentum in a", setting("dampening", lambda group: group["momentum"])
-    yield "the learning rate is ten times as large in a", setting("lr", lambda group: _base(group) * 10)
-    yield "the learning rate is a tenth in a", setting("lr", lambda group: _base(group) / 10)
-    yield "AMSGrad in a, not in b", setting("amsgrad", True)
-    yield "the other direction: gradients are added in a", setting("maximize", True)
+        yield f"momentum of the optimizer is {momentum:g} in a", _setting("momentum", momentum)
+    yield "Nesterov momentum in a, not in b", _setting("nesterov", True)
+    yield "no Nesterov momentum in a", _setting("nesterov", False)
+    yield "dampening as large as the momentum in a", _setting("dampening", lambda group: group["momentum"])
+    yield "the learning rate is ten times as large in a", _setting("lr", lambda group: _base(group) * 10)
+    yield "the learning rate is a tenth in a", _setting("lr", lambda group: _base(group) / 10)
+    yield "AMSGrad in a, not in b", _setting("amsgrad", True)
+    yield "the other direction: gradients are added in a", _setting("maximize", True)
 
 
 def _base(group: dict[str, Any]) -> float:

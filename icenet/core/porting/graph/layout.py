@@ -85,12 +85,7 @@ class _Pass(Orders):
         elif base == "item":
             self.item(node, name)
         elif base == "expand_as":
-            other = self.resolve(node.args["other"].name)
-            target = self.order.get(other, identity(self.ndim(other)))
-            same_rank = self.ndim(name) == self.ndim(other)
-            moved = self.in_order(name, target) if same_rank else self.plain(name)
-            kept = other if same_rank else self.plain(other)
-            self.emit(node, {"self": Ref(moved), "other": Ref(kept)}, target if same_rank else None)
+            self.expanded(node, name)
         elif order is None and base in ("permute", "transpose", "swapaxes") and self.becomes_image(node):
             self.permuted(node, name, identity(self.ndim(name)))
         elif order is None and base == "unsqueeze" and self.spread(node, name):
@@ -110,20 +105,33 @@ class _Pass(Orders):
         elif base in ("unsqueeze", "squeeze", "select"):
             self.changed_rank(node, name, order)
         elif base == "pad" and node.args.get("mode") == "constant":
-            widths: list[Any] = list(node.args["pad"])
-            per: dict[int, list[Any]] = {
-                self.ndim(name) - 1 - index // 2: widths[index : index + 2] for index in range(0, len(widths), 2)
-            }
-            sides = {order.index(dim): pair for dim, pair in per.items()}
-            pads: list[Any] = []
-            for dim in reversed(range(min(sides), self.ndim(name))):
-                pads += sides.get(dim, [0, 0])
-            self.emit(node, {**node.args, "self": Ref(name), "pad": pads}, order)
+            self.padded(node, name, order)
         elif base == "prelu":
             weight = self.plain_all(node.args["weight"])
             self.emit(node, {"self": Ref(name), "weight": weight, "channels": order.index(1)}, order)
         else:
             self.emit(node, self.plain_all(node.args))
+
+    def expanded(self, node: Node, name: str) -> None:
+        """Writes expand_as, in the order of the other value if both have as many axes."""
+        other = self.resolve(node.args["other"].name)
+        target = self.order.get(other, identity(self.ndim(other)))
+        same_rank = self.ndim(name) == self.ndim(other)
+        moved = self.in_order(name, target) if same_rank else self.plain(name)
+        kept = other if same_rank else self.plain(other)
+        self.emit(node, {"self": Ref(moved), "other": Ref(kept)}, target if same_rank else None)
+
+    def padded(self, node: Node, name: str, order: Order) -> None:
+        """Writes a padding, whose numbers begin with the last axis."""
+        widths: list[Any] = list(node.args["pad"])
+        per: dict[int, list[Any]] = {
+            self.ndim(name) - 1 - index // 2: widths[index : index + 2] for index in range(0, len(widths), 2)
+        }
+        sides = {order.index(dim): pair for dim, pair in per.items()}
+        pads: list[Any] = []
+        for dim in reversed(range(min(sides), self.ndim(name))):
+            pads += sides.get(dim, [0, 0])
+        self.emit(node, {**node.args, "self": Ref(name), "pad": pads}, order)
 
     def becomes_image(self, node: Node) -> bool:
         """Returns whether a change of axes makes an image of a value with channels last.
