@@ -138,6 +138,9 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert is_one_line(note, *(name for name, kind in loops.KINDS.items() if kind.compiled))
     assert cli.main(["bench", "train", *arguments, "--side", "icenet torch", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["title"] == result["title"]
+    assert cli.main(["bench", "train", *arguments, "--side", "torch loop", "--json"]) == 0
+    [entry] = json.loads(capsys.readouterr().out)["results"][0]["sides"]
+    assert entry["of_limit"] > 0  # the rate of the machine is that of the peer's framework
 
 
 @both_backends

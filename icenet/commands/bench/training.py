@@ -413,9 +413,8 @@ class _Run:
         if precision in self._rates:
             return
         on_cpu = self._sides.device == "cpu"
-        for name in self._sides.names:
-            if loops.KINDS[name].is_peer or loops.KINDS[name].compiled:
-                continue  # its framework is that of another side
+        one_of_each = {loops.KINDS[name].backend: name for name in reversed(self._sides.names)}
+        for name in one_of_each.values():
             self._notify(f"{name}: rate of the machine, {precision}")
             rate = self._sides.call(name, "rate", "fp32" if on_cpu else precision, part=row)
             self._rates[precision] = max(self._rates.get(precision, 0.0), rate or 0.0)
