@@ -134,8 +134,8 @@ def address(array: mx.array) -> int:
 def array_of_parts(parts: Sequence[mx.array]) -> mx.array | None:
     """Returns the array whose parts along the first axis are these, without a copy; None if they are no such parts.
 
-    Arrays that follow one another in memory are parts of one: between two of its own, MLX has their size. It does
-    not tell the array of which another one is a view.
+    MLX does not tell the array of which another one is a view, but addresses do. Arrays of their own never follow one
+    another without a gap, because MLX's allocator stores the size of each before its values.
     """
     if not on_cpu() or any(part.dtype != parts[0].dtype or part.shape[1:] != parts[0].shape[1:] for part in parts):
         return None

@@ -84,11 +84,10 @@ def detached(module: nn.Module, rows: Mapping[str, int] | None = None) -> nn.Mod
         rows: How many of its first rows a parameter keeps, by path. The others keep all. A module with less than all
             cannot be called.
     """
-    memo = held_results(module)
-    for name, parameter in module.named_parameters() if rows else ():
-        if rows and name in rows:
-            kept = parameter.detach()[: rows[name]].clone()
-            memo[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+    memo, parameters = held_results(module), dict(module.named_parameters(remove_duplicate=False))
+    for name, count in (rows or {}).items():
+        kept = parameters[name].detach()[:count].clone()
+        memo[id(parameters[name])] = nn.Parameter(kept, requires_grad=parameters[name].requires_grad)
     with torch.no_grad():
         copied = copy.deepcopy(module, memo)
     _share_hooks(module, copied)

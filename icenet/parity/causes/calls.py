@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,37 +134,46 @@ def find_pooled(trial: Trial) -> str:
     called = {c.a.names.get(path, "") for path in called_within(pair, pair.a)}
     paths = [path for path in called_within(pair, pair.b) if path in called - paired]
     floats = [value for value in trial.given.values if value.is_float and value.array.ndim > 2]
-    for path in list(dict.fromkeys(paths))[:_MOST_POOLED]:
-        for kind, is_before in itertools.product(("mean", "amax"), (True, False)):
-            for axes in ((1,), (2,), (1, 2), (2, 3)):
-
-                def handle(
-                    path: str,
-                    call: Any,
-                    args: Any,
-                    kwargs: Any,
-                    kind: str = kind,
-                    axes: Any = axes,
-                    first: Any = is_before,
-                ) -> Any:
-                    x, y = args[0], call(*args, **kwargs)
-                    if first and max(axes) < x.ndim == y.ndim:
-                        return call(getattr(x, kind)(axes, keepdim=True), *args[1:], **kwargs).expand(y.shape)
-                    for value in floats if not first else ():
-                        if value.array.ndim == x.ndim + len(axes) and value.array.ndim > max(axes):
-                            whole = x.new_tensor(np.asarray(value.array))
-                            pooled = getattr(whole, kind)(axes)
-                            if pooled.shape == x.shape and bool((pooled - x).abs().max() <= 1e-9 * x.abs().max()):
-                                return getattr(call(whole, *args[1:], **kwargs), kind)(axes)
-                    return y
-
-                with c.reference.tools.intercepting({path: c.reference.modules[path]}, handle):
-                    new = trial.replay()
-                if new and trial.explains(new):
-                    what = f"the {'mean' if kind == 'mean' else 'maximum'} over positions is taken"
-                    sides = ("before", "after") if is_before else ("after", "before")
-                    return f"{what} {sides[0]} {relative(path, pair.path)} in a, {sides[1]} it in b"
+    options = itertools.product(("mean", "amax"), ((1,), (2,), (1, 2), (2, 3)))
+    for path, (kind, axes) in itertools.product(list(dict.fromkeys(paths))[:_MOST_POOLED], options):
+        for handle, (ours, theirs) in (
+            (_pooled_before(kind, axes), ("before", "after")),
+            (_pooled_after(kind, axes, floats), ("after", "before")),
+        ):
+            with c.reference.tools.intercepting({path: c.reference.modules[path]}, handle):
+                new = trial.replay()
+            if new and trial.explains(new):
+                what = f"the {'mean' if kind == 'mean' else 'maximum'} over positions is taken"
+                return f"{what} {ours} {relative(path, pair.path)} in a, {theirs} it in b"
     return ""
+
+
+def _pooled_before(kind: str, axes: tuple[int, ...]) -> Any:
+    """Returns the handler of a call that gets the mean or maximum of its input over some axes."""
+
+    def handle(path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        x, y = args[0], call(*args, **kwargs)
+        if not max(axes) < x.ndim == y.ndim:
+            return y
+        return call(getattr(x, kind)(axes, keepdim=True), *args[1:], **kwargs).expand(y.shape)
+
+    return handle
+
+
+def _pooled_after(kind: str, axes: tuple[int, ...], inputs: Sequence[Value]) -> Any:
+    """Returns the handler of a call that gets one of the inputs whole, where it gets the mean or maximum of it."""
+
+    def handle(path: str, call: Any, args: Any, kwargs: Any) -> Any:
+        x = args[0]
+        for value in inputs:
+            if value.array.ndim == x.ndim + len(axes) and value.array.ndim > max(axes):
+                whole = x.new_tensor(np.asarray(value.array))
+                pooled = getattr(whole, kind)(axes)
+                if pooled.shape == x.shape and bool((pooled - x).abs().max() <= 1e-9 * x.abs().max()):
+                    return getattr(call(whole, *args[1:], **kwargs), kind)(axes)
+        return call(*args, **kwargs)
+
+    return handle
 
 
 def find_rate(trial: Trial) -> str:

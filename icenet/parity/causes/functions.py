@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +19,6 @@ from icenet.parity.causes.rotary import bases, turns_positions
 from icenet.parity.causes.trial import Trial
 from icenet.parity.trace import Value
 from icenet.parity.yardstick import judge
-
-if TYPE_CHECKING:
-    pass
-
 
 _MOST_ACTIVATED = 8
 """Number of outputs to which activations are applied."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,6 @@ from icenet.parity.causes.calls import called_within
 from icenet.parity.causes.trial import Trial
 from icenet.parity.results.rows import index_of
 from icenet.parity.trace import output_name
-
-if TYPE_CHECKING:
-    pass
 
 Array = npt.NDArray[Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,6 @@ import numpy.typing as npt
 from icenet.parity.causes.trial import Trial
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
-
-if TYPE_CHECKING:
-    pass
 
 Array = npt.NDArray[Any]
 

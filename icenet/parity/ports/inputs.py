@@ -172,6 +172,5 @@ def drawn_like(item: Array, shape: tuple[int, ...], rng: np.random.Generator) ->
     flat = item.reshape(-1)
     if item.size > 1 and item.ndim == 1 and (np.diff(flat) >= 0).all():  # offsets, for example
         return np.sort(np.resize(flat, shape))
-    return np.asarray(
-        rng.choice(flat, shape)
-    )  # values of the example: others may have no meaning, such as labels below zero
+    # values of the example: others may have no meaning, such as labels below zero
+    return np.asarray(rng.choice(flat, shape))

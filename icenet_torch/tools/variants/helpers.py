@@ -41,23 +41,23 @@ def helpers(
     """
     found: list[HelperCall] = []
     counts: Counter[str] = Counter()
+    changed_name, changed_number, change = only or ("", None, 0)
 
     def observed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             number = counts[name]
             counts[name] += 1
-            is_changed = only is not None and only[0] == name and only[1] in (None, number)
-            if is_changed and only is not None and only[2] == EXCHANGED:
+            is_changed = name == changed_name and changed_number in (None, number)
+            if is_changed and change == EXCHANGED:
                 return function(args[1], args[0], *args[2:], **kwargs)
             y = function(*args, **kwargs)
             results = y if isinstance(y, tuple) else (y,)
             given = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
             found.append(HelperCall(name, number, tuple(_changes(given, results, args))))
-            if not is_changed or only is None or only[2] >= len(results):
+            if not is_changed or change >= len(results):
                 return y
-            index = only[2]
-            new = (*results[:index], given[min(index, len(given) - 1)], *results[index + 1 :])
+            new = (*results[:change], given[min(change, len(given) - 1)], *results[change + 1 :])
             return new if isinstance(y, tuple) else new[0]
 
         return call
@@ -66,11 +66,10 @@ def helpers(
     methods = {
         name: getattr(module, name)
         for name, item in vars(cls).items()
-        if isinstance(item, FunctionType) and not name.startswith("__") and name not in _NOT_CALLED
+        if isinstance(item, FunctionType) and not name.startswith("__") and name not in (*_NOT_CALLED, *vars(module))
     }
     before = [(own, name, item) for own in names.values() for name, item in own.items() if _is_helper(own, item)]
     held = vars(module)
-    methods = {name: item for name, item in methods.items() if name not in held}
     try:
         held.update({name: observed(name, item) for name, item in methods.items()})
         for own, name, item in before:
