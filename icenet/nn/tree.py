@@ -20,7 +20,7 @@ import numpy as np
 from icenet.core.errors import UsageError
 from icenet.core.weights import layout
 from icenet.core.weights.copying import contiguous, copy_to
-from icenet.core.weights.safetensors import read_ahead, read_into
+from icenet.core.weights.safetensors import read_ahead, read_into, release
 from icenet.core.weights.sharing import OTHER_NAMES, find_shared
 from icenet.nn.arrays import filled, from_numpy, on_cpu, to_numpy
 from icenet.nn.kinds import kind_of
@@ -148,6 +148,8 @@ def assign_weights(model: nn.Module, values: Iterable[tuple[str, np.ndarray]]) -
         found = _from_large_numpy(arrays, dtypes[paths[0]])
         own.set(dict(zip(paths, found, strict=True)))
         mx.eval(found)
+        for array in arrays[:-1]:  # the caller has released them before they were copied
+            release(array)
 
     for path, array in values:
         waiting[path] = layout.mlx_view(layout.parameter_kind(kinds, path), layout.split(path)[1], array)

@@ -114,7 +114,7 @@ def test_loading_keeps_no_second_copy(tmp_path: Path, backend: str) -> None:
         before, size = mapped(), (tmp_path / name).stat().st_size
         model.set_weights(weights)
         assert size > 20e6
-        assert mapped() - before < 0.2 * size, name
+        assert mapped() - before < 0.1 * size, name
 
 
 @both_backends

@@ -446,6 +446,12 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet/nn/tree.py": [
         Fault(
+            "weights that are read joined stay in memory next to their copy",
+            "            release(array)\n",
+            "            pass\n",
+            ["models/test_dtype.py::test_loading_keeps_no_second_copy"],
+        ),
+        Fault(
             "a new bias of a frozen layer is trained",
             'if "weight" in layer._no_grad:',
             "if False:",
