@@ -46,9 +46,9 @@ def module_of(path: str, module: nn.Module) -> Module:
 
 def _constructor(kind: type) -> Constructor | None:
     """Returns where a class makes its modules, None for classes of torch."""
-    made_by: Any = getattr(kind, "__init__")  # noqa: B009 (of the class, as mypy wants it)
-    code = getattr(inspect.unwrap(made_by), "__code__", None)
-    if code is None or kind.__module__.startswith("torch."):
+    owner = next(base for base in kind.__mro__ if "__init__" in vars(base))
+    code = getattr(inspect.unwrap(vars(owner)["__init__"]), "__code__", None)
+    if code is None or owner.__module__.startswith("torch."):
         return None
     numbers = [
         (name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -232,3 +233,75 @@ def test_numbers_that_a_method_writes_are_no_attributes() -> None:
     assert "reshape(-1, 4, 2)" in source
     _, source = ported(Halved().eval(), torch.randn(2, 8))
     assert "* self.temperature" in source and "temperature=0.5" in source
+
+
+class Swapped(nn.Linear):
+    def __init__(self, out: int, size: int) -> None:
+        super().__init__(size, out)
+
+
+class Multiple(nn.Linear):
+    def __init__(self, size: int, mult: int = 3) -> None:
+        super().__init__(size, size * mult)
+
+
+class Called(nn.Module):
+    """Layers that something else than their class makes, with the arguments in another order."""
+
+    def __init__(self, a: int = 6, b: int = 8, c: int = 2) -> None:
+        super().__init__()
+        turned, begun = lambda out, size: nn.Linear(size, out), partial(nn.Linear, a)
+        self.own = Swapped(a, b)
+        self.turned, self.begun = turned(b, a), begun(c)
+        self.last = Multiple(c)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.begun(self.own(self.turned(self.own(x)))))
+
+
+def test_arguments_of_what_makes_a_layer_are_not_taken_for_those_of_the_layer() -> None:
+    module, x = Called().eval(), torch.randn(2, 8)
+    model, source = ported(module, x)
+    assert "self.own = nn.Linear(b, a)" in source and "self.turned = nn.Linear(a, b)" in source
+    assert "self.begun = nn.Linear(a, c)" in source and "self.last = nn.Linear(c, c * 3)" in source
+    close(model(mx.array(x.numpy())), module(x))
+
+
+class Chance(nn.Module):
+    """Numbers that are equal by chance: 2 * dim and heads * dim, max(dim, 4) and max(dim, 6)."""
+
+    def __init__(self, dim: int = 8, heads: int = 2, is_wide: bool = False, least: int = 4) -> None:
+        super().__init__()
+        if is_wide:
+            self.a = nn.Linear(dim, 2 * dim)
+        else:
+            self.a = nn.Linear(dim, heads * dim)
+        self.b = nn.Linear(dim, max(dim, least))
+        self.c = nn.Linear(dim, dim if heads is None else dim * heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.a(x), self.b(x), self.c(x)], -1)
+
+
+def test_an_expression_that_agrees_by_chance_is_not_written() -> None:
+    _, source = ported(Chance(least=6).eval(), torch.randn(2, 8))
+    assert "self.a = nn.Linear(dim, 16)" in source and "self.b = nn.Linear(dim, 8)" in source
+    assert "self.c = nn.Linear(dim, dim * heads)" in source and "least" not in source
+
+
+class Changed(nn.Module):
+    """Arguments that change: their numbers in layers are not those that were given."""
+
+    def __init__(self, dim: int = 4, width: int = 5) -> None:
+        super().__init__()
+        dim = dim * 2
+        width = max(width, 3)
+        self.a, self.b = nn.Linear(dim, width), nn.Linear(width, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x))
+
+
+def test_an_argument_that_the_constructor_changes_is_a_number() -> None:
+    _, source = ported(Changed().eval(), torch.randn(2, 8))
+    assert "def __init__(self, width=5)" in source and "self.a = nn.Linear(8, width)" in source

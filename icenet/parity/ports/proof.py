@@ -237,7 +237,7 @@ def _places_of_one(example: Arguments, given: Arguments) -> tuple[Place, ...]:
 
 
 def _of_few_steps(plan: Plan, example: Arguments, serves: Callable[[Arguments], bool]) -> list[Guard]:
-    """Returns conditions on the sizes of loops: that they are not 1, which an export does not try, and the least size.
+    """Returns conditions on the sizes of loops: not 1, which an export does not try, and the least that is served.
 
     The first turns of a loop may be written before it, as in `x[:, max(t - 3, 0)]`. Fewer steps have less turns.
     """

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import graphlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from icenet.core.porting.layers.mlx_layers import NAMES
+from icenet.core.porting.record import Constructor
 from icenet.core.porting.source import helpers
 from icenet.core.porting.source.constructors import Constructors
 from icenet.core.porting.source.instances import NUMBER, Class, Instance
@@ -18,16 +19,19 @@ MARK = re.compile(r"@(\d+)@")
 """The mark of an inner instance, which is its number."""
 
 
-def resolve(instances: list[Instance], taken: set[str]) -> list[Class]:
+def resolve(
+    instances: list[Instance], taken: set[str], layers: Iterable[tuple[str, Constructor]] = ()
+) -> list[Class]:
     """Makes the classes of all instances. Instances that differ in numbers only share one.
 
     Args:
         instances: The instances.
         taken: Names that the source has already.
+        layers: The classes of the original that become a layer: name and constructor of each.
     """
     taken = set(taken)
     names = dict(NAMES)
-    constructors = Constructors([item.constructor for item in instances])
+    constructors = Constructors([item.constructor for item in instances], layers)
     classes: list[Class] = []
     sources: dict[int, str] = {}
     heights = _heights(instances)

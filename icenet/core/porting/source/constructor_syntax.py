@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,12 +80,18 @@ class Original:
                     return True
         return False
 
-    def pairs(self, line: str, signatures: Mapping[str, Any]) -> Iterator[tuple[int, ast.expr]]:
+    def pairs(
+        self, line: str, signatures: Mapping[str, Any], layers: Mapping[str, Original | None]
+    ) -> Iterator[tuple[int, ast.expr, bool]]:
         """Yields the column of each number of a written statement, with an expression that the original has there.
+
+        The third value is whether it is sure that the number is that of the expression. It is not where the original
+        calls something unknown, such as `norm_layer(dim)`.
 
         Args:
             line: The statement, such as `self.fc = nn.Linear(64, 256)`.
             signatures: The arguments of other generated classes, by name.
+            layers: The constructors of classes that become a layer, by name; None if there are several.
         """
         bare = line.lstrip()
         try:
@@ -95,15 +101,15 @@ class Original:
         if not isinstance(statement, ast.Assign):
             return
         name = key_of(statement.targets[0]).removeprefix("self.")
-        pairing = _Pairing(self, signatures)
+        pairing = _Pairing(self, signatures, layers)
         for key in dict.fromkeys((name, f"_{name}")):
             for theirs in self.attributes.get(key, []):
                 for column, expression in pairing.of(statement.value, theirs):
-                    yield column + len(line) - len(bare), expression
+                    yield column + len(line) - len(bare), expression, column not in pairing.unsure
             for theirs in self.appended.get(key, []):
                 for ours, _ in _elements(statement.value):
                     for column, expression in pairing.of(ours, theirs):
-                        yield column + len(line) - len(bare), expression
+                        yield column + len(line) - len(bare), expression, column not in pairing.unsure
 
 
 def key_of(node: ast.AST) -> str:
@@ -114,6 +120,15 @@ def key_of(node: ast.AST) -> str:
         outer = key_of(node.value)
         return f"{outer}.{node.attr}" if outer else ""
     return ""
+
+
+def alternatives(node: ast.expr | None) -> list[ast.expr]:
+    """Returns the expressions of which a value is one: those of `a or b` and of `a if c else b`."""
+    if isinstance(node, ast.IfExp):
+        return [*alternatives(node.body), *alternatives(node.orelse)]
+    if isinstance(node, ast.BoolOp):
+        return [inner for item in node.values for inner in alternatives(item)]
+    return [node] if node is not None else []
 
 
 def is_loop_variable(original: Original, key: str) -> bool:
@@ -156,6 +171,7 @@ def _original(function: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) 
             defaults[item.arg] = default
     names = [item.arg for item in (*parameters[1:], *given.kwonlyargs)]
     made = Original(tuple(names), defaults, functions=functions)
+    changed: set[str] = set()
     for node in ast.walk(function):
         if isinstance(node, (ast.For, ast.comprehension)):
             made.targets.update(item.id for item in ast.walk(node.target) if isinstance(item, ast.Name))
@@ -166,6 +182,9 @@ def _original(function: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) 
             made.calls.append(node)
         elif isinstance(node, ast.AugAssign):
             made.targets.update(item.id for item in ast.walk(node.target) if isinstance(item, ast.Name))
+            changed.add(key_of(node.target).removeprefix("self."))
+        elif isinstance(node, ast.NamedExpr):
+            _note(made, node.target, node.value)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             name = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
             if node.func.attr in ("register_buffer", "register_parameter", "add_module") and len(node.args) > 1:
@@ -174,6 +193,8 @@ def _original(function: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) 
             elif node.func.attr == "append" and len(node.args) == 1:
                 holder = key_of(node.func.value).removeprefix("self.")
                 made.appended.setdefault(holder, []).append(node.args[0])
+    for name in changed & made.attributes.keys():
+        del made.attributes[name]
     for name in _circular(made):
         made.targets.add(name)
         del made.assigned[name]
@@ -241,8 +262,12 @@ def _is_list(node: ast.expr) -> bool:
 class _Pairing:
     """Walks a written expression and that of the original side by side."""
 
-    def __init__(self, original: Original, signatures: Mapping[str, Any]) -> None:
-        self.original, self.signatures = original, signatures
+    def __init__(
+        self, original: Original, signatures: Mapping[str, Any], layers: Mapping[str, Original | None]
+    ) -> None:
+        self.original, self.signatures, self.layers = original, signatures, layers
+        self.unsure: set[int] = set()
+        """The columns of numbers that may be those of other arguments."""
 
     def of(self, ours: ast.expr, theirs: ast.expr) -> Iterator[tuple[int, ast.expr]]:
         if _is_number(ours):
@@ -330,27 +355,60 @@ class _Pairing:
             if isinstance(inner, ast.Call):
                 yield from self.calls(ours, inner)
             return
-        name = key_of(ours.func)
+        made = self.made(theirs)
+        if made is not theirs:
+            yield from self.of(ours, made)
+            return
+        name, called = key_of(ours.func), key_of(theirs.func)
         signature = self.signatures.get(name)
-        if not self.is_same(name, key_of(theirs.func)):
+        if not self.is_same(name, called):
             return
         if signature is not None:
             yield from self.instances(ours, theirs, signature)
             return
         names = _ARGUMENTS.get(name, ())
-        given = dict(zip(names, theirs.args, strict=False))
-        given |= {item.arg: item.value for item in theirs.keywords if item.arg}
-        for number, item in enumerate(ours.args):
-            if number < len(names) and names[number] in given:
-                yield from self.of(item, given[names[number]])
-        for keyword in ours.keywords:
-            if keyword.arg in given:
-                yield from self.of(keyword.value, given[keyword.arg])
+        leaf = called.rpartition(".")[2]
+        layer = self.layers.get(leaf)
+        if leaf in self.layers and (layer is None or "eps" not in names):
+            return
+        given = _given(layer.parameters if layer is not None else names, theirs)
+        if layer is not None:  # a norm by hand, which has a size and an epsilon in any order
+            given = {"eps" if "eps" in key else names[0]: value for key, value in reversed(given.items())}
+        pairs = [*zip(names, ours.args, strict=False), *((item.arg or "", item.value) for item in ours.keywords)]
+        for argument, item in pairs:
+            if argument in given:
+                for column, expression in self.of(item, given[argument]):
+                    if self.is_open(called):
+                        self.unsure.add(column)
+                    yield column, expression
+
+    def made(self, call: ast.Call) -> ast.expr:
+        """Returns what a call makes: that of a lambda, of a partial function, or of the layer that a class is."""
+        called = key_of(call.func)
+        value = self.original.variable(called)
+        if isinstance(value, ast.Lambda):
+            return _Put(_given([item.arg for item in value.args.args], call)).visit(copy.deepcopy(value.body))
+        if isinstance(value, ast.Call) and key_of(value.func).rpartition(".")[2] == "partial" and value.args:
+            further = [item for item in value.keywords if item.arg not in [other.arg for other in call.keywords]]
+            return ast.Call(value.args[0], [*value.args[1:], *call.args], [*call.keywords, *further])
+        layer = self.layers.get(called.rpartition(".")[2])
+        if layer is None or layer.assigned:
+            return call
+        for inner in layer.calls:
+            if ast.unparse(inner.func) == "super().__init__" and inner.args:
+                made = copy.deepcopy(inner)
+                made.func = ast.Name("Layer")
+                return _Put({**layer.defaults, **_given(layer.parameters, call)}).visit(made)
+        return call
+
+    def is_open(self, called: str) -> bool:
+        """Returns whether a call is one of a variable, which may be any function."""
+        return called in self.original.parameters or called in self.original.assigned or called.startswith("self.")
 
     def is_same(self, ours: str, theirs: str) -> bool:
         """Returns whether a call makes what a written one makes: by a class, or by a variable with one."""
         leaf = theirs.rpartition(".")[2]
-        if theirs in self.original.parameters or theirs in self.original.assigned or theirs.startswith("self."):
+        if self.is_open(theirs):
             return True
         return leaf.strip("_") == ours.rstrip("0123456789") if ours in self.signatures else leaf[:1].isupper()
 
@@ -378,6 +436,12 @@ class _Pairing:
                     yield from self.of(item, ast.parse(f"{key}.{part}", mode="eval").body)
             else:
                 yield from self.of(item, value)
+
+
+def _given(parameters: Iterable[str], call: ast.Call) -> dict[str, ast.expr]:
+    """Returns the arguments of a call by the names of the parameters."""
+    given = dict(zip(parameters, call.args, strict=False))
+    return given | {item.arg: item.value for item in call.keywords if item.arg}
 
 
 def _inlined(function: ast.FunctionDef, call: ast.Call) -> ast.expr | None:

@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from icenet.core.porting.record import Constructor
-from icenet.core.porting.source.constructor_syntax import Original, is_loop_variable, key_of, original_at
+from icenet.core.porting.source.constructor_syntax import (
+    Original,
+    alternatives,
+    is_loop_variable,
+    key_of,
+    original_at,
+)
 from icenet.core.porting.source.instances import Instance
 from icenet.core.porting.source.lines import RESERVED
 from icenet.core.porting.source.structure import METHODS
@@ -76,12 +82,17 @@ class Constructors:
 
     Args:
         places: Where the original makes each instance, None where that is not known.
+        layers: Where the classes that become a layer make it, by name and place.
     """
 
-    def __init__(self, places: Iterable[Constructor | None]) -> None:
+    def __init__(self, places: Iterable[Constructor | None], layers: Iterable[tuple[str, Constructor]] = ()) -> None:
         known = {(item.file, item.line) for item in places if item is not None}
         self.originals = [item for item in (original_at(*place) for place in sorted(known)) if item is not None]
         self.signatures: dict[str, Signature] = {}
+        found: dict[str, list[Original | None]] = {}
+        for name, file, line in {(name, item.file, item.line) for name, item in layers}:
+            found.setdefault(name, []).append(original_at(file, line))
+        self.layers = {name: items[0] if len(items) == 1 else None for name, items in found.items()}
 
     def solved(
         self,
@@ -107,12 +118,15 @@ class Constructors:
         if constructor is None or original is None:
             return Solution()
         candidates: dict[int, list[ast.expr]] = {}
+        unsure = set()
         for row, line in enumerate(lines):
-            for column, expression in original.pairs(line, self.signatures):
+            for column, expression, is_sure in original.pairs(line, self.signatures, self.layers):
                 if (row, column) in columns:
-                    candidates.setdefault(columns[row, column][0], []).append(expression)
+                    place = columns[row, column][0]
+                    candidates.setdefault(place, []).append(expression)
+                    unsure |= {place} if not is_sure else set()
         numbers = dict(columns.values())
-        solver = _Solver(original, dict(constructor.constants), candidates, numbers, settings)
+        solver = _Solver(original, dict(constructor.constants), candidates, numbers, settings, unsure)
 
         def given(number: int, parameter: str) -> bool:
             return any(item.gives(instance.name, number, parameter) for item in self.originals)
@@ -131,9 +145,12 @@ class _Solver:
         candidates: dict[int, list[ast.expr]],
         numbers: dict[int, tuple[str, ...]],
         settings: list[dict[str, Any]],
+        unsure: set[int],
     ) -> None:
         self.original, self.constants, self.candidates = original, constants, candidates
-        self.numbers, self.settings = numbers, settings
+        self.numbers, self.settings, self.unsure = numbers, settings, unsure
+        self.assumed: set[str] = set()
+        """The arguments of which only the default is known. An instance may have been given another value."""
         self.known: dict[str, list[Any]] = {}
         """The values of arguments and their parts, one for each instance."""
         self.names: dict[str, str] = {}
@@ -152,15 +169,15 @@ class _Solver:
             column = self.numbers[place]
             if set(column) <= {"True", "False"} and len(set(column)) == 1:
                 continue
-            for expression in self.candidates[place]:
-                default = self.original.defaults.get(key_of(expression))
-                if default is not None and {ast.unparse(default)} == {*column} <= {"0", "1", "0.0"}:
-                    continue  # such as the padding 1 of a convolution whose dilation is 1
-                if any(key_of(node) for node in ast.walk(expression)) and self.agrees(expression, column):
-                    text = self.written(expression)
-                    if text is not None:
-                        self.result.expressions[place] = text
-                        break
+            expression = self.only(
+                [inner for item in self.candidates[place] for inner in self.branches(item)], column
+            )
+            default = self.original.defaults.get(key_of(expression)) if expression is not None else None
+            if default is not None and {ast.unparse(default)} == {*column} <= {"0", "1", "0.0"}:
+                continue  # such as the padding 1 of a convolution whose dilation is 1
+            text = self.written(expression) if expression is not None else None
+            if text is not None:
+                self.result.expressions[place] = text
         for name in wanted:
             self.attribute(name)
         order = {name: index for index, name in enumerate(self.original.parameters)}
@@ -198,13 +215,14 @@ class _Solver:
                 note(key, values)
         for place, expressions in self.candidates.items():
             for key in {key_of(expression) for expression in expressions} - {""}:
-                if len(expressions) == 1:
+                if len(expressions) == 1 and place not in self.unsure:
                     note(key, [_number(text) for text in self.numbers[place]])
         for name, default in self.original.defaults.items():
             if isinstance(default, ast.Constant) and type(default.value) in (int, float):
                 before = found.get(name, [None] * len(self.settings))
                 if all(value is None for value in before):
                     found[name] = [default.value] * len(self.settings)
+                    self.assumed.add(name)
         found = {
             key: values
             for key, values in found.items()
@@ -215,12 +233,46 @@ class _Solver:
         for key in found.keys() - self.known.keys():
             variable = self.original.variable(key)
             column = tuple(map(repr, found[key]))
-            agreeing = [item for item in _alternatives(variable) if self.agrees(item, column)]
-            if agreeing:
-                self.chosen[key] = agreeing[0]
+            chosen = self.only(self.branches(variable), column) if variable is not None else None
+            if chosen is not None:
+                self.chosen[key] = chosen
             else:
                 self.known[key] = found[key]
+        for key in [*self.known]:  # in `dim = dim * 2` the value is not that of the argument
+            if not all(self.keeps(key, value) for value in self.original.assigned.get(key, [])):
+                del self.known[key]
         self.find_factors()
+
+    def keeps(self, key: str, value: ast.expr) -> bool:
+        """Returns whether an argument to which the constructor gives a value keeps the one that is known."""
+        column = tuple(map(repr, self.known[key]))
+        inner = [item for item in alternatives(value) if key_of(item) != key]
+        reading = [item for item in inner if any(key_of(node) == key for node in ast.walk(item))]
+        return key not in self.original.parameters or all(self.agrees(item, column) for item in reading)
+
+    def branches(self, node: ast.expr) -> list[ast.expr]:
+        """Returns the expressions of which a value is one, without those that known arguments exclude."""
+        if (
+            isinstance(node, ast.IfExp)
+            and isinstance(node.test, ast.Compare)
+            and key_of(node.test.left) in self.known
+        ):
+            is_none = ast.unparse(node.test).endswith(" is None")
+            if is_none or ast.unparse(node.test).endswith(" is not None"):
+                return self.branches(node.orelse if is_none else node.body)
+        if isinstance(node, ast.BoolOp) and all(self.known.get(key_of(node.values[0]), [0])):
+            return [node.values[0]] if isinstance(node.op, ast.Or) else alternatives(node)
+        return alternatives(node)
+
+    def only(self, expressions: list[ast.expr], column: tuple[str, ...]) -> ast.expr | None:
+        """Returns the expression with the numbers of a column, None if there is none or several that differ."""
+        agreeing = {
+            ast.unparse(item): item
+            for item in expressions
+            if any(key_of(node) for node in ast.walk(item)) and self.agrees(item, column)
+        }
+        texts = {self.original.source_of(text) for text in agreeing}
+        return next(iter(agreeing.values())) if len(texts) == 1 else None
 
     def find_factors(self) -> None:
         """Notes arguments of which only a product with a known number is known: x in `x * self.expansion`."""
@@ -252,7 +304,33 @@ class _Solver:
         except _Unknown:
             return False
         texts = [_number(text) for text in column]
-        return all(text is None or repr(value) == repr(text) for value, text in zip(values, texts, strict=True))
+        return all(
+            text is None or repr(value) == repr(text) for value, text in zip(values, texts, strict=True)
+        ) and not self.is_indifferent(expression, values)
+
+    def is_indifferent(self, expression: ast.expr, values: list[Any]) -> bool:
+        """Returns whether an expression has the same values with another argument than its default: `max(dim, 4)`."""
+        for key in self.assumed & self.known.keys():
+            if key_of(expression) or not self.reads(expression, key, 0):
+                continue
+            before = self.known[key]
+            for sign in (1, -1):
+                steps = [sign * (1 if type(value) is int else abs(value) / 10 or 0.1) for value in before]
+                self.known[key] = [value + step for value, step in zip(before, steps, strict=True)]
+                try:
+                    is_same = [self.value(expression, row, 0) for row in range(len(values))] == values
+                except _Unknown:
+                    is_same = False
+                self.known[key] = before
+                if is_same:
+                    return True
+        return False
+
+    def reads(self, expression: ast.expr, key: str, depth: int) -> bool:
+        """Returns whether an expression reads an argument, or a variable that does."""
+        keys = {key_of(node) for node in ast.walk(expression)} - {""}
+        inner = [self.variable(item) for item in keys - {key}] if depth < _DEEPEST else []
+        return key in keys or any(item is not None and self.reads(item, key, depth + 1) for item in inner)
 
     def value(self, node: ast.expr, row: int, depth: int) -> Any:
         """Returns the value of an expression for an instance.
@@ -378,9 +456,8 @@ class _Solver:
         if all(isinstance(item, ast.Constant) for item in expressions) and len(set(column)) == 1:
             return False  # a number of the original
         self.open.add(name)
-        candidates = (inner for item in expressions for inner in _alternatives(item))
-        agreeing = (item for item in candidates if any(map(key_of, ast.walk(item))) and self.agrees(item, column))
-        text = next((text for text in map(self.written, agreeing) if text is not None), None)
+        expression = self.only([inner for item in expressions for inner in self.branches(item)], column)
+        text = self.written(expression) if expression is not None else None
         self.open.discard(name)
         if text is None and name not in self.names.values():
             self.known[f"self.{name}"] = [item[name] for item in self.settings]
@@ -405,15 +482,6 @@ class _Names(ast.NodeTransformer):
             node.args = [self.visit(item) for item in node.args]  # type: ignore[misc]
             return node
         return self.generic_visit(node)
-
-
-def _alternatives(node: ast.expr | None) -> list[ast.expr]:
-    """Returns the expressions of which a value is one: those of `a or b` and of `a if c else b`."""
-    if isinstance(node, ast.IfExp):
-        return [*_alternatives(node.body), *_alternatives(node.orelse)]
-    if isinstance(node, ast.BoolOp):
-        return [inner for item in node.values for inner in _alternatives(item)]
-    return [node] if node is not None else []
 
 
 def _text(value: Any) -> str:

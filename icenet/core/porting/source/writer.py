@@ -116,7 +116,11 @@ class _Writer:
         bodies = self.bodies()
         self.build("", bodies)
         taken = {*self.written.values(), *self.sequence_kinds}
-        classes = resolve(self.instances, taken)
+        modules = [self.structure.modules[path] for path in self.layers]
+        own = [
+            (item.own_class or item.class_name, item.constructor) for item in modules if item.constructor is not None
+        ]
+        classes = resolve(self.instances, taken, own)
         configuration = with_configuration(classes, taken | {item.name for item in classes})
         repeated = sequences.functions(classes, self.sequence_kinds, taken)
         functions = [*self.finished(classes), *([_SEQUENTIAL] if self.sequence_kinds else []), *repeated]
