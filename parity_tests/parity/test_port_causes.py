@@ -151,6 +151,16 @@ FUNCTIONS: dict[str, tuple[Function, Function, str]] = {
         lambda m, x: x.clamp(max=0.5),
         "in a, on one side in b|clipped at -0.5 from below in a|a bound is",
     ),
+    "no upper bound": (
+        lambda m, x: mx.maximum(x, -0.3),
+        lambda m, x: x.clamp(-0.3, 0.3),
+        "the upper bound is left out in a",
+    ),
+    "elements in turn": (
+        lambda m, x: mx.tile(x[..., :4], (1, 1, 2)),
+        lambda m, x: x[..., :4].repeat_interleave(2, -1),
+        "elements, such as heads, repeated in turn (tile) in a",
+    ),
     "no bounds": (
         lambda m, x: mx.sin(x),
         lambda m, x: x.clamp(-0.5, 0.5).sin(),

@@ -104,7 +104,7 @@ def test_partial_and_scaled_rotary_positions(ours: Any, theirs: Any, words: str)
 
 # ---- heads --------------------------------------------------------------------------------------------------
 
-TILED = "heads repeated in turn (tile) in a"
+TILED = "heads, repeated in turn (tile) in a"
 HEADS: dict[str, tuple[Function, Function, str]] = {
     "tile and repeat_interleave": (
         lambda x: mx.tile(x, (1, 2, 1, 1)),
@@ -119,12 +119,12 @@ HEADS: dict[str, tuple[Function, Function, str]] = {
     "repeat and repeat": (
         lambda x: mx.repeat(x, 2, axis=1),
         lambda x: x.repeat(1, 2, 1, 1),
-        "heads each repeated several times (repeat) in a, in turn (tile) in b",
+        "heads, each repeated several times (repeat) in a, in turn (tile) in b",
     ),
     "repeat and cat": (
         lambda x: mx.repeat(x, 2, axis=1),
         lambda x: torch.cat([x, x], 1),
-        "heads each repeated several times (repeat) in a, in turn (tile) in b",
+        "heads, each repeated several times (repeat) in a, in turn (tile) in b",
     ),
 }
 

@@ -49,6 +49,7 @@ TABLE: list[Variant] = [
     *attention.VARIANTS,
     *masks.VARIANTS,
     *operations.INTERLEAVED,
+    heads.REPEATED,
     *rotary.VARIANTS,
     *positions.VARIANTS,
     *heads.VARIANTS,

@@ -8,8 +8,8 @@ import torch
 
 from icenet_torch.tools.variants.variant import Variant, arguments
 
-_TILED = "heads repeated in turn (tile) in a, each several times (repeat_interleave) in b"
-_INTERLEAVED = "heads each repeated several times (repeat) in a, in turn (tile) in b"
+_TILED = "elements, such as heads, repeated in turn (tile) in a, each several times (repeat_interleave) in b"
+_INTERLEAVED = "elements, such as heads, each repeated several times (repeat) in a, in turn (tile) in b"
 
 
 def _in_turn(func: Any, args: Any, kwargs: Any) -> Any:
@@ -73,8 +73,9 @@ def _not_exchanged(func: Any, args: Any, kwargs: Any) -> Any:
     return x
 
 
+REPEATED = Variant(_TILED, frozenset({"repeat_interleave"}), _in_turn)
+"""Tried before rotary positions, which are of pairs with this function, and of halves without."""
 VARIANTS: list[Variant] = [
-    Variant(_TILED, frozenset({"repeat_interleave"}), _in_turn),
     Variant(_TILED, frozenset({"scaled_dot_product_attention"}), _grouped_in_turn),
     Variant(
         "heads repeated in the other order in a: keys and values are repeated in turn (tile) on one side, each "

@@ -243,6 +243,17 @@ def _without_effect(func: Any, args: Any, kwargs: Any) -> Any:
     return func([*parts[:-1], torch.full_like(parts[-1], -1e9)], given.get("dim", 0))
 
 
+def _without_bound(name: str) -> Run:
+    """Returns the variant of a clamp with two bounds that has no `min`, or no `max`."""
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        given = arguments(("input", "min", "max"), args, kwargs)
+        has_both = given.get("min") is not None and given.get("max") is not None
+        return torch.clamp(**{**given, name: None}) if has_both else NotImplemented
+
+    return run
+
+
 def _both_bounds(func: Any, args: Any, kwargs: Any) -> Any:
     """Takes the negative of the only bound as the other one."""
     given = arguments(("input", "min", "max"), args, kwargs)
@@ -406,6 +417,10 @@ VARIANTS: list[Variant] = [
     Variant("argmin in a, argmax in b", frozenset({"argmax"}), _summed("argmin")),
     Variant(
         "the last part of a concatenation has no effect in a, as of a sink of attention", _LISTS, _without_effect
+    ),
+    *(  # before both: a bound that no value reaches may be there
+        Variant(f"the {text} bound is left out in a", _CLAMPS, _without_bound(name))
+        for text, name in (("lower", "min"), ("upper", "max"))
     ),
     Variant("bounds are left out in a", _CLAMPS, left_out),
     Variant("bounded on both sides in a, on one side in b", _CLAMPS, _both_bounds),
