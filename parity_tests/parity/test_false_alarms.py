@@ -238,6 +238,25 @@ def test_the_gradient_of_a_softmax_has_the_rounding_of_mlx(dtype: torch.dtype) -
     assert 4 * np.sqrt(np.square(gradient(dtype) - exact).mean()) < errors[1]
 
 
+def test_the_weight_gradient_of_a_convolution_with_groups_has_the_rounding_of_mlx() -> None:
+    """MLX sums it term by term for any number of results, PyTorch in parts."""
+    x, cotangent = (torch.from_numpy(draw(2, 32, 32, 32, seed=seed)) for seed in (0, 1))
+    weight = torch.from_numpy(draw(32, 4, 3, 3, seed=2))
+
+    def gradient(dtype: torch.dtype) -> np.ndarray:
+        w = weight.to(dtype).requires_grad_()
+        y = T.functional.conv2d(x.to(dtype), w, padding=1, groups=8)
+        return torch.autograd.grad(y, w, cotangent.to(dtype))[0].double().numpy()
+
+    arrays = [mx.array(array.movedim(1, -1).numpy()) for array in (x, weight, cotangent)]
+    ours = mx.vjp(lambda w: mx.conv2d(arrays[0], w, padding=1, groups=8), arrays[1:2], arrays[2:])[1][0]
+    exact = gradient(torch.float64)
+    with summing_in_order(1):
+        sampled = gradient(torch.float32)
+    errors = [np.sqrt(np.square(g - exact).mean()) for g in (np.moveaxis(np.array(ours), -1, 1), sampled)]
+    assert 0.5 < errors[1] / errors[0] < 2
+
+
 def test_the_noise_of_attention_is_that_of_its_operations() -> None:
     """Not of a fused kernel, which depends on the processor: model 40010005 was an alarm with SSE4.2 alone.
 
