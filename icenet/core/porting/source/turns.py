@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from icenet.core.porting.source.counters import range_of, turn_of, words_of_counter
 from icenet.core.porting.source.lines import Line
 from icenet.core.porting.source.originals import appended_to
 from icenet.core.porting.source.words import Statement, meaning_of, statement_of
@@ -153,24 +154,14 @@ class _Loop:
         counter = next((name for name in _COUNTERS if name not in self.used), None)
         start = Counter(numbers.values()).most_common(1)[0][0] if numbers else 0
         step = self.step
-        if step < 0 and start < found.count - 1:
-            return None
-        if counter is None:
+        if counter is None or (step < 0 and start < found.count - 1):
             return None
         body = []
         for number, statement in enumerate(rows[0]):
             assert statement is not None
             words = {target: variables[number, place] for place, target in enumerate(statement.targets)}
-            for place in statement.reads:
-                source = sources[number, place]
-                held = self.last if (number, place) in self.older else variables
-                words[place] = held[source] if isinstance(source, tuple) else source
-            for place in range(len(statement.words)):
-                first = numbers.get((number, place))
-                if first is not None:
-                    is_subtracted = "".join(statement.words[:place]).endswith(" - ")
-                    more = start - first if is_subtracted else first - start
-                    words[place] = f"{counter} {'-' if more < 0 else '+'} {abs(more)}" if more else counter
+            words |= self.words_read(number, statement, variables, sources)
+            words |= words_of_counter(number, statement, numbers, counter, start)
             line = self.lines[found.index + number]
             comments = {self.lines[found.index + found.size * turn + number].comment for turn in range(len(rows))}
             comment = line.comment if len(comments) == 1 else ""
@@ -179,28 +170,35 @@ class _Loop:
                 target, _, value = code.partition(" = ")
                 code = f"{self.last[number, 0]}, {target} = {target}, {value}"
             body.append(Line(code, comment, line.depth + 1, line.origin))
-            for place in range(len(statement.targets)):
-                if (number, place) in lists:
-                    body.append(
-                        Line(f"{lists[number, place][0]}.append({variables[number, place]})", "", line.depth + 1)
-                    )
+            appended = [(number, place) for place in range(len(statement.targets)) if (number, place) in lists]
+            body += [Line(f"{lists[key][0]}.append({variables[key]})", "", line.depth + 1) for key in appended]
         depth = self.lines[found.index].depth
         before, entries = self.entries(variables)
         entries += [f"{name} = {self.earlier[key]}" for key, name in self.last.items() if self.is_set(key, name)]
         entries += [f"{name} = [{first}]" for name, first in lists.values()]
-        low = start if step > 0 else start - found.count + 1
-        bounds = f"{low}, {low + found.count}" if low else str(found.count)
-        steps = f"range({bounds})" if step > 0 else f"reversed(range({bounds}))"
-        if step > 1:
-            steps = f"range({start}, {start + step * found.count}, {step})"
-        head = f"for {counter if numbers else '_'} in {steps}:"
+        head = f"for {counter if numbers else '_'} in {range_of(start, found.count, step)}:"
         before += [Line(code, "", depth) for code in entries]
         flat = [*before]
         for turn in range(found.count):
-            flat += _turn(body, counter, start + step * turn)
+            flat += turn_of(body, counter, start + step * turn)
         if meaning_of([*flat, *after]) != meaning_of(self.lines):
             return None
         return Loop(before, Line(head, "", depth), body, after, start, found.count, step)
+
+    def words_read(
+        self,
+        number: int,
+        statement: Statement,
+        variables: dict[tuple[int, int], str],
+        sources: dict[tuple[int, int], str | tuple[int, int]],
+    ) -> dict[int, str]:
+        """Returns the variables that a statement of the loop reads, by their places."""
+        words = {}
+        for place in statement.reads:
+            source = sources[number, place]
+            held = self.last if (number, place) in self.older else variables
+            words[place] = held[source] if isinstance(source, tuple) else source
+        return words
 
     def sources(self) -> dict[tuple[int, int], str | tuple[int, int]] | None:
         """Returns what each statement of a turn reads: a variable from outside, or one that a statement sets.
@@ -437,13 +435,3 @@ class _Loop:
             if line.depth or {name, variable} & {*statement.words}:
                 return None
         return None
-
-
-def _turn(body: list[Line], counter: str, value: int) -> list[Line]:
-    """Returns the statements of a loop with a number in the place of its counter."""
-
-    def number(match: re.Match[str]) -> str:
-        more = int((match[2] or "0").replace(" ", ""))
-        return f"{match[1]}{value - more if match[1] else value + more}"
-
-    return [replace(line, code=re.sub(rf"( - |\b){counter}( [+-] \d+)?\b", number, line.code)) for line in body]
