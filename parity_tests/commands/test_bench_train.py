@@ -335,6 +335,22 @@ def test_ctrl_c_before_the_rounds_shows_the_first_steps(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("here")
+def test_ctrl_c_in_the_first_round_shows_the_first_steps_of_all_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def measure(self: loops.Session, steps: int, measure: Any = loops.Session.measure) -> Any:
+        calls.append(steps)
+        if len(calls) == 4:  # the loop's, after one of IceNet
+            raise KeyboardInterrupt
+        return measure(self, steps)
+
+    monkeypatch.setattr(loops.Session, "measure", measure)
+    report = training.run({"gpt": training.ROWS["gpt"]}, TWO)
+    assert [entry["side"] for entry in report.results[0]["sides"]] == ["icenet torch", "torch loop"]
+    assert any(is_one_line(note, "gpt", "first steps") for note in report.notes)
+
+
+@pytest.mark.usefixtures("here")
 def test_the_guides_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert [(row.reference, row.gpu[0]) for row in guide.ROWS.values()] == [
         ("500 tok/s", 32), ("300 tok/s", 16), ("150 tok/s", 8), ("1000 img/s", 64), ("800 tok/s", 64),

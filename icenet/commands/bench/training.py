@@ -289,13 +289,14 @@ class _Run:
         return TrainingReport(machine, self._rates, results, notes, interruption)
 
     def _use_first_steps(self) -> None:
-        """Takes the first steps of a row for a round, if it was stopped before its rounds."""
+        """Takes the first steps of a row for a round, if it was stopped before all sides had one."""
         for row, _, sides in self._done:
-            if sides and not any(side.rounds for side in sides.values()):
+            if not all(side.rounds for side in sides.values()):
                 self._sides.notes.append(
-                    f"{row}: stopped before the rounds: the figures are those of the first steps"
+                    f"{row}: stopped before the end of a round: the figures are those of the first steps"
                 )
                 for side in sides.values():
+                    side.rounds, side.processor = [], []
                     side.add(side.first)
 
     def _note_load(self) -> None:
