@@ -42,7 +42,10 @@ are judged again, with more samples of the noise and the error:
     moves one across: in ResNeXt-101 with random weights by 1e-2 of its size, in every second run of either framework.
     The few samples of a port may all miss it. So if a gradient of a port exceeds FACTOR with the floors above, its
     floor is the RMS distance between the references of FEW nearby problems and r, if that is a jump: over FACTOR
-    times the noise, and over JUMP of the gradient, 500 times what a change of 4 ulps is of a value.
+    times the noise, and over JUMP of the gradient, 500 times what a change of 4 ulps is of a value. Sums term by term
+    move more values across an edge: with MLX's own batch norms, a gradient of a ResNeXt of 6 blocks jumps in every
+    second problem. So if a gradient is over FACTOR after the repetitions as well, the jumps of PyTorch with such sums
+    are sampled, in FEW of the problems that are repeated. A wrong computation does not make PyTorch jump.
 
 8.  Maxima that a softmax subtracts. They do not change its result, but the gradient of a maximum takes the rounding
     errors of the terms back: in an attention over the edges of a graph the gradient of what all edges of a node share
@@ -128,6 +131,7 @@ class Samples(Generic[F]):
         mlx: By MLX; None if a value is judged by its only run.
         in_order: By PyTorch that sums term by term, perturbed (floor 6); None for IceNet's own layers.
         repeated: By PyTorch in float64, the problems that `mlx` solves; None if they are those of `reference`.
+        jumping: By PyTorch that sums term by term, the problems of `repeated` (floor 7); None without.
         count: The largest number of samples; None for SAMPLES.
         may_jump: Whether the gradients are those of a whole model, which may jump (floor 7).
         in_order_first: Whether floor 6 is tried before floor 5. What passes with one of them passes in either order;
@@ -139,6 +143,7 @@ class Samples(Generic[F]):
     mlx: F | None = None
     in_order: F | None = None
     repeated: F | None = None
+    jumping: F | None = None
     count: int | None = None
     may_jump: bool = False
     in_order_first: bool = False
@@ -149,8 +154,9 @@ class Samples(Generic[F]):
 
     def map(self, function: Callable[[F], G]) -> Samples[G]:
         """Returns the results of a function for each field that is not None."""
-        mlx, in_order, repeated = (
-            None if item is None else function(item) for item in (self.mlx, self.in_order, self.repeated)
+        mlx, in_order, repeated, jumping = (
+            None if item is None else function(item)
+            for item in (self.mlx, self.in_order, self.repeated, self.jumping)
         )
         return Samples(
             function(self.reference),
@@ -158,6 +164,7 @@ class Samples(Generic[F]):
             mlx,
             in_order,
             repeated,
+            jumping,
             self.count,
             self.may_jump,
             self.in_order_first,
@@ -284,6 +291,7 @@ class _Resampling:
         if self._samples.may_jump:
             judged |= self._judge_with_jumps(judged)
         judged |= self._judge_repeatedly(judged, cut)
+        judged |= self._judge_with_jumps_in_order(judged)
         if cut and all(judged[name].passed for name in names if name not in cut):
             return judged | self.judge(cut)  # what ended the sampling passes by repetition
         return judged
@@ -346,6 +354,35 @@ class _Resampling:
             if rms(jump) > max(FACTOR * judgement.noise, JUMP * judgement.scale):
                 run.noises[name] = np.maximum(jump, run.noises[name])
                 found[name] = run.judge(name)
+        return found
+
+    def _judge_with_jumps_in_order(self, judged: Mapping[str, Judgement]) -> dict[str, Judgement]:
+        """Returns the judgements of the gradients that jump if PyTorch sums term by term (floor 7)."""
+        sample, repeated = self._samples.jumping, self._samples.repeated
+        found: dict[str, Judgement] = {}
+        squares: dict[str, Floats] = {}
+        if sample is None or repeated is None:
+            return found
+        for index in range(FEW):
+            pending = [
+                name
+                for name, judgement in judged.items()
+                if name not in found
+                and judgement.is_over
+                and _is_gradient(name)
+                and judgement.error > JUMP * judgement.scale
+            ]
+            if not pending:
+                break
+            values, exact = sample(index), repeated(index)
+            for name in pending:
+                squares[name] = squares.get(name, 0.0) + squared_distance(values[name].array, exact[name].array)
+                jump: Floats = np.sqrt(squares[name] / (index + 1))
+                if rms(jump) > max(FACTOR * judged[name].noise, JUMP * judged[name].scale):
+                    self._run.noises[name] = np.maximum(jump, self._run.noises[name])
+                    judgement = self._run.judge(name)
+                    if judgement.ratio <= sure_limit(index + 1, FEW):
+                        found[name] = judgement
         return found
 
     def _nearby_distance(self, name: str) -> Floats:

@@ -299,6 +299,27 @@ def test_a_gradient_may_be_repeated_in_problems_further_away() -> None:
     assert not judged(0.02, 0.02).passed
 
 
+@pytest.mark.parametrize("jumps", [True, False])
+def test_a_gradient_may_differ_by_what_it_jumps_with_sums_term_by_term(jumps: bool) -> None:
+    """Their rounding moves a value across the edge of a ReLU in every second problem, also in those further away."""
+    exact, noise = np.ones(100), 1e-7 * np.random.default_rng(0).standard_normal(100)
+
+    def judged(ours: np.ndarray) -> Judgement:
+        def of(array: np.ndarray, jump: float = 0.0) -> Callable[[int], dict[str, Value]]:
+            changed = 0.02 * jump * (np.arange(100) == 3)
+            return lambda index: {"gradient:weight": Value(array + changed * (index % 2), "fp32")}
+
+        far = 1.5 * exact
+        samples = Samples(of(exact), of(exact + noise), of(far + ours - exact), may_jump=True)
+        samples = dataclasses.replace(samples, repeated=of(far), jumping=of(far + noise, float(jumps)))
+        found = judge_values(of(ours)(0), of(exact + noise)(0), of(exact)(0), samples=samples)
+        return found["gradient:weight"]
+
+    assert judged(exact - 0.02 * (np.arange(100) == 7)).passed == jumps
+    assert not judged(exact * 1.02).passed
+    assert not judged(exact - 0.2 * (np.arange(100) == 7)).passed
+
+
 @pytest.mark.parametrize(("count", "limit"), LIMITS.items())
 def test_the_limits_of_early_decisions_are_as_rare_as_the_final_one(count: int, limit: float) -> None:
     """The tail of Student's t distribution, by its leading term, for an error of MLX twice that of PyTorch."""

@@ -298,6 +298,9 @@ class Pair:
             torch=kept(lambda sample: original(self.single, sample)),
             in_order=kept(lambda sample: original(self.single, sample, within=lambda module: sums(sample))),
             repeated=kept(lambda sample: original(self.exact, sample, far)) if has_gradients else None,
+            jumping=kept(lambda sample: original(self.single, sample, far, within=lambda module: sums(sample)))
+            if has_gradients
+            else None,
             count=FEW,
             may_jump=True,
             in_order_first=True,
