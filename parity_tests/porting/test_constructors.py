@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -305,3 +306,34 @@ class Changed(nn.Module):
 def test_an_argument_that_the_constructor_changes_is_a_number() -> None:
     _, source = ported(Changed().eval(), torch.randn(2, 8))
     assert "def __init__(self, width=5)" in source and "self.a = nn.Linear(8, width)" in source
+
+
+class Heads(nn.Module):
+    def __init__(self, dim: int = 8, heads: int = 2, rate: float = 0.25) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.rate = heads, dim // heads, rate
+        self.q = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (self.q(x) * self.head_dim**-0.5).softmax(-1)
+        return y / math.sqrt(self.head_dim) * (1 - self.rate)
+
+
+class Both(nn.Module):
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.a, self.b = Heads(dim), Heads(dim, 4, rate=0.125)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_formulas_of_attributes_in_a_method_serve_other_arguments() -> None:
+    _, source = ported(Both().eval(), torch.randn(2, 8))
+    assert "self.head_dim**-0.5" in source and "math.sqrt(self.head_dim) * (1 - self.rate)" in source
+    other, x = Both(dim=12).eval(), torch.randn(2, 12)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    model = names["Both"](dim=12)
+    model.load_weights([(name, mx.array(value.numpy())) for name, value in other.state_dict().items()])
+    close(model(mx.array(x.numpy())), other(x))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from icenet.core.porting.source.instances import NUMBER
@@ -58,6 +60,45 @@ def known_numbers(
     return found
 
 
+def known_formulas(
+    text: str, start: int, columns: list[tuple[str, ...]], settings: list[dict[str, Any]], origins: list[Any]
+) -> dict[int, tuple[str, list[str]]]:
+    """Returns the formulas of the original that numbers in the methods are, such as `self.head_dim**-0.5`.
+
+    Args:
+        text, start, settings, origins: See `known_numbers`.
+        columns: The numbers of each instance, by place.
+
+    Returns:
+        The formula and the attributes that it reads, by the place of the number.
+    """
+    found = {}
+    for index, match in enumerate(NUMBER.finditer(text)):
+        if index < start or not re.search(r"[.e]", match[0]) or match[0] in ("1.0", "0.0"):
+            continue
+        origin = origins[text.count("\n", 0, match.start())] or ()
+        functions = [function for file, line in origin for function in _functions_at(file, line)]
+        agreeing = {
+            formula
+            for function in functions
+            for formula in function.formulas
+            if all(_value(formula, item) == number for item, number in zip(settings, columns[index], strict=True))
+        }
+        if len(agreeing) == 1 and not any(function.numbers & {*columns[index]} for function in functions):
+            formula = agreeing.pop()
+            found[index] = formula, re.findall(r"self\.(\w+)", formula)
+    return found
+
+
+def _value(formula: str, settings: dict[str, Any]) -> str:
+    """Returns the number that a formula is, empty if it has none."""
+    names = {"__builtins__": {}, "math": math, "self": SimpleNamespace(**settings)}
+    try:
+        return repr(eval(formula, names))
+    except (ArithmeticError, AttributeError, TypeError, ValueError):
+        return ""
+
+
 def is_size(name: str) -> bool:
     """Returns whether an attribute is a size or a scale by its name."""
     return bool(_SIZE.search(name))
@@ -74,10 +115,12 @@ def _only_size(before: str, after: str, number: str, settings: list[dict[str, An
 
 @dataclass(frozen=True)
 class _Function:
-    """What a function of the original reads: the numbers that it writes, and attributes with the lines of each."""
+    """What a function of the original has: the numbers that it writes, attributes with their lines, and formulas."""
 
     numbers: frozenset[str]
     attributes: frozenset[tuple[str, int]]
+    formulas: frozenset[str]
+    """Formulas of attributes, in parentheses where they need them."""
 
 
 def _is_read(name: str, number: str, origin: Any, is_common: bool = False) -> bool:
@@ -113,11 +156,47 @@ def _all_functions(file: str) -> list[tuple[int, int, _Function]]:
     for node in ast.walk(syntax_tree(file)):
         if isinstance(node, ast.FunctionDef):
             inner = [*ast.walk(node)]
-            numbers = frozenset(repr(item.value) for item in inner if isinstance(item, ast.Constant))
+            formulas = [item for item in inner if isinstance(item, (ast.BinOp, ast.Call)) and _is_formula(item)]
+            within = {id(part) for item in formulas for part in ast.walk(item)}
+            within |= {id(part) for item in inner for part in _exponent(item)}
+            numbers = frozenset(
+                repr(item.value) for item in inner if isinstance(item, ast.Constant) and id(item) not in within
+            )
             read = [(item.attr, item.lineno) for item in inner if isinstance(item, ast.Attribute)]
             attributes = frozenset((name, place_at(file, line).line) for name, line in read)
-            found.append((node.lineno, node.end_lineno or node.lineno, _Function(numbers, attributes)))
+            found.append(
+                (node.lineno, node.end_lineno or node.lineno, _Function(numbers, attributes, _texts(formulas)))
+            )
     return found
+
+
+def _exponent(node: ast.AST) -> list[ast.AST]:
+    return [*ast.walk(node.right)] if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) else []
+
+
+def _is_formula(node: ast.AST) -> bool:
+    """Returns whether an expression consists of attributes of `self`, with one at least, and numbers."""
+    parts = [item for item in ast.walk(node) if not isinstance(item, (ast.operator, ast.unaryop, ast.expr_context))]
+    reads = [item for item in parts if isinstance(item, ast.Attribute)]
+    roots = [item for item in parts if isinstance(item, ast.Name)]
+    functions = [ast.unparse(item.func) for item in parts if isinstance(item, ast.Call)]
+    return (
+        all(
+            isinstance(item, (ast.BinOp, ast.UnaryOp, ast.Constant, ast.Attribute, ast.Name, ast.Call))
+            for item in parts
+        )
+        and all(type(item.value) in (int, float) for item in parts if isinstance(item, ast.Constant))
+        and all(name == "math.sqrt" for name in functions)
+        and len(reads) == len(roots) > len(functions)
+        and all(item.id == "self" for item in roots if item.id != "math")
+    )
+
+
+def _texts(formulas: list[ast.BinOp | ast.Call]) -> frozenset[str]:
+    return frozenset(
+        ast.unparse(item) if isinstance(item, ast.Call) or isinstance(item.op, ast.Pow) else f"({ast.unparse(item)})"
+        for item in formulas
+    )
 
 
 def _in_shape(before: str, after: str, number: str, settings: list[dict[str, Any]], origin: Any) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Any
 
 from icenet.core.porting.source.constructors import Constructors, Solution
 from icenet.core.porting.source.instances import NUMBER, Class, Instance
-from icenet.core.porting.source.known_numbers import attribute_of, formula_of, is_size, known_numbers
+from icenet.core.porting.source.known_numbers import attribute_of, formula_of, is_size, known_formulas, known_numbers
 from icenet.core.porting.source.lines import Body, Line
 from icenet.core.porting.source.structure import METHODS
 from icenet.core.porting.source.variants import OPEN
@@ -60,17 +61,26 @@ class Unification:
         varying = [index for index, column in enumerate(self.columns) if len(set(column)) > 1]
         # numbers that some instances lack come last: they are those of other parameters
         varying.sort(key=lambda index: OPEN in self.columns[index])
-        known = {index: key for index, key in self._known_numbers().items() if index not in varying}
+        origins = self._origins()
+        numbers = known_numbers(self.first.text, self.in_init, self.settings, self.taken, origins)
+        formulas = known_formulas(self.first.text, self.in_init, self.columns, self.settings, origins)
+        known = {index: key for index, key in numbers.items() if index not in varying}
         in_methods = [
             attribute_of(self.columns[index], self.settings, self.existing)
             for index in varying
             if index >= self.in_init
         ]
-        self._solve([key for key in dict.fromkeys([*known.values(), *in_methods]) if key])
+        in_formulas = [key for index, (_, keys) in formulas.items() if index not in known for key in keys]
+        self._solve([key for key in dict.fromkeys([*known.values(), *in_methods, *in_formulas]) if key])
         attributes_of = self.solution.attributes
         known = {index: key for index, key in known.items() if is_size(key) or key in attributes_of}
         if not varying and not known and not self.solution.arguments:
             return Class(self.name, self.first.init, _common_comments(self.members)), [[] for _ in self.members]
+        self.replacement |= {
+            index: formula
+            for index, (formula, keys) in formulas.items()
+            if index not in known and all(key in attributes_of for key in keys)
+        }
         for index in varying:
             if index not in self.replacement:
                 self._replace(index)
@@ -83,12 +93,11 @@ class Unification:
         parameters, arguments = self._parameters_and_arguments()
         return Class(self.name, [*attributes, *init], bodies, parameters, self.solution.keys), arguments
 
-    def _known_numbers(self) -> dict[int, str]:
-        """Returns the attributes of the original that are numbers in the methods, by their places."""
+    def _origins(self) -> list[Any]:
+        """Returns the statements of the original that led to each line of the text, None if they are not known."""
         rows = [line for body in self.first.bodies for line in (None, *body.lines)]  # None for the parameters
         origins = [line.origin if line is not None else None for line in rows]
-        origins = [*[None] * (len(self.first.init) + 1), *origins]
-        return known_numbers(self.first.text, self.in_init, self.settings, self.taken, origins)
+        return [*[None] * (len(self.first.init) + 1), *origins]
 
     def _solve(self, read: list[str]) -> None:
         """Replaces numbers of the constructor by the expressions of the original.
