@@ -160,10 +160,26 @@ def test_each_call_of_a_batch_norm_updates_its_statistics(is_repeated: bool) -> 
 def test_ams_grad_is_a_difference_before_it_has_an_effect() -> None:
     for has_it in (True, False):
         theirs = partial(torch.optim.Adam, lr=1e-3, amsgrad=has_it)
-        ours = mlx.optimizers.Adam(1e-3, bias_correction=True)
+        ours = partial(mlx.optimizers.Adam, 1e-3, bias_correction=True)
         report = report_of(lambda m, x: m.fc(x), lambda m, x: m.fc(x), optimizer=(ours, theirs))
         assert report.passed != has_it
         assert report.passed or "AMSGrad in b, not in a" in report.verdict
+
+
+def test_options_of_an_optimizer_may_be_none() -> None:
+    report = report_of(
+        lambda m, x: m.fc(x),
+        lambda m, x: m.fc(x),
+        optimizer=(mlx.optimizers.Adafactor(2e-2, relative_step=False), partial(torch.optim.Adafactor, lr=1e-2)),
+    )
+    assert report.cause == "the learning rate is 0.02 in a, 0.01 in b", report.verdict
+
+
+def test_a_layer_gets_the_axes_of_its_framework() -> None:
+    """No other layer has the input that it gets, only the model itself."""
+    a, b = Net(lambda m, x: m.c(x), c=M.Conv2d(3, 4, 3)), TorchNet(lambda m, x: m.c(x), c=T.Conv2d(3, 4, 3))
+    report = compare(a, b, draw(1, 3, 5, 5), copy_weights=True)
+    assert "takes channels last" in report.verdict and not report.cause, report.verdict
 
 
 def test_other_rates_of_dropouts_that_are_left_out_are_noted() -> None:

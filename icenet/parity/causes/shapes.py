@@ -48,7 +48,9 @@ def _gets_another(c: Comparison, runs: tuple[Run, Run, Run], mismatch: Mismatch)
     pairs = pair_calls(c.a, c.b, runs, c.matches)[0]
     pair = next((pair for pair in pairs if pair.path == mismatch.child), None)
     for other in pairs:
-        is_sibling = pair is not None and other is not pair and _holder(other.path) == _holder(pair.path)
+        is_sibling = (
+            pair is not None and other.path not in ("", pair.path) and _holder(other.path) == _holder(pair.path)
+        )
         if pair is None or not is_sibling or not pair.a.arguments or not other.b.arguments:
             continue
         ours, theirs = pair.a.arguments[0].array, other.b.arguments[0].array
