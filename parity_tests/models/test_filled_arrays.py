@@ -81,9 +81,12 @@ def test_weights_that_generation_joins_are_read_into_one_array(tmp_path: Path) -
     config = ModelConfig(**{"type": "transformer", "dropout": 0.0, **sizes, **LLAMA})
     icenet.save(build_model("mlx", config, seed=3), tmp_path)
     model = icenet.load(tmp_path, "mlx", "cpu")
-    block, copied = model.blocks[0], model.for_generation().blocks[0]
-    for layer, names in ((copied.attention, "qkv"), (copied.feed_forward, ("gate", "up"))):
-        own = [getattr(block.attention if names == "qkv" else block.feed_forward, f"{name}_proj") for name in names]
+    block = model.blocks[0]
+    for layer in (block.attention, block.feed_forward):
+        assert arrays.array_of_parts([getattr(layer, name).weight for name in layer.joined_layers]) is not None
+    copied = model.for_generation().blocks[0]
+    for layer, original in ((copied.attention, block.attention), (copied.feed_forward, block.feed_forward)):
+        own = [getattr(original, name) for name in original.joined_layers]
         assert np.array_equal(layer._joined.weight, np.concatenate([np.array(part.weight) for part in own]))
         assert arrays.address(layer._joined.weight) == arrays.address(own[0].weight)
     # a weight that is replaced is no part of it any more

@@ -165,6 +165,23 @@ def test_a_loop_over_a_length_has_its_size(module: nn.Module, expected: list[str
         close(ours(mx.array(x.numpy())), module(x))
 
 
+class Zipped(nn.Module):
+    """A loop over the parts of two inputs, whose sizes an export takes for different ones."""
+
+    def forward(self, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros_like(x[:, 0])
+        for part, gate in zip(x.unbind(1), gates.unbind(1), strict=True):
+            h = torch.tanh(h + part) * gate[:, None]
+        return h
+
+
+def test_inputs_of_one_loop_have_one_length() -> None:
+    ours, source = ported(Zipped(), torch.randn(2, 5, 4), torch.rand(2, 5))
+    assert "for step in range(T):" in source
+    x, gates = torch.randn(3, 8, 4), torch.rand(3, 8)
+    close(ours(mx.array(x.numpy()), mx.array(gates.numpy())), Zipped()(x, gates))
+
+
 class Halving(nn.Module):
     """Steps that a loop in the source cannot have, since each is another expression."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import icenet.blas  # noqa: F401  (before mlx)
 
@@ -250,3 +251,34 @@ def test_the_methods_of_two_variants_are_one_where_they_compute_the_same() -> No
             f"    return {ours}",
         ]
         assert code[1:] == branches
+
+
+class Layer(nn.Module):
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.up, self.down = nn.Linear(config.width, config.hidden), nn.Linear(config.hidden, config.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+class TwoConfigurations(nn.Module):
+    """The last layer has another configuration than the others."""
+
+    def __init__(self, config: SimpleNamespace, last: SimpleNamespace) -> None:
+        super().__init__()
+        self.input, self.output = nn.Linear(config.inputs, config.width), nn.Linear(config.width, config.outputs)
+        self.first, self.last = Layer(config), Layer(last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.last(self.first(self.input(x))))
+
+
+def test_an_instance_with_another_configuration_has_its_own_numbers() -> None:
+    sizes = {"inputs": 3, "width": 8, "hidden": 12, "outputs": 5, "eps": 1e-6}
+    module = TwoConfigurations(SimpleNamespace(**sizes), SimpleNamespace(**{**sizes, "hidden": 20})).eval()
+    x = torch.randn(2, 3)
+    model, source = ported(module, x)
+    assert "last_hidden=20" in source and "self.last = Layer(last_width, last_eps, last_hidden)" in source
+    close(model(mx.array(x.numpy())), module(x))

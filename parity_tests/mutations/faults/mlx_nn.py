@@ -29,6 +29,12 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet/nn/arrays.py": [
         Fault(
+            "arrays anywhere in memory are parts of one",
+            "    if starts[1:] != ends[:-1]:\n",
+            "    if False:\n",
+            ["models/test_filled_arrays.py::test_parts_that_do_not_follow_one_another_are_no_parts_of_one"],
+        ),
+        Fault(
             "an error of a thread that writes an array of MLX is lost",
             "    if errors:",
             "    if False:",
@@ -36,6 +42,12 @@ FAULTS: dict[str, list[Fault]] = {
         ),
     ],
     "icenet/nn/attention.py": [
+        Fault(
+            "causal attention of a part of a sequence lacks its last keys",
+            "        seen = before + end\n",
+            "        seen = end\n",
+            ["models/test_layer_formulas.py::test_attention"],
+        ),
         Fault(
             "the causal mask with padding hides the token itself",
             "mask = mask & (keys <= queries)\n",
@@ -445,6 +457,12 @@ FAULTS: dict[str, list[Fault]] = {
         ),
     ],
     "icenet/nn/tree.py": [
+        Fault(
+            "weights that generation joins are read one by one",
+            "for path in group} if on_cpu() else {}",
+            "for path in group} if False else {}",
+            ["models/test_filled_arrays.py::test_weights_that_generation_joins_are_read_into_one_array"],
+        ),
         Fault(
             "weights that are read joined stay in memory next to their copy",
             "            release(array)\n",

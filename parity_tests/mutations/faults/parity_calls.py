@@ -23,6 +23,12 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet/parity/calls/events.py": [
         Fault(
+            "outputs with keys correspond by their order",
+            "        return [others.index(name) for name in names]\n",
+            "        return list(range(count))\n",
+            ["parity/test_false_passes.py::test_outputs_correspond_by_their_keys"],
+        ),
+        Fault(
             "the arrays of a draw stay until the end",
             "for event in run.events if id(run) not in ids else ():",
             "for event in ():",
@@ -80,6 +86,12 @@ FAULTS: dict[str, list[Fault]] = {
         ),
     ],
     "icenet/parity/calls/module_copy.py": [
+        Fault(
+            "functions of a user that read the mode are computed in one mode",
+            "    return _reads_mode(cls) or _any_reads_mode(held)\n",
+            "    return False\n",
+            ["parity/test_false_passes.py::test_a_function_that_reads_the_mode_is_compared_in_both"],
+        ),
         Fault(
             "the axes of a plain dropout are forgotten before it has its keys",
             "for path, is_moved in self._channels.items():",
@@ -160,6 +172,14 @@ FAULTS: dict[str, list[Fault]] = {
                 "            if number in order:\n                continue\n"
             ),
             ["parity/test_repeated_calls.py::test_calls_correspond_by_their_arguments"],
+        ),
+    ],
+    "icenet/parity/calls/runs.py": [
+        Fault(
+            "one dropout in place of two has masks of its own",
+            " or _has_other_dropouts(c)",
+            "",
+            ["parity/test_port_causes.py::test_one_dropout_in_place_of_two"],
         ),
     ],
 }

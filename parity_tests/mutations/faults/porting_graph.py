@@ -13,6 +13,16 @@ FAULTS: dict[str, list[Fault]] = {
             ["porting/test_idioms.py::test_a_size_of_one_module_is_known_in_another"],
         ),
     ],
+    "icenet/core/porting/graph/dtypes.py": [
+        Fault(
+            "new arrays of float32 have the dtype of the port",
+            " and not _FLOAT32.search(node.place.code)",
+            "",
+            [
+                "porting/test_as_users_write.py::test_new_arrays_of_a_port_in_half_precision_have_the_dtype_of_the_original"
+            ],
+        ),
+    ],
     "icenet/core/porting/graph/formulas.py": [
         Fault(
             "a formula is an activation although a part of it is used elsewhere",

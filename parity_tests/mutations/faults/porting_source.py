@@ -13,6 +13,14 @@ FAULTS: dict[str, list[Fault]] = {
             ["porting/test_source.py::test_what_is_read_before_an_update_is_the_value_before"],
         ),
     ],
+    "icenet/core/porting/source/configurations.py": [
+        Fault(
+            "an instance with numbers of its own gets the configuration",
+            "            if not is_same:\n",
+            "            if False:\n",
+            ["porting/test_source_classes.py::test_an_instance_with_another_configuration_has_its_own_numbers"],
+        ),
+    ],
     "icenet/core/porting/source/constructors.py": [
         Fault(
             "a layer that was replaced has the numbers of the original's constructor",

@@ -195,4 +195,12 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_value_causes.py::test_a_number_may_be_replaced_by_an_infinite_one"],
         ),
     ],
+    "icenet_torch/tools/variants/terms.py": [
+        Fault(
+            "a factor of one term is that of the other one",
+            "            if known and one is known[0][0]:\n",
+            "            if known and other is known[0][0]:\n",
+            ["parity/test_port_causes.py::test_functions"],
+        ),
+    ],
 }
