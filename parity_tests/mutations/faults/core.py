@@ -38,19 +38,13 @@ FAULTS: dict[str, list[Fault]] = {
     "icenet/core/host/allocator.py": [
         Fault(
             "freed memory goes back to the system, although a threshold is set",
-            "        library.mallopt(_M_TRIM_THRESHOLD, trim)\n",
-            "",
+            "        library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)\n",
+            "        pass\n",
             ["core/host/test_allocator.py::test_freed_memory_is_kept_unless_users_set_the_allocator"],
         ),
         Fault(
             "variables with which users set the allocator are replaced",
             " or any(os.environ.get(name) for name in VARIABLES)",
-            "",
-            ["core/host/test_allocator.py::test_freed_memory_is_kept_unless_users_set_the_allocator"],
-        ),
-        Fault(
-            "a model that is loaded undoes the thresholds of training",
-            " or mmap <= _mmap_threshold",
             "",
             ["core/host/test_allocator.py::test_freed_memory_is_kept_unless_users_set_the_allocator"],
         ),
