@@ -151,6 +151,12 @@ FUNCTIONS: dict[str, tuple[Function, Function, str]] = {
         lambda m, x: x.clamp(max=0.5),
         "in a, on one side in b|clipped at -0.5 from below in a|a bound is",
     ),
+    "half of the output of a layer": (
+        lambda m, x: x,
+        lambda m, x: x * 2,
+        "it is multiplied by 0.5 in a|a scale is 1",
+    ),
+    "half of a layer": (lambda m, x: x, lambda m, x: x + x, "a sum is left out in a"),
     "no upper bound": (
         lambda m, x: mx.maximum(x, -0.3),
         lambda m, x: x.clamp(-0.3, 0.3),

@@ -32,7 +32,7 @@ class Pair:
         children: The calls within it that both sides make and that can be left out of a replay, in the order of `b`.
         apart: The calls within it that get other rows on each side. They are computed within it, and replayed alone
             with the rows of `b` if it differs.
-        repeated: The calls within it that one side makes more often, with equal arguments. They are computed within
+        repeated: The calls within it that a side makes more than once, with equal arguments. They are computed within
             it, because the gradients by their results are divided among them, and replayed alone as well.
         arguments, outputs: Index in `a`, index in `b` and alignment of each array that both sides have.
         obstacle: Why it cannot be replayed; empty if it can.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from icenet.parity import align
 from icenet.parity.calls.events import Event, Run
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.trace import Value
+
+_FEW = 8
+"""Number of calls of a module up to which all are compared with one another."""
 
 
 def calls_in_order(run_a: Run, run_b: Run, to_a: Mapping[str, str]) -> dict[tuple[str, int], Event]:
@@ -49,8 +53,12 @@ def calls_in_order(run_a: Run, run_b: Run, to_a: Mapping[str, str]) -> dict[tupl
 
 
 def repeated_calls(pair: Pair, by_event: Mapping[int, Pair]) -> list[Pair]:
-    """Returns the children of a call that one side makes again, with equal arguments and results."""
+    """Returns the children of a call that are made again, by one side or by both, with equal arguments and results.
+
+    Either of the results may be used further, so the gradients by them are not those of the other side.
+    """
     extra = {side: list(_unpaired(getattr(pair, side), by_event)) for side in ("a", "b")}
+    counts = Counter(child.path for child in pair.children)
 
     def is_repeated(child: Pair) -> bool:
         return any(
@@ -59,7 +67,17 @@ def repeated_calls(pair: Pair, by_event: Mapping[int, Pair]) -> list[Pair]:
             for other in extra[side]
         )
 
-    return [child for child in pair.children if is_repeated(child)]
+    def is_made_twice(child: Pair) -> bool:
+        others = pair.children if 1 < counts[child.path] <= _FEW else ()
+        return any(
+            other is not child
+            and other.path == child.path
+            and _are_equal(child.b, other.b)
+            and _are_equal(child.a, other.a)
+            for other in others
+        )
+
+    return [child for child in pair.children if is_repeated(child) or is_made_twice(child)]
 
 
 def _by_path(run: Run) -> dict[str, list[Event]]:
