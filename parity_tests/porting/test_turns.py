@@ -254,3 +254,20 @@ def test_a_loop_reads_nothing_beyond_the_end() -> None:
     model, source = ported(Scan(), x)
     assert "for step in range(3):" in source
     close(model(mx.array(x.numpy())), Scan()(x))
+
+
+class Weighted(nn.Module):
+    """Numbers that rise are factors, divisors and terms."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        for t in range(1, 6):
+            y[:, t] = x[:, t] * (t + 1) - (t + 3) + y[:, t - 1] / (t + 2) - (t + 4) * y[:, t - 1]
+        return y
+
+
+def test_a_counter_with_a_number_is_one_factor() -> None:
+    x = torch.randn(2, 6, 3)
+    model, source = ported(Weighted(), x)
+    assert "* (step + 1)" in source
+    close(model(mx.array(x.numpy())), Weighted()(x))

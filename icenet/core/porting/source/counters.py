@@ -8,6 +8,9 @@ from dataclasses import replace
 from icenet.core.porting.source.lines import Line
 from icenet.core.porting.source.words import Statement
 
+_FACTORS = ("*", "/", "%", "@")
+"""Operators next to which a sum needs parentheses."""
+
 
 def range_of(start: int, count: int, step: int) -> str:
     """Returns the source of a number of steps, which begin at a number and rise, or fall by 1."""
@@ -26,9 +29,11 @@ def words_of_counter(
     for place in range(len(statement.words)):
         first = numbers.get((number, place))
         if first is not None:
-            is_subtracted = "".join(statement.words[:place]).endswith(" - ")
-            more = start - first if is_subtracted else first - start
-            words[place] = f"{counter} {'-' if more < 0 else '+'} {abs(more)}" if more else counter
+            before, after = "".join(statement.words[:place]), "".join(statement.words[place + 1 :])
+            is_factor = before.rstrip()[-1:] in _FACTORS or after.lstrip()[:1] in _FACTORS
+            more = start - first if before.endswith(" - ") and not is_factor else first - start
+            text = f"{counter} {'-' if more < 0 else '+'} {abs(more)}" if more else counter
+            words[place] = f"({text})" if more and is_factor else text
     return words
 
 
@@ -39,4 +44,7 @@ def turn_of(body: list[Line], counter: str, value: int) -> list[Line]:
         more = int((match[2] or "0").replace(" ", ""))
         return f"{match[1]}{value - more if match[1] else value + more}"
 
-    return [replace(line, code=re.sub(rf"( - |\b){counter}( [+-] \d+)?\b", number, line.code)) for line in body]
+    factor = re.compile(rf"(?<![\w)\]])\({counter} ([+-] \d+)\)")
+    codes = [factor.sub(lambda match: str(value + int(match[1].replace(" ", ""))), line.code) for line in body]
+    codes = [re.sub(rf"( - |\b){counter}( [+-] \d+)?\b", number, code) for code in codes]
+    return [replace(line, code=code) for line, code in zip(body, codes, strict=True)]
