@@ -27,7 +27,7 @@ from icenet.core.generation.request import Request, Tokens
 from icenet.core.generation.sampling import compute_scores
 
 NUM_DRAFT_TOKENS = 3
-"""Number of proposals in a round. Three are the best or close to it at agreements of 60 to 80 % (docs/generation.md)."""
+"""Number of proposals in a round. Three are best or close to it at agreements of 60 to 80 % (docs/generation.md)."""
 
 
 @dataclass
