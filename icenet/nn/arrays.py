@@ -135,9 +135,12 @@ def array_of_parts(parts: Sequence[mx.array]) -> mx.array | None:
     """Returns the array whose parts along the first axis are these, without a copy; None if they are no such parts.
 
     MLX does not tell the array of which another one is a view, but addresses do. Arrays of their own never follow one
-    another without a gap, because MLX's allocator stores the size of each before its values.
+    another without a gap, because MLX's allocator stores the size of each before its values. With a GPU, MLX has
+    another allocator, of whole pages, also for a CPU.
     """
-    if not on_cpu() or any(part.dtype != parts[0].dtype or part.shape[1:] != parts[0].shape[1:] for part in parts):
+    if not on_cpu() or mx.metal.is_available() or mx.cuda.is_available():
+        return None
+    if any(part.dtype != parts[0].dtype or part.shape[1:] != parts[0].shape[1:] for part in parts):
         return None
     starts = [address(part) for part in parts]
     ends = [start + part.nbytes for start, part in zip(starts, parts, strict=True)]

@@ -19,6 +19,9 @@ from icenet.core.errors import WeightsError
 from icenet.core.weights import files
 from icenet.nn import arrays, tree
 
+without_gpu = pytest.mark.skipif(
+    mx.metal.is_available() or mx.cuda.is_available(), reason="the allocator of MLX is another one with a GPU"
+)
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -76,6 +79,7 @@ def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     assert is_one_line(raised.value, "model.safetensors", "shorter")
 
 
+@without_gpu
 def test_weights_that_generation_joins_are_read_into_one_array(tmp_path: Path) -> None:
     sizes = {"hidden_size": 24, "num_layers": 1, "num_heads": 4, "vocab_size": 61, "max_seq_length": 40}
     config = ModelConfig(**{"type": "transformer", "dropout": 0.0, **sizes, **LLAMA})
@@ -97,6 +101,7 @@ def test_weights_that_generation_joins_are_read_into_one_array(tmp_path: Path) -
     assert np.array_equal(joined, np.concatenate([np.array(part) for part in parts]))
 
 
+@without_gpu
 def test_parts_that_do_not_follow_one_another_are_no_parts_of_one() -> None:
     whole = mx.arange(24).reshape(6, 4)
     first, second, third = mx.split(whole, 3)
