@@ -57,19 +57,11 @@ def find_functions(trial: Trial) -> str:
     for index, variant in enumerate(table):
         if sites.keys().isdisjoint(variant.names):
             continue
-        places: list[frozenset[Any] | None] = [None]
-        for only in places:  # which grows
-            with variants.applied(variant, only) as mode:
-                new = trial.replay()
-            places += _places(mode.sites) if only is None else []  # none if it fits no call
-            if mode.sites and new and trial.explains(new, functools.partial(_of_b, trial, variant, only)):
-                ratio = trial.ratio(new)
-                if ratio > 2:  # the noise may be larger there
-                    ratio = min(ratio, trial.ratio(new, _of_b(trial, variant, only)))
-                accepted.append((ratio, index, _text(variant, only, calls, _turns_if_rotary(trial, variant))))
+        if (explained := _explained(trial, variant, calls)) is not None:
+            ratio, text = explained
+            accepted.append((ratio, index, text))
+            if ratio <= 2:
                 break
-        if accepted and accepted[-1][0] <= 2:
-            break
     if not accepted and trial.is_forward:
         for name in variants.ACTIVATIONS:
             if trial.explains_array(variants.activated(name, trial.exact[trial.name].array)):
@@ -80,6 +72,29 @@ def find_functions(trial: Trial) -> str:
         if edges and trial.explains_array(np.clip(trial.exact[trial.name].array, ours.min(), ours.max())):
             return f"clipped at {' and '.join(f'{edge:g}' for edge in edges)} in a"
     return min(accepted)[2] if accepted else ""
+
+
+def _explained(trial: Trial, variant: Any, calls: Sequence[Any]) -> tuple[float, str] | None:
+    """Returns the ratio and the text of a variant that explains the difference, None if it does not.
+
+    It is tried at all calls that it fits, and then at some of their places in the code alone.
+    """
+    variants = backends.module("torch", "tools.variants")
+    only: frozenset[Any] | None = None
+    left: list[frozenset[Any]] = []
+    while True:
+        with variants.applied(variant, only) as mode:
+            new = trial.replay()
+        if only is None:
+            left = _places(mode.sites)
+        if mode.sites and new and trial.explains(new, functools.partial(_of_b, trial, variant, only)):
+            ratio = trial.ratio(new)
+            if ratio > 2:  # the noise may be larger there
+                ratio = min(ratio, trial.ratio(new, _of_b(trial, variant, only)))
+            return ratio, _text(variant, only, calls, _turns_if_rotary(trial, variant))
+        if not left:
+            return None
+        only = left.pop(0)
 
 
 def _turns_if_rotary(trial: Trial, variant: Any) -> bool:
@@ -121,14 +136,21 @@ def _of_b(trial: Trial, variant: Any, only: Any) -> dict[str, Value]:
 
 
 def _text(variant: Any, only: Any, calls: Sequence[Any], turns: bool) -> str:
-    """Returns the text of a variant, with the name of the activation that it replaces."""
+    """Returns the text of a variant, with the name of the activation that it replaces.
+
+    Args:
+        variant: The variant.
+        only: The places where it is applied; None for all.
+        calls: The calls of the module.
+        turns: Whether pairs and halves may be those of rotary positions, and not of a gate, for example.
+    """
     activation_name = backends.module("torch", "tools.variants").activation_name
     replaced = (c for c in calls if c.name in variant.names and (only is None or c.site in only))
     used = list(dict.fromkeys(activation_name(c.name, c.kwargs, c.args) for c in replaced))
     others = [name for name in used if not variant.text.startswith(f"{name} in a")]
     same = f"{used[0]} with other numbers" if used else "another activation"
     text = str(variant.text)
-    if not turns:  # such as a gate and what it multiplies
+    if not turns:
         text = text.replace("rotary positions of pairs", "pairs").replace("rotary positions of halves", "halves")
         text = text.replace(", of ", ", ")
     return text.replace("{0}", " and ".join(others) or same)
