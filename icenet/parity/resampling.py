@@ -364,14 +364,8 @@ class _Resampling:
         if sample is None or repeated is None:
             return found
         for index in range(FEW):
-            pending = [
-                name
-                for name, judgement in judged.items()
-                if name not in found
-                and judgement.is_over
-                and _is_gradient(name)
-                and judgement.error > JUMP * judgement.scale
-            ]
+            over = [name for name, judgement in judged.items() if judgement.is_over and _is_gradient(name)]
+            pending = [name for name in over if name not in found]
             if not pending:
                 break
             values, exact = sample(index), repeated(index)
