@@ -157,6 +157,16 @@ FUNCTIONS: dict[str, tuple[Function, Function, str]] = {
         "it is multiplied by 0.5 in a|a scale is 1",
     ),
     "half of a layer": (lambda m, x: x, lambda m, x: x + x, "a sum is left out in a"),
+    "a part of a term": (
+        lambda m, x: mx.sin(m.gate(x)) + x / 2,
+        lambda m, x: m.gate(x).sin() + x,
+        "the output of up is added 0.5 times less in a",
+    ),
+    "no causal mask": (
+        lambda m, x: mx.softmax(x @ x.swapaxes(1, 2), axis=-1) @ x,
+        lambda m, x: (x @ x.mT).masked_fill(torch.ones(4, 4).triu(1).bool(), -1e9).softmax(-1) @ x,
+        "the attention mask is left out in a: each query attends to all keys",
+    ),
     "no upper bound": (
         lambda m, x: mx.maximum(x, -0.3),
         lambda m, x: x.clamp(-0.3, 0.3),

@@ -41,7 +41,7 @@ def find_sums(trial: Trial) -> str:
             return f"{label} is not {'added' if trial.is_forward else 'passed on, as by stop_gradient,'} in a"
         if abs(factor - 1) < 1e-4:
             return f"{label} is added once more in a"
-        return f"{label} is added {factor:.6g} times more in a"
+        return f"{label} is added {abs(factor):.6g} times {'more' if factor > 0 else 'less'} in a"
     for label, array in terms:
         if trial.explains_array(array):
             return f"a takes {label} in its place"

@@ -119,7 +119,7 @@ def _farther(by: int) -> Change:
 
 _CHANGES: list[tuple[str, Change]] = [
     ("the window of the attention mask is left out in a", lambda low, high: (-_ANY, high)),
-    ("the window of the attention mask is left out in a on both sides", lambda low, high: (-_ANY, _ANY)),
+    ("the attention mask is left out in a: each query attends to all keys", lambda low, high: (-_ANY, _ANY)),
     *(
         (f"the window of the attention mask is {abs(by)} key{'s' * (abs(by) > 1)} {what} in a{where}", change(by))
         for size in (1, 2, 3, 4, 8)
