@@ -125,6 +125,8 @@ def _run(arguments: list[str] | None) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
     except Exception as error:
+        if _is_interrupt(error):
+            return _fail("stopped by Ctrl-C", 130)
         if debug:
             raise
         first = next(iter(str(error).splitlines()), "")
@@ -132,6 +134,15 @@ def _run(arguments: list[str] | None) -> int:
             return _fail(f"out of memory ({first}); lower training.batch_size, data.seq_length or data.image_size", 1)
         return _fail(f"{type(error).__name__}: {first}; set ICENET_DEBUG=1 to see the traceback", 1)
     return 0
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Returns whether a library has turned a KeyboardInterrupt into an error, as pydantic does within a callback."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or "KeyboardInterrupt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _output_error(error: OSError) -> str:

@@ -157,6 +157,8 @@ def _open_run(run: Path, averaged: bool) -> Classifier:
     found = checkpoint.find(run)
     if found.config.model.input_kind not in ("images", "anything"):
         raise UsageError(f"{run}: its {found.config.model.type} reads {found.config.model.input_kind}, not images")
+    if found.config.data.kind in ("text", "chat"):
+        raise UsageError(f"{run}: was trained with data.kind {found.config.data.kind}, not with images")
     stored, num_classes = found.path / "state.json", found.config.model.vocab_size
     try:
         facts = ImageFacts(**found.state.get("facts", {}))

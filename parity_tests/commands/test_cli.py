@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,24 @@ def test_ctrl_c_while_the_command_line_is_imported(place: Path) -> None:
     (place / "early" / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     process = icenet("--help", folder=place, code=130, PYTHONPATH=str(place / "early"))
     assert process.stdout == "" and is_one_line(process.stderr.strip(), "icenet: ", "Ctrl-C")
+
+
+def test_ctrl_c_in_a_library_that_turns_it_into_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chained() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as stop:
+            raise ValueError("a callback failed") from stop
+
+    def quoted() -> None:  # as pydantic while it builds the schema of a class
+        raise ValueError("Error building 'definitions' validator:\n  KeyboardInterrupt: ")
+
+    for examine in (chained, quoted):
+        monkeypatch.setattr(doctor, "examine", examine)
+        assert main(["doctor"]) == 130
+        assert is_one_line(capsys.readouterr().err.strip(), "stopped by Ctrl-C")
 
 
 def test_the_end_of_a_file_is_no_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

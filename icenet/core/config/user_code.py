@@ -232,12 +232,13 @@ def location(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explain_errors(inputs: Any, what: str = "model") -> Iterator[None]:
+def explain_errors(inputs: Any, what: str = "model", remedy_of_ids: str = "") -> Iterator[None]:
     """Turns an error in the file of a user's model or loss into a UsageError with the line and the inputs.
 
     Args:
         inputs: The inputs: an array of any framework.
         what: The code that may fail: model or loss.
+        remedy_of_ids: What to do if a model fails on ids; by default what to change in the data.
     """
     try:
         yield
@@ -250,8 +251,12 @@ def explain_errors(inputs: Any, what: str = "model") -> Iterator[None]:
         remedy = ""
         if "object is not callable" in first_line and type(inputs).__module__.startswith("mlx"):
             remedy = "; in MLX a module computes in its method __call__, not forward"
-        elif dtype.startswith("int") and what == "model":
-            remedy = "; if it is a model of images, set data.kind=images and data.source"
+        elif dtype.startswith("int") and what == "model" and not isinstance(error, AttributeError | NameError):
+            remedy = remedy_of_ids or (
+                "if it is a model of images, set data.kind=images and data.source; if it has fewer than"
+                f" {shape[-1]} positions, set data.seq_length and model.max_seq_length"
+            )
+            remedy = f"; {remedy}"
         raise UsageError(
             f"{where}: the {what} fails on inputs {dtype} {shape}: {type(error).__name__}: {first_line}{remedy}"
         ) from error

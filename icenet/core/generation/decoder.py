@@ -177,7 +177,9 @@ class DecoderBase(ABC):
     def _last_logits(self) -> Any:
         """Returns the logits `[B, V]` of the next token, computed from the whole context."""
         context = self._join_context()
-        with user_code.explain_errors(context):
+        length = context.shape[1]
+        remedy = f"if it has fewer than {length} positions, give max_length, or model.max_seq_length in its config"
+        with user_code.explain_errors(context, remedy_of_ids=remedy):
             return self.model(context)[:, -1]
 
     def choose_token(self, state: State, logits: Any) -> tuple[State, Choice]:

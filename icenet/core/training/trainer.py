@@ -375,9 +375,10 @@ class Trainer:
                 if pending is not None:
                     self._read_step(pending, reporter)
                 self.save(wait=True)  # the signal may have come after `save` was decided
+                trust = " --trust-code" if custom.references(self.config) else ""
                 raise Interrupted(
                     self._stop_signal,
-                    f" after step {self.step}; everything is saved: icenet train --resume {self.run}",
+                    f" after step {self.step}; everything is saved: icenet train --resume {self.run}{trust}",
                 )
         self.save(wait=True)  # waits for the last checkpoint, and repeats one that could not be written before
         return False

@@ -580,6 +580,10 @@ def test_runs_that_cannot_predict(run: Path, tmp_path: Path, monkeypatch: pytest
     folder = checkpoint.save(tmp_path / "text", text, 1, found.weights, found.optimizer, {})
     with pytest.raises(UsageError, match="transformer reads tokens, not images"):
         predict(folder, [tmp_path])
+    mine = found.config.with_overrides("model={type: net.py:Net}", "data={kind: text}")
+    folder = checkpoint.save(tmp_path / "mine", mine, 1, found.weights, found.optimizer, {})
+    with pytest.raises(UsageError, match=r"trained with data\.kind text, not with images"):
+        predict(folder, [tmp_path])
 
 
 @ON_BOTH

@@ -285,6 +285,16 @@ def test_an_error_of_a_model_that_generates(backend: str, here: Path) -> None:
     assert is_one_line(caught.value, ".py, line ", "absent")
 
 
+@both_backends
+def test_a_table_of_fewer_positions_than_the_context(backend: str, here: Path) -> None:
+    for name, text in TEXT.items():
+        (here / name).write_text(text.replace("self.gain *", "self.hidden.weight[:4, :1] +"))
+    model = front_door.build("my.yaml", backend, "cpu")
+    with pytest.raises(UsageError) as caught:
+        front_door.generate(model, "abcd", max_new_tokens=2)
+    assert is_one_line(caught.value, "fewer than 5 positions", "max_length") and "images" not in str(caught.value)
+
+
 def test_an_option_of_a_wrong_type(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = failure(["train", "my.yaml", "--run", "run", "--set", "model.gain=[]", "--backend", "torch"], capfd)
     assert "my_models.py:CustomModel" in line and "under model" in line
