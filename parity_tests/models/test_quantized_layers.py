@@ -165,6 +165,7 @@ def test_the_values_are_those_of_the_formula(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("mlx_on_cpu")  # the products of CUDA's kernels have no gradient
 @pytest.mark.parametrize("generates", [False, True])
 def test_cuda_compiles_no_product_of_several_rows(generates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX compiles `qmm_sm90` for more than a minute. The weight is dequantized, also for the gradient."""

@@ -182,6 +182,7 @@ def test_a_layer_gets_the_axes_of_its_framework() -> None:
     assert "takes channels last" in report.verdict and not report.cause, report.verdict
 
 
+@pytest.mark.usefixtures("mlx_on_cpu")  # MLX's attention on CUDA is wrong for heads of 3
 def test_other_rates_of_dropouts_that_are_left_out_are_noted() -> None:
     a = Net(lambda m, x: m.layer(x, None), layer=M.TransformerEncoderLayer(6, 2, 8, norm_first=False))
     b = TorchNet(lambda m, x: m.layer(x), layer=T.TransformerEncoderLayer(6, 2, 8, 0.1, batch_first=True))

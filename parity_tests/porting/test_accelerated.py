@@ -108,6 +108,7 @@ def test_convolutions_of_sequences_and_volumes(rank: int, options: dict[str, Any
         np.testing.assert_allclose(np.array(value), np.array(expected), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("mlx_on_cpu")  # the layers are changed for a CPU
 @pytest.mark.parametrize(("channels", "options"), [(64, {"groups": 16}), (64, {"groups": 64}), (4, {"dilation": 2})])
 def test_weight_gradients_are_exact(channels: int, options: dict[str, int]) -> None:
     """A sum of 4,096 terms one by one has an error of 13 half ulps; PyTorch's is 2 to 4 here."""

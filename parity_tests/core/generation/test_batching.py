@@ -119,6 +119,7 @@ def test_each_row_is_as_it_is_alone(
             assert max(map(len, steps)) <= size
 
 
+@pytest.mark.usefixtures("mlx_on_cpu")  # a captured step of a GPU calls no Python
 @both_backends
 def test_rows_join_and_leave(backend: str, steps: list[Any]) -> None:
     """Without ends, row r has r + 2 new tokens: its first one is chosen when its prompt has been read."""
@@ -168,6 +169,7 @@ def test_rows_that_end_with_their_first_token(backend: str, name: str, size: int
     assert together(model, max_batch_size=size, temperature=0.0, eos_token_id=first) == [([], "end")] * len(PROMPTS)
 
 
+@pytest.mark.usefixtures("mlx_on_cpu")  # a captured step of a GPU calls no Python
 @both_backends
 def test_prompts_of_similar_length_are_read_together(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group has little padding, and at most `PREFILL_TOKENS` tokens with it; no token is read twice."""

@@ -410,6 +410,7 @@ def test_prefill_in_pieces(backend: str) -> None:
         check_same(run(backend, PROMPTS, max_new_tokens=12, seed=8, prefill_chunk=chunk), whole, PROMPTS, {"seed": 8})
 
 
+@pytest.mark.usefixtures("mlx_on_cpu")  # a captured step of a GPU calls no Python
 @both_backends
 def test_prefill_chunks_have_the_requested_size(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lengths = fresh(backend), []

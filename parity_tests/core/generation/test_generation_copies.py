@@ -172,6 +172,7 @@ def test_copies_of_a_model_have_their_own(backend: str) -> None:
     assert np.array_equal(logits(model, backend), logits(build(backend), backend))
 
 
+@pytest.mark.usefixtures("mlx_on_cpu")  # a captured step of a GPU calls no Python
 @both_backends
 def test_caches_are_freed_at_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step has a cache of its own. Without a cycle of references, none waits for the garbage collector."""

@@ -159,6 +159,7 @@ def test_a_draft_with_the_same_weights_proposes_the_text(backend: str) -> None:
         assert report.rounds == 8  # 39 tokens after the first, five in a round
 
 
+@pytest.mark.usefixtures("mlx_on_cpu")  # a captured step of a GPU calls no Python
 @both_backends
 def test_a_token_that_is_only_read_has_no_logits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If all proposals are accepted, the draft reads the last one, and the logits after it are not needed."""
