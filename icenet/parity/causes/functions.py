@@ -42,12 +42,14 @@ def find_functions(trial: Trial) -> str:
     # a value that reaches a bound is equal to it
     edges = [float(edge) for edge in (ours.min(), ours.max()) if (ours == edge).sum() > 1]
     edges = edges if trial.pair.larger is not None else []
-    own += edges
     written = code_numbers(trial.modules[0])
     whole = code_numbers(trial.modules[0], int)
-    table = [*variants.TABLE, *variants.number_variants(calls, [*own, *written], whole)]
+    table = [*variants.TABLE, *variants.number_variants(calls, [*own, *written], whole), *variants.UNBOUNDED]
+    if edges:
+        table += variants.number_variants([call for call in calls if call.name in variants.BOUNDED], edges)
     table += variants.sum_variants(calls)
     table += variants.clip_variants(calls, written)
+    own += edges
     caps = variants.cap_variants(calls, own)
     table = [*caps, *table] if "tanh" in sites else [*table, *caps]
     if "mul" in sites:

@@ -37,8 +37,8 @@ from icenet_torch.tools.variants.caps import CAPS, cap_variants, capped
 from icenet_torch.tools.variants.casts import casts
 from icenet_torch.tools.variants.helpers import EXCHANGED, helpers
 from icenet_torch.tools.variants.loops import globals_used
-from icenet_torch.tools.variants.numbers import clip_variants, number_variants, sum_variants
-from icenet_torch.tools.variants.operations import ATTACHED
+from icenet_torch.tools.variants.numbers import BOUNDED, clip_variants, number_variants, sum_variants
+from icenet_torch.tools.variants.operations import ATTACHED, UNBOUNDED
 from icenet_torch.tools.variants.shapes import VARIANTS as SHAPES
 from icenet_torch.tools.variants.variant import Variant, applied, spying
 from icenet_torch.tools.variants.windows import shown_keys
@@ -73,12 +73,14 @@ __all__ = [
     "ACTIVATIONS",
     "ACTIVATION_NAMES",
     "ATTACHED",
+    "BOUNDED",
     "CAPS",
     "EXCHANGED",
     "LATE",
     "SHAPES",
     "TABLE",
     "THETA",
+    "UNBOUNDED",
     "USUAL_ACTIVATIONS",
     "Variant",
     "activated",

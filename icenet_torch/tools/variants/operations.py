@@ -418,11 +418,6 @@ VARIANTS: list[Variant] = [
     Variant(
         "the last part of a concatenation has no effect in a, as of a sink of attention", _LISTS, _without_effect
     ),
-    *(  # before both: a bound that no value reaches may be there
-        Variant(f"the {text} bound is left out in a", _CLAMPS, _without_bound(name))
-        for text, name in (("lower", "min"), ("upper", "max"))
-    ),
-    Variant("bounds are left out in a", _CLAMPS, left_out),
     Variant("bounded on both sides in a, on one side in b", _CLAMPS, _both_bounds),
     *terms.VARIANTS,
     Variant("a quotient is left out in a", frozenset({"div", "truediv"}), _left_out),
@@ -434,6 +429,14 @@ VARIANTS: list[Variant] = [
     Variant("products in TF32 in a, whose precision is 10 bits: set MLX_ENABLE_TF32=0", _PRODUCTS, _in_tf32),
 ]
 
+UNBOUNDED = [
+    *(  # before both: a bound that no value reaches may be there
+        Variant(f"the {text} bound is left out in a", _CLAMPS, _without_bound(name))
+        for text, name in (("lower", "min"), ("upper", "max"))
+    ),
+    Variant("bounds are left out in a", _CLAMPS, left_out),
+]
+"""Tried after the bounds that stand in the code of `a`, which values may not reach."""
 LARGEST = Variant("maximum in a, sum in b", frozenset({"sum"}), _summed("amax"))
 INTERLEAVED = [
     Variant(
