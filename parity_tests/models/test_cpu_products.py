@@ -215,6 +215,7 @@ def assert_greedy(model: Any, found: Any, new_tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
+@pytest.mark.usefixtures("mlx_on_cpu")  # the products of a CPU
 def test_half_precision_generates_the_tokens_of_fp32_products(
     backend: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

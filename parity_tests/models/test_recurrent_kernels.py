@@ -226,6 +226,7 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("way", ["numpy", "loop"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("mlx_on_cpu")  # the loops and the kernel of a CPU
 def test_on_a_cpu(kind: str, way: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     used = set()
 
@@ -256,6 +257,7 @@ def test_values_that_overflow_cause_no_warning_of_numpy(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.usefixtures("mlx_on_cpu")  # a kernel of a GPU has no derivative of forward mode
 def test_functions_that_mlx_transforms(kind: str) -> None:
     """Compiled functions, and derivatives of forward mode of outputs and of gradients."""
     layer = KINDS[kind](INPUTS, 8)
@@ -301,6 +303,7 @@ def test_layers_in_vmap(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("mlx_on_cpu")  # a kernel of a GPU has no second derivative
 def test_a_gradient_of_a_gradient(kind: str, training: bool) -> None:
     """The product of the Hessian of the inputs and a vector, against a difference of gradients in float64."""
     options = {"activation": "relu"} if kind == "relu" else {}

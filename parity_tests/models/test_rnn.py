@@ -521,6 +521,7 @@ def test_generated_tokens_are_equal_on_both_backends(family: str, temperature: f
 
 
 @both_backends
+@pytest.mark.usefixtures("mlx_on_cpu")  # a captured step of a GPU calls no Python
 def test_each_token_is_read_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Generation passes the state on, and chooses the same tokens as a forward pass over the whole sequence."""
     model = sharpened(backend, "lstm")

@@ -238,6 +238,7 @@ def test_the_gradient_of_a_softmax_has_the_rounding_of_mlx(dtype: torch.dtype) -
     assert 4 * np.sqrt(np.square(gradient(dtype) - exact).mean()) < errors[1]
 
 
+@pytest.mark.usefixtures("mlx_on_cpu")  # the rounding is that of a CPU
 def test_the_weight_gradient_of_a_convolution_with_groups_has_the_rounding_of_mlx() -> None:
     """MLX sums it term by term for any number of results, PyTorch in parts."""
     x, cotangent = (torch.from_numpy(draw(2, 32, 32, 32, seed=seed)) for seed in (0, 1))

@@ -281,6 +281,7 @@ def test_transformer_layers_with_biases_are_trained_like_pytorchs() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("own", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.usefixtures("mlx_on_cpu")  # MLX has float64 on a CPU alone
 def test_each_side_keeps_its_dtype(dtype: str, own: str) -> None:
     theirs = randomize(TorchNet(tnn.LSTM(3, 4))).to(getattr(torch, dtype))
     ours = Net(mnn.LSTM(3, 4))
