@@ -189,10 +189,11 @@ _MEMORY = r"""
 def memory_of(array: mx.array) -> np.ndarray:
     """Returns a copy of an array whose address is as far from a multiple of 16 as that of a view is on a GPU.
 
-    There new arrays begin at multiples of 16. On a CPU, MLX puts their size before them.
+    There new arrays begin at multiples of 16, but for those of up to 8 bytes. On a CPU, MLX puts their size before
+    them.
     """
     values = np.ascontiguousarray(to_numpy(array))
-    distance = (_address(array) - _address(mx.zeros(1))) % 16
+    distance = (_address(array) - _address(mx.arange(8))) % 16
     memory = np.empty(values.nbytes + 32, np.uint8)
     start = -memory.ctypes.data % 16 + distance
     found = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
