@@ -13,7 +13,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 
 from icenet.porting.functions.reductions import vector_norm
-from icenet.porting.functions.shapes import put
+from icenet.porting.functions.shapes import put, stream_of_places
 
 
 def embedding(weight, ids, padding):
@@ -138,7 +138,8 @@ def index_put(x, indices, values, accumulate=False):
         else:
             index.append(item)
     if accumulate:
-        return x.at[tuple(index)].add(values)
+        with stream_of_places(x):
+            return x.at[tuple(index)].add(values)
     return put(x, tuple(index), values)
 
 
@@ -197,12 +198,14 @@ def scatter(x, axis, index, source, mode=None, include_self=True):
     else:
         start = x
     if mode == "sum":
-        return start.at[places].add(source)
+        with stream_of_places(x):
+            return start.at[places].add(source)
     if mode == "prod":
         return multiply_at(start, places, source)
     count = mx.zeros(x.shape, mx.float32).at[places].add(mx.ones(source.shape, mx.float32))
     count = mx.maximum(count + 1 if include_self else count, 1)
-    total = start.at[places].add(source)
+    with stream_of_places(x):
+        total = start.at[places].add(source)
     return total / count if mx.issubdtype(x.dtype, mx.floating) else mx.floor(total / count).astype(x.dtype)
 
 
@@ -211,7 +214,8 @@ def multiply_at(x, places, source):
 
     @mx.custom_function
     def multiply(x, source):
-        return x.at[places].multiply(source)
+        with stream_of_places(x):
+            return x.at[places].multiply(source)
 
     @multiply.vjp
     def gradient(inputs, cotangent, y):
@@ -240,7 +244,8 @@ def extreme_at(x, places, source, is_largest, include_self=True):
             else:
                 limits = mx.iinfo(x.dtype).min, mx.iinfo(x.dtype).max
             x = mx.where(written, mx.array(limits[0] if is_largest else limits[1], x.dtype), x)
-        return x.at[places].maximum(source) if is_largest else x.at[places].minimum(source)
+        with stream_of_places(x):
+            return x.at[places].maximum(source) if is_largest else x.at[places].minimum(source)
 
     @extreme.vjp
     def gradient(inputs, cotangent, y):
@@ -265,7 +270,8 @@ def index_add(x, axis, index, source, alpha=1):
     """Returns x with slices added at indices."""
     if x.ndim == 0:
         return x + source.reshape(()) * alpha
-    return x.at[_along(x, axis, index)].add((source if source.ndim else source.reshape(1)) * alpha)
+    with stream_of_places(x):
+        return x.at[_along(x, axis, index)].add((source if source.ndim else source.reshape(1)) * alpha)
 
 
 def index_copy(x, axis, index, source):
@@ -296,8 +302,10 @@ def put_flat(x, index, source, accumulate=False):
     if index.size == 0:
         return x
     flat, index, source = x.flatten(), index.flatten(), source.flatten()
-    new = flat.at[index].add(source) if accumulate else put(flat, index, source)
-    return new.reshape(x.shape)
+    if not accumulate:
+        return put(flat, index, source).reshape(x.shape)
+    with stream_of_places(x):
+        return flat.at[index].add(source).reshape(x.shape)
 
 
 def put_view(x, view, values):

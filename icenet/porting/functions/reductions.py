@@ -231,8 +231,8 @@ def bincount(x, weights=None, minlength=0):
 
 def occurrences(x, weights, size):
     """Returns how often each number below a size occurs. Larger ones are left out."""
-    if weights is None:
-        weights = mx.ones(x.shape, mx.int64)
+    if weights is None:  # a GPU adds no int64 at places
+        return occurrences(x, mx.ones(x.shape, mx.int32), size).astype(mx.int64)
     return mx.zeros((size + 1,), weights.dtype).at[mx.minimum(x, size)].add(weights)[:size]
 
 

@@ -13,10 +13,19 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 
 
+def stream_of_places(x):
+    """Returns the stream that changes x at places: on a GPU, MLX changes no elements of 8 bytes, such as int64."""
+    return mx.stream(mx.cpu if x.dtype.size == 8 else mx.default_device())
+
+
 def put(x, index, values):
     """Returns a copy of x with other values at an index."""
     new = x + mx.zeros_like(x) if x.dtype != mx.bool_ else x | False
-    new[index] = values.astype(x.dtype)
+    if not any(isinstance(item, mx.array) for item in (index if isinstance(index, tuple) else (index,))):
+        new[index] = values.astype(x.dtype)
+        return new
+    with stream_of_places(x):
+        new[index] = values.astype(x.dtype)
     return new
 
 

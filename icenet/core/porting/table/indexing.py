@@ -109,6 +109,10 @@ def gather(n: Operation) -> str:
     return n.call("gather", n["self"], n["dim"], n["index"])
 
 
+_NOT_AT_PLACES = ("bool", "int64", "complex64")
+"""Dtypes to which MLX adds nothing at places: bool, and on a GPU elements of 8 bytes."""
+
+
 @entry("scatter", "scatter_add", "scatter_reduce")
 def scatter(n: Operation) -> str:
     value = n.args.get("src", n.args.get("value"))
@@ -118,7 +122,7 @@ def scatter(n: Operation) -> str:
     text = n.cast("src", n.out.dtype) if n.tensor("src") else n.source(value)
     index, source = n.tensor("index"), n.tensor("src")
     is_vector = index is not None and source is not None and source.shape == index.shape and index.ndim == 1
-    if is_vector and mode == "sum" and include and n.out.ndim == 1 and n.out.dtype != "bool":
+    if is_vector and mode == "sum" and include and n.out.ndim == 1 and n.out.dtype not in _NOT_AT_PLACES:
         return f"{n.atom('self')}.at[{n['index']}].add({text})"
     axis = n.args["dim"] % max(n.out.ndim, 1)
     is_whole = source is not None and index is not None and source.shape == index.shape
@@ -139,7 +143,7 @@ def index_add(n: Operation) -> str:
         return n.call("index_copy", n["self"], n["dim"], n["index"], n["source"])
     index, source = n.tensor("index"), n.tensor("source")
     is_plain = index is not None and index.ndim == 1 and source is not None and source.dtype == n.out.dtype
-    if is_plain and n.out.ndim and n.args["alpha"] == 1 and n.out.dtype != "bool":
+    if is_plain and n.out.ndim and n.args["alpha"] == 1 and n.out.dtype not in _NOT_AT_PLACES:
         places = ", ".join([":"] * (n.args["dim"] % n.out.ndim) + [n["index"]])
         return f"{n.atom('self')}.at[{places}].add({n['source']})"
     return n.call("index_add", n["self"], n["dim"], n["index"], n["source"], n["alpha"])
