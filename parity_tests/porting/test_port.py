@@ -282,6 +282,11 @@ def test_bad_arguments_are_one_line(
         ("\ndef Net():\n    raise RuntimeError('no file')", ["net.py:Net", "no file", "net.py, line 3"]),
         ("class Net(:", ["net.py:Net", "cannot be run", "line 1"]),
         ("import torch\n\ndef Net():\n    return torch.nn.Embedding(9, 3)", ["embedding", "--shape 2x12:int1000"]),
+        (
+            "import torch\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
+            "        if torch.compiler.is_compiling():\n            return x + 1\n        raise OSError('no file')",
+            ["on the example inputs", "no file", "net.py:7"],
+        ),
     ],
 )
 def test_a_file_that_fails_is_one_line(

@@ -13,6 +13,7 @@ from icenet.core.porting import build
 from icenet.core.porting.build import Plan
 from icenet.core.porting.record import refs
 from icenet.parity.ports.original import Export, Original
+from icenet.parity.ports.pair import OriginalFails
 from icenet.parity.ports.proof import Proof, locate
 from icenet.parity.ports.report import PortReport
 
@@ -112,7 +113,13 @@ class Attempts:
             accelerated if layers.is_accelerated(accelerated) else None,
             self.progress,
         )
-        report = proof.compare()
+        try:
+            report = proof.compare()
+        except (
+            OriginalFails
+        ):  # PyTorch may export a module that it cannot run: 2.11 does with ids that are no integers
+            self.original.check_call()
+            raise
         report.notes += export.notes
         return Attempt(export, written, model, report, exact_masks)
 

@@ -84,6 +84,10 @@ class Original:
         """Whether `export` gives the module another batch than the example."""
         return self.dynamic is None and any(array.shape[:1] == (1,) for array in arrays_of(self.example))
 
+    def check_call(self) -> None:
+        """Raises UsageError if the module raises an error on the example."""
+        self._inputs.check_call(self.module, self._args, self._kwargs)
+
     def export(self, *, widened: bool = True, open_loops: bool = True) -> Export:
         """Exports the module in both modes.
 
@@ -107,7 +111,7 @@ class Original:
         try:
             graph, program, found_shapes = export(given, shapes, False)
         except PortError:
-            self._inputs.check_call(self.module, *example)
+            self.check_call()
             if not is_wide:
                 raise
             given, is_wide = example, False
