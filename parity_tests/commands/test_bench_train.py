@@ -117,6 +117,7 @@ def common_config(row: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("here")
 def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--row", "gpt", "--batch", "2", "--length", "12", "--repeats", "2", "--seconds", "0.001", *SETS]
+    arguments += ["--device", "cpu"]  # a GPU has compiled sides, too
     path = tmp_path / "train.json"
     assert cli.main(["bench", "train", *arguments, "--json", str(path)]) == 0
     assert "data wait" in capsys.readouterr().out
@@ -193,7 +194,7 @@ def test_other_programs_are_no_reason_of_a_failure(
 
 
 TWO = training.Options(
-    overrides=SMALL, only=("icenet torch", "torch loop"), batch=2, length=12, seconds=0.001, repeats=5
+    overrides=SMALL, only=("icenet torch", "torch loop"), batch=2, length=12, seconds=0.001, repeats=5, device="cpu"
 )
 
 
@@ -313,6 +314,7 @@ def test_ctrl_c_shows_what_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     monkeypatch.setattr(loops.Session, "measure", measure)
     arguments = ["--row", "gpt,lstm", "--batch", "2", "--length", "12", "--repeats", "3", "--seconds", "0.001", *SETS]
+    arguments += ["--device", "cpu"]  # a GPU takes more steps before the rounds
     assert cli.main(["bench", "train", *arguments, "--side", "icenet torch"]) == 130
     out, err = capsys.readouterr()
     assert "a transformer" in out and "an LSTM" in out and "Ctrl-C" in err.splitlines()[-1]
