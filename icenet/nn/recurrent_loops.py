@@ -96,7 +96,10 @@ def with_gradient(
         for function, loop in zip((kept, dropped), own, strict=True):
             function.jvp(derivative_of(loop))
         kept.vjp(lambda inputs, given, outputs: (*gradient(inputs, given, outputs), inputs[-1]))
-        dropped.vjp(lambda inputs, given, _: (*gradient(inputs, given, keep(*inputs)), inputs[-1]))
+        # `second` has the derivatives of what is kept, and MLX's kernels have none
+        dropped.vjp(
+            lambda inputs, given, _: (*gradient(inputs, given, [*map(mx.stop_gradient, keep(*inputs))]), inputs[-1])
+        )
         return kept, dropped
 
     loops = pair(keep, drop, backward)

@@ -303,7 +303,6 @@ def test_layers_in_vmap(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.usefixtures("mlx_on_cpu")  # a kernel of a GPU has no second derivative
 def test_a_gradient_of_a_gradient(kind: str, training: bool) -> None:
     """The product of the Hessian of the inputs and a vector, against a difference of gradients in float64."""
     options = {"activation": "relu"} if kind == "relu" else {}
