@@ -35,11 +35,10 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = self["weight"], self["bias"]  # an attribute takes ten times as long
         if x.dtype == weight.dtype == bias.dtype == mx.float32 and on_cpu():  # nothing is cast: generation on a CPU
             return mx.fast.layer_norm(x, weight, bias, self.eps)
-        if _uses_kernel(x):
-            weight, bias = weight.astype(mx.float32), bias.astype(mx.float32)
+        if _uses_kernel(x, weight):
             return training_kernels.layer_norm(x, weight, bias, self.eps)
-        # in half precision, MLX rounds after each operation
-        dtype = mx.float32 if is_half(weight) else weight.dtype
+        # on a CPU, MLX rounds half precision after each operation
+        dtype = mx.float32 if is_half(weight) and on_cpu() else weight.dtype
         y, weight, bias = (array.astype(dtype) for array in (x, weight, bias))
         norm = _layer_norm if _has_wrong_gradient(y) else mx.fast.layer_norm
         return norm(y, weight, bias, self.eps).astype(x.dtype)
@@ -62,11 +61,13 @@ class RMSNorm(nn.RMSNorm):
         self.init_scale = 0.0 if offset else 1.0
 
     def __call__(self, x: Array) -> Array:
-        if _uses_kernel(x):
-            weight = self.weight.astype(mx.float32)
-            weight = 1 + weight if self.offset else weight
+        if x.dtype == self.weight.dtype and not self.offset and not on_cpu():
+            # its statistics are in fp32; it rounds before the product, too, as the models of transformers do
+            return mx.fast.rms_norm(x, self.weight, self.eps)
+        if _uses_kernel(x, self.weight):
+            weight = 1 + self.weight if self.offset else self.weight
             return training_kernels.layer_norm(x, weight, None, self.eps)
-        y = x.astype(mx.float32) if is_half(x) else x  # in half precision, MLX rounds before the product, too
+        y = x.astype(mx.float32) if is_half(x) else x
         weight = self.weight.astype(y.dtype)
         weight = 1 + weight if self.offset else weight
         if on_cpu():  # the fused operation sums the gradient of the weight term by term there
@@ -90,9 +91,9 @@ def _layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     return (y * weight.astype(y.dtype) + bias.astype(y.dtype)).astype(x.dtype)
 
 
-def _uses_kernel(x: Array) -> bool:
-    """Returns whether x is of half precision and has many values: on CUDA."""
-    return is_half(x) and training_kernels.is_worthwhile(x)
+def _uses_kernel(x: Array, weight: Array) -> bool:
+    """Returns whether a norm of half precision has the weight of training, fp32, and many values: on CUDA."""
+    return is_half(x) and weight.dtype == mx.float32 and training_kernels.is_worthwhile(x)
 
 
 def make_norm(plan: NormPlan, dims: int) -> LayerNorm | RMSNorm:
