@@ -48,8 +48,8 @@ def assign(backend: str, layer: Any, **values: np.ndarray) -> None:
 def test_norms(name: str, dtype: str, weight_dtype: str, backend: str, request: pytest.FixtureRequest) -> None:
     """In half precision they round once, from fp32, whatever the dtype of the weights.
 
-    With weights of half precision, MLX's kernels on a GPU round after the norm, too. Casts before and after them would be
-    two more kernels for each norm of each token.
+    With weights of half precision, MLX's kernels on a GPU round after the norm, too. Casts around them would
+    be two more kernels for each norm of each token.
     """
     if weight_dtype == "x" and backend == "mlx":
         request.getfixturevalue("mlx_on_cpu")
