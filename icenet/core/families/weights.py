@@ -12,6 +12,7 @@ from icenet.core.config import Config
 from icenet.core.errors import WeightsError
 from icenet.core.families.family import Family
 from icenet.core.families.tensors import Row, Shape, Tensor, tensors
+from icenet.core.weights.arrays import RenamedWeights, WeightsView
 from icenet.core.weights.files import FAMILY, Array, StoredWeights
 from icenet.core.weights.packed import KINDS, PackedView, Quantization, StoredPacked
 from icenet.core.weights.quantized import MlxWeights
@@ -20,7 +21,7 @@ from icenet.core.weights.safetensors import Spec, release, spec_of
 _STATISTIC, _COUNTER = ".running_var", ".num_batches_tracked"
 
 
-class ImportedWeights(Mapping[str, Array]):
+class ImportedWeights(WeightsView):
     """The weights of a family under our names. Each is made from a memory map when it is looked up.
 
     Args:
@@ -75,7 +76,7 @@ class ImportedWeights(Mapping[str, Array]):
                 f"{weights.path}: its tensors are not those of its config{'.json' if family.parts else ''} "
                 f"({family.model_type}): {listed}"
             )
-        self._places: dict[str, list[tuple[str, Tensor, int]]] = {}
+        self._names = self._places = dict[str, list[tuple[str, Tensor, int]]]()
         for name, tensor in expected.items():
             for index, path in enumerate(tensor.paths):
                 self._places.setdefault(path, []).append((name, tensor, index))
@@ -101,15 +102,6 @@ class ImportedWeights(Mapping[str, Array]):
         name, tensor, index = places[0]
         experts = () if tensor.expert is None else (len(places),)
         return Spec(self.stored.spec(name).dtype, (*experts, *tensor.shapes[index]))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 class PackedImport(PackedView):
@@ -158,7 +150,7 @@ def _split(stored: Mapping[str, Array], places: Sequence[tuple[str, Tensor, int]
     return stacked
 
 
-class OriginalWeights(Mapping[str, Array]):
+class OriginalWeights(RenamedWeights):
     """The weights of a folder under their own names, with those that our model does not have.
 
     Args:
@@ -166,22 +158,7 @@ class OriginalWeights(Mapping[str, Array]):
     """
 
     def __init__(self, imported: ImportedWeights) -> None:
-        self._weights = imported.stored
-        left_out = set(imported.left_out)
-        self._names = [name for name in self._weights if name not in left_out]
-
-    def __getitem__(self, name: str) -> Array:
-        return self._weights[name]
-
-    def spec(self, name: str) -> Spec:
-        """Returns the dtype and the shape of an array."""
-        return self._weights.spec(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        super().__init__(imported.stored, {}, set(imported.left_out))
 
 
 class ExportedWeights(Mapping[str, Array]):

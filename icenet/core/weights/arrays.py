@@ -24,7 +24,22 @@ _KINDS = {"bool": 0, "int": 1, "uint": 1, "float": 2, "bfloat": 2, "complex": 3}
 """Rank of a kind of dtype; a value of a higher rank does not fit one of a lower rank."""
 
 
-class NumpyWeights(Mapping[str, Array]):
+class WeightsView(Mapping[str, Array]):
+    """A view of weights, whose arrays are made when they are looked up. A subclass sets the names."""
+
+    _names: Collection[str]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # a mapping's own method looks the array up
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class NumpyWeights(WeightsView):
     """A view of weights as numpy arrays (see `to_array`). Each array is converted when it is looked up."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -40,7 +55,7 @@ class NumpyWeights(Mapping[str, Array]):
         for name in values:
             if not isinstance(name, str):
                 raise WeightsError(f"the name of a weight must be text, not {name!r}")
-        self._values = values
+        self._values = self._names = values
 
     def __getitem__(self, name: str) -> Array:
         return to_array(name, self._values[name])
@@ -50,17 +65,8 @@ class NumpyWeights(Mapping[str, Array]):
         array = None if hasattr(self._values, "spec") else self[name]
         return spec_of(self._values, name) if array is None else Spec(array.dtype, tuple(array.shape))
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
-class RenamedWeights(Mapping[str, Array]):
+class RenamedWeights(WeightsView):
     """A view of weights under other names.
 
     Args:
@@ -73,7 +79,7 @@ class RenamedWeights(Mapping[str, Array]):
         self, weights: Mapping[str, Array], names: Mapping[str, str], left_out: Collection[str] = ()
     ) -> None:
         self._weights = weights
-        self._names = {names.get(name, name): name for name in weights if name not in left_out}
+        self._names: dict[str, str] = {names.get(name, name): name for name in weights if name not in left_out}
 
     def __getitem__(self, path: str) -> Array:
         return self._weights[self._names[path]]
@@ -81,15 +87,6 @@ class RenamedWeights(Mapping[str, Array]):
     def spec(self, path: str) -> Spec:
         """Returns the dtype and the shape of an array."""
         return spec_of(self._weights, self._names[path])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def first_non_finite(weights: Mapping[str, Array]) -> str | None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.host.threads import for_ranges
-from icenet.core.weights.files import Array
+from icenet.core.weights.arrays import Array, WeightsView
 from icenet.core.weights.safetensors import Spec, spec_of
 
 METADATA = "icenet_quantization"
@@ -228,7 +228,7 @@ def unpack(words: Array, bits: int) -> Array:
 # ---- weights of a model ------------------------------------------------------------------------------------
 
 
-class PackedWeights(Mapping[str, Array]):
+class PackedWeights(WeightsView):
     """Weights by name, some layers of which are quantized.
 
     Attributes:
@@ -251,22 +251,14 @@ class StoredPacked(PackedWeights):
     """
 
     def __init__(self, weights: Mapping[str, Array], layers: Mapping[str, Quantization]) -> None:
-        self._weights, self.layers = weights, layers
+        self._weights = self._names = weights
+        self.layers = layers
 
     def __getitem__(self, name: str) -> Array:
         return self._weights[name]
 
     def spec(self, name: str) -> Spec:
         return spec_of(self._weights, name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
 
 
 class PackedView(PackedWeights):
@@ -333,7 +325,7 @@ def _at_most_fp32(dtype: Any) -> Any:
     return np.dtype(np.float32) if dtype.itemsize > 4 else dtype
 
 
-class DequantizedWeights(Mapping[str, Array]):
+class DequantizedWeights(WeightsView):
     """A view of packed weights as floating ones, computed when they are looked up.
 
     Attributes:
@@ -377,15 +369,6 @@ class DequantizedWeights(Mapping[str, Array]):
             return self.packed.spec(name)
         dtype = self.packed.spec(f"{layer}.scales").dtype if self._dtype is None else np.dtype(self._dtype)
         return Spec(dtype, self._layers[layer].shape(self.packed.spec(name).shape))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def packed_of(weights: Any) -> PackedWeights | None:

@@ -194,8 +194,8 @@ FAULTS: dict[str, list[Fault]] = {
         ),
         Fault(
             "an export of an encoder drops its pooler",
-            "left_out = set(imported.left_out)",
-            "left_out = {*imported.left_out, *imported.unused}",
+            "set(imported.left_out)",
+            "{*imported.left_out, *imported.unused}",
             ["core/families/test_encoders.py::test_folders_are_exported_with_the_same_tensors"],
         ),
     ],
