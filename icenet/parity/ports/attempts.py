@@ -115,9 +115,8 @@ class Attempts:
         )
         try:
             report = proof.compare()
-        except (
-            OriginalFails
-        ):  # PyTorch may export a module that it cannot run: 2.11 does with ids that are no integers
+        except OriginalFails:
+            # PyTorch may export a module that it cannot run: 2.11 does with ids that are no integers
             self.original.check_call()
             raise
         report.notes += export.notes

@@ -48,9 +48,8 @@ class _Pass(Orders):
         }
         sequences = {path for path, module in self.graph.modules.items() if module.class_name == "Sequential"}
         self.nodes = hoisted(self.nodes, sequences, self.order)
-        if (
-            self.nodes and self.nodes[-1].op != "exit"
-        ):  # what the outputs need belongs to the call of the whole module
+        # what the outputs need belongs to the call of the whole module
+        if self.nodes and self.nodes[-1].op != "exit":
             end = max(index for index, node in enumerate(self.nodes) if node.op == "exit")
             self.nodes.append(self.nodes.pop(end))
         return replace(
