@@ -32,6 +32,12 @@ was tried several times the last result is shown.
 `icenet port TARGET --check` lists the operations that a module needs and the table lacks.
 """
 
+RUNS = """## When it was measured
+
+The table has the number of entries of each day, latest first; `parity_tests/porting/coverage.json` has the commit of
+each entry. Results that are "stored in" a commit were measured before it, at one that was not noted.
+"""
+
 LEFT_OUT = """Left out on purpose:
 
 - sparse and hashed tensors, which MLX does not have;
@@ -61,12 +67,11 @@ CAUSES = {
 
 def page(results: dict[str, Any]) -> str:
     """Returns the page as Markdown."""
-    lines = [HEAD, "| | tried | passed | share | machine |", "|---|---|---|---|---|"]
+    lines = [HEAD, "| | tried | passed | share |", "|---|---|---|---|"]
     for group, title in TITLES.items():
         if group not in results:
             continue
         entries = results[group]["entries"]
-        machine = results[group]["machine"]
         if len(entries) < results[group]["of"]:
             title = f"{title} ({len(entries)} of {results[group]['of']} entries tried)"
         if group == "ops":
@@ -76,15 +81,15 @@ def page(results: dict[str, Any]) -> str:
                     total = _total(chosen)
                     tried = total["passed"] + total["failed"]
                     what = f"{title}, {dtype}, {len(chosen)} operations"
-                    lines.append(_row(what, tried, total["passed"], machine))
+                    lines.append(_row(what, tried, total["passed"]))
         elif group == "layers":
             total = _total(entries)
             tried = total["passed"] + total["failed"] + total["missing"]
-            lines.append(_row(f"{title}, {len(entries)} layers", tried, total["passed"], machine))
+            lines.append(_row(f"{title}, {len(entries)} layers", tried, total["passed"]))
         else:
             passed = sum(bool(item.get("passed")) for item in entries.values())
-            lines.append(_row(title, len(entries), passed, machine))
-    lines += ["", "## What is not covered", ""]
+            lines.append(_row(title, len(entries), passed))
+    lines += ["", *_runs(results), "", "## What is not covered", ""]
     for group, title in TITLES.items():
         entries = results.get(group, {"entries": {}})["entries"]
         bad = {name: item for name, item in entries.items() if _problems(item)}
@@ -104,6 +109,24 @@ def page(results: dict[str, Any]) -> str:
             good = [name for name, item in results[group]["entries"].items() if item.get("passed")]
             lines += [f"## Ported: {TITLES[group]}", "", ", ".join(f"`{name}`" for name in good), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _runs(results: dict[str, Any]) -> list[str]:
+    """Returns the table of the commits, days and machines at which entries were measured."""
+    lines = [RUNS, "| | entries | commits | day | machine |", "|---|---|---|---|---|"]
+    for group, title in TITLES.items():
+        item = results.get(group, {"runs": [], "entries": {}})
+        counts = Counter(entry["run"] for entry in item["entries"].values())
+        days: dict[tuple[str, str], list[int]] = {}
+        for number, run in enumerate(item["runs"]):
+            days.setdefault((run["day"], run["machine"]), []).append(number)
+        title = "operations of PyTorch's operator database" if group == "ops" else title.partition(",")[0]
+        for (day, machine), numbers in reversed(days.items()):
+            commits = list(dict.fromkeys(item["runs"][number]["commit"] for number in (numbers[0], numbers[-1])))
+            count = sum(counts[number] for number in numbers)
+            text = " to ".join(commits).replace("to stored in", "to")
+            lines.append(f"| {title} | {count} | {text} | {day} | {machine} |")
+    return lines
 
 
 def _problems(item: dict[str, Any]) -> bool:
@@ -164,6 +187,6 @@ def _total(entries: dict[str, Any]) -> Counter[str]:
     return total
 
 
-def _row(what: str, tried: int, passed: int, machine: str) -> str:
+def _row(what: str, tried: int, passed: int) -> str:
     share = 1000 * passed // max(tried, 1) / 10  # 100 % only if all pass
-    return f"| {what} | {tried} | {passed} | {share:.1f} % | {machine} |"
+    return f"| {what} | {tried} | {passed} | {share:.1f} % |"

@@ -332,19 +332,52 @@ def machine(group: str) -> str:
     return f"{processor}, {cores} cores, Python {platform.python_version()}, {', '.join(versions)}"
 
 
-def save(group: str, results: dict[str, dict[str, Any]], partial: bool, every: list[str]) -> None:
+def commit() -> str:
+    """Returns the commit that is measured, with a "+" if files of the packages differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/icenet", ":/icenet_torch")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "") or "not known"
+
+
+def save(group: str, results: dict[str, dict[str, Any]], partial: bool, every: list[str], measured: str) -> None:
+    """Stores results of a group.
+
+    Args:
+        group: The group.
+        results: Its entries by name.
+        partial: Whether they are added to those of earlier runs.
+        every: The names of all entries of the group.
+        measured: The commit that was measured.
+    """
     found = stored()
     entry = found.setdefault(group, {"entries": {}})
     text = re.sub(r"(/[^/\s\"']+)+/(?=(torch|torchvision|timm|transformers|numpy)/)", "", json.dumps(results))
     results = json.loads(text)  # without the folders of this machine
-    kept = {name: {key: value for key, value in item.items() if value} for name, item in results.items()}
-    entry["entries"] = dict(sorted({**(entry["entries"] if partial else {}), **kept}.items()))
-    earlier = [item for item in entry.get("machine", "").split("; ") if item and partial]
-    entry["machine"], entry["of"] = "; ".join(dict.fromkeys([*earlier, machine(group)])), len(every)
+    run = {"commit": measured, "day": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(group)}
+    runs = [*entry.get("runs", [])] if partial else []
+    runs += [run] if run not in runs else []
+    kept = {
+        name: {**{key: value for key, value in item.items() if value}, "run": runs.index(run)}
+        for name, item in results.items()
+    }
+    entries = {**(entry["entries"] if partial else {}), **kept}
+    used = sorted({item["run"] for item in entries.values()})
+    entry["runs"], entry["of"] = [runs[number] for number in used], len(every)
+    entry["entries"] = {name: {**item, "run": used.index(item["run"])} for name, item in sorted(entries.items())}
+    write(found)
+
+
+def write(results: dict[str, Any]) -> None:
+    """Writes the results of all groups, one entry a line."""
     lines = []
-    for name, item in sorted(found.items()):
+    for name, item in sorted(results.items()):
         rows = ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in item["entries"].items())
-        head = f'  "machine": {json.dumps(item["machine"])},\n  "of": {item["of"]},\n  "entries": {{\n'
+        runs = ",\n".join(f"   {json.dumps(run)}" for run in item["runs"])
+        head = f'  "of": {item["of"]},\n  "runs": [\n{runs}\n  ],\n  "entries": {{\n'
         lines.append(f" {json.dumps(name)}: {{\n{head}{rows}\n  }}\n }}")
     RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
@@ -389,7 +422,7 @@ def main(arguments: list[str]) -> int:
     SHOW = given.show
     groups = list(GROUPS) if "all" in given.groups else [name for name in given.groups if name in GROUPS]
     whole = not given.only and given.part == "0/1" and not given.new
-    before = stored()
+    before, measured = stored(), commit()
     index, count = map(int, given.part.split("/"))
 
     def chosen(group: str, names: list[str]) -> list[str]:
@@ -402,7 +435,8 @@ def main(arguments: list[str]) -> int:
     def keep(run: Run) -> None:
         for group, results in run.results.items():
             if results and not given.show:
-                save(group, results, not whole or len(results) < len(run.chosen[group]), run.all[group])
+                partial = not whole or len(results) < len(run.chosen[group])
+                save(group, results, partial, run.all[group], measured)
 
     if groups:
         begin = time.monotonic()

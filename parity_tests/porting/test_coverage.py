@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import coverage_page
@@ -81,8 +82,30 @@ def test_a_sample_that_hangs_or_crashes_counts_as_failed(monkeypatch: pytest.Mon
     assert (result["passed"], result["failed"], result["missing"], Worker.made) == (3, 2, 1, 3)
     assert [problem.partition(":")[0] for problem in result["problems"]] == ["missing", "failed", "failed"]
     assert "sample 1 does not end in 5 s" in result["problems"][1] and "sample 3 crashes" in result["problems"][2]
-    page = coverage_page.page({"ops": {"machine": "here", "of": 1, "entries": run.results["ops"]}})
-    assert "| 5 | 3 | 60.0 % | here |" in page and "2 of 5" in page and "lacks: `polygamma`" in page
+    entries = {name: {**item, "run": 0} for name, item in run.results["ops"].items()}
+    measured = {"commit": "1234567", "day": "2026-11-30", "machine": "here"}
+    page = coverage_page.page({"ops": {"of": 1, "runs": [measured], "entries": entries}})
+    assert (
+        "| 5 | 3 | 60.0 % |" in page
+        and "| 1 | 1234567 | 2026-11-30 | here |" in page
+        and "2 of 5" in page
+        and "lacks: `polygamma`" in page
+    )
+
+
+def test_an_entry_notes_the_run_that_measured_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage_table, "RESULTS", tmp_path / "coverage.json")
+    names = ["a", "b"]
+
+    def commits() -> dict[str, str]:
+        group = coverage_table.stored()["layers"]
+        return {name: group["runs"][item["run"]]["commit"] for name, item in group["entries"].items()}
+
+    coverage_table.save("layers", {name: {"passed": 1} for name in names}, False, names, "first")
+    coverage_table.save("layers", {"a": {"passed": 1}}, True, names, "second")
+    assert commits() == {"a": "second", "b": "first"}
+    coverage_table.save("layers", {"b": {"failed": 1}}, True, names, "third")
+    assert commits() == {"a": "second", "b": "third"} and len(coverage_table.stored()["layers"]["runs"]) == 2
 
 
 class Slow(Worker):
