@@ -55,6 +55,23 @@ def test_layers_and_arrays_may_have_the_names_of_methods() -> None:
     np.testing.assert_allclose(module.keys.weight.detach().numpy(), expected, rtol=1e-6)
 
 
+class Listed(nn.Module):
+    """A list of layers whose name is a method of dicts, so that the port keeps it as a key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index in range(3):
+            x = self.items[index](x)
+        return x
+
+
+def test_an_element_of_such_a_list_has_its_singular() -> None:
+    assert 'for item in self["items"]:' in icenet.port(Listed().eval(), torch.randn(2, 4)).source
+
+
 def test_the_names_of_methods_are_all_known() -> None:
     public = {name for name in dir(mlx.nn.Module) if not name.startswith("_")}
     assert public == structure.METHODS

@@ -156,7 +156,8 @@ def _named(block: list[Line], lists: list[str], others: list[Line]) -> list[str]
 
 
 def _singular(text: str) -> str:
-    name = re.sub(r"\W", "", text.rpartition(".")[2]) or "layer"
+    """Returns a name for the elements of a list: `block` for `self.blocks` and for `self["blocks"]`."""
+    name = re.sub(r"\W", "", re.split(r"[.\"']", text.rstrip("\"']"))[-1]) or "layer"
     if name.endswith("ies"):
         return name[:-3] + "y"
     if name.endswith("s") and not name.endswith("ss") and name != "s":
