@@ -16,6 +16,7 @@ from icenet.core.config import Config, custom
 from icenet.core.errors import BackendError, IceNetError, UsageError
 from icenet.core.host import blas as blas_library
 from icenet.core.importing import interrupt_deferred, without_garbage_collection
+from icenet.core.messages import first_line
 
 if TYPE_CHECKING:
     from icenet.core.engine import Engine
@@ -102,7 +103,7 @@ def _import(name: str, blas: str = "auto") -> None:
             with without_garbage_collection(), interrupt_deferred():  # torch's start ends the process otherwise
                 importlib.import_module(framework)
     except (ImportError, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = first_line(error)
         raise BackendError(f"backend {name} is installed but does not start ({first}); see icenet doctor") from None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from icenet.core.errors import PortError
+from icenet.core.messages import first_line
 
 TORCH = str(Path(torch.__file__).parent)
 HERE = str(Path(__file__).parent)
@@ -52,10 +53,6 @@ def hint(error: Exception) -> str:
     return f"; the table has {rows} rows: give ids below {rows}, such as --shape 2x12:int{rows}"
 
 
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-
-
 def is_data_dependent(error: Exception) -> bool:
     return "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__
 
@@ -67,9 +64,7 @@ def broken(error: Exception) -> PortError:
     for match in FRAME.finditer(text):  # the code of the user in a message of torch
         if not match["file"].startswith((TORCH, HERE)) and match["file"].startswith("/"):
             places.append((match["file"], int(match["line"]), ""))
-    kind = type(error).__name__
-    first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
-    first = re.sub(r"\s+", " ", first)[:300]
+    first = re.sub(r"\s+", " ", first_line(error))
     where = code = ""
     if places:
         file, line, code = places[-1]

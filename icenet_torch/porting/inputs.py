@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from icenet.core.errors import UsageError
-from icenet_torch.porting.failures import first_line, hint, where
+from icenet.core.messages import first_line
+from icenet_torch.porting.failures import hint, where
 
 
 def check_module(module: Any) -> None:

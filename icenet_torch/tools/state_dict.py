@@ -16,6 +16,7 @@ import torch
 
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.files import staged
+from icenet.core.messages import first_line
 from icenet.core.weights import formats
 from icenet.core.weights.safetensors import FileMap, file_maps
 from icenet_torch.nn.arrays import from_numpy, to_numpy
@@ -165,4 +166,4 @@ def write_state_dict(path: str | os.PathLike[str], weights: Mapping[str, Array])
             # PyTorch's zip writer raises its own error on top of a failed write, of Ctrl-C and of signals
             if (cause := error.__context__) is not None and not isinstance(cause, RuntimeError):
                 raise cause from None
-            raise WeightsError(f"{path}: PyTorch cannot write it ({str(error).splitlines()[0]})") from error
+            raise WeightsError(f"{path}: PyTorch cannot write it ({first_line(error)})") from error

@@ -26,7 +26,7 @@ from source_tree import (
 import icenet
 
 LAYERS = [
-    ["core.errors", "core.importing", "core.dtypes", "core.host"],
+    ["core.errors", "core.messages", "core.importing", "core.dtypes", "core.host"],
     ["core.rng", "core.files", "core.listing"],
     ["core.config", "core.tokenizers", "core.porting"],
     ["core.report"],

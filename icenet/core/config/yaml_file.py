@@ -13,6 +13,7 @@ import yaml
 from icenet.core.config import scalars
 from icenet.core.config.scalars import Scalar
 from icenet.core.errors import ConfigError
+from icenet.core.messages import first_line
 
 Lines = dict[tuple[Any, ...], int]
 """Line number of each key and of each item of a list, by its path from the root."""
@@ -135,7 +136,7 @@ def _parse(text: str, lines: Lines) -> Any:
 
 def _syntax_error(error: yaml.YAMLError, text: str) -> InvalidYAMLError:
     """Returns the error of PyYAML as one line, and how to correct frequent ones."""
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem = getattr(error, "problem", None) or first_line(error)
     context = getattr(error, "context", None) or ""
     marks = [getattr(error, "problem_mark", None), getattr(error, "context_mark", None)]
     remedy = ""

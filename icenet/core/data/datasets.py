@@ -15,13 +15,13 @@ from icenet.core.config import (
     custom,
 )
 from icenet.core.data.images.dataset import ImageDataset
-from icenet.core.data.images.folders import some
 from icenet.core.data.text.conversations import ConversationDataset, open_conversations
 from icenet.core.data.text.documents import DocumentDataset
 from icenet.core.data.text.packed import Batch, TextDataset
 from icenet.core.data.text.prepare import Progress
 from icenet.core.data.user import UserDataset
 from icenet.core.errors import ConfigError
+from icenet.core.messages import some
 from icenet.core.report.bar import Bar
 from icenet.core.tokenizers import get_tokenizer
 from icenet.core.tokenizers.base import Tokenizer

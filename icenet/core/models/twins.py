@@ -18,6 +18,7 @@ from typing import Any
 from icenet.core import backends
 from icenet.core.config import Config, custom, user_code
 from icenet.core.errors import BackendError, CheckpointError, UsageError
+from icenet.core.messages import some
 from icenet.core.models.build import class_of
 from icenet.core.weights import layout
 
@@ -178,8 +179,7 @@ def _dropout(path: str, mlx: tuple[str, float] | None, torch: tuple[str, float] 
 
 def summarize(lines: list[str]) -> str:
     """Returns the first differences in one line, and the number of the others."""
-    more = f" and {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
-    return "; ".join(lines[:MAX_SHOWN]) + more
+    return some(lines, MAX_SHOWN, "; ")
 
 
 def compare_with_twin(config: Config, model: Any) -> str | None:

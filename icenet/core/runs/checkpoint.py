@@ -37,6 +37,7 @@ from icenet.core.errors import CheckpointError, IceNetError, MissingCheckpointEr
 from icenet.core.families import sentence_transformers
 from icenet.core.files import path_hint, staged_folder, write_bytes, write_error, write_text
 from icenet.core.files import set_aside as rename_aside
+from icenet.core.messages import first_line
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.weights import files as weight_files
 
@@ -357,7 +358,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise IncompleteError(f"{path}: not a complete checkpoint: {name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / name}: damaged: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path / name}: damaged: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path / name}: damaged: not an object")
     return value

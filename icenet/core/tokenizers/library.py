@@ -12,6 +12,7 @@ from typing import Any
 
 from icenet.core.errors import DataError
 from icenet.core.files import LFS_POINTER, LFS_REMEDY
+from icenet.core.messages import first_line
 
 
 def library() -> ModuleType:
@@ -78,7 +79,7 @@ def _check_json(content: bytes, where: str) -> None:
     except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
         if content.startswith(LFS_POINTER):
             raise DataError(f"data.tokenizer: {where}: is a Git LFS pointer, not the file; {LFS_REMEDY}") from None
-        raise DataError(f"data.tokenizer: {where}: not JSON: {_first_line(error)}") from None
+        raise DataError(f"data.tokenizer: {where}: not JSON: {first_line(error)}") from None
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise DataError(f"data.tokenizer: {where}: not a Hugging Face tokenizer.json: it has no model")
 
@@ -102,11 +103,7 @@ def one_line_errors(problem: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, DataError):
         raise
     except BaseException as error:  # a Rust panic is not an Exception
-        raise DataError(f"{problem}: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise DataError(f"{problem}: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

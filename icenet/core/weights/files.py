@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from icenet.core.errors import MissingWeightsError, WeightsError
 from icenet.core.files import staged
+from icenet.core.messages import some
 from icenet.core.weights import prefixes
 from icenet.core.weights.safetensors import (
     DTYPES,
@@ -165,7 +166,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
         return _read_index(path, index)
     if path.is_dir():
         others = sorted(entry.name for entry in path.iterdir() if entry.suffix in _OTHER_SUFFIXES)
-        hint = f"give one of its files: {_first_three(others)}" if others else "give the folder of a checkpoint"
+        hint = f"give one of its files: {some(others)}" if others else "give the folder of a checkpoint"
         raise WeightsError(f"{path}: contains neither {file.name} nor its index; {hint}")
     raise MissingWeightsError(f"{path}: no such file; check the path")
 
@@ -210,7 +211,7 @@ def listed_in_index(index: Path, suffixes: Sequence[str] = (SUFFIX,)) -> dict[st
     missing = [file for file in files if not (index.parent / file).is_file()]
     if missing:
         raise WeightsError(
-            f"{index}: {len(missing)} of {len(files)} shards are missing ({_first_three(missing)}); "
+            f"{index}: {len(missing)} of {len(files)} shards are missing ({some(missing)}); "
             f"copy them to {index.parent}"
         )
     return dict(listed)
@@ -232,7 +233,7 @@ def warn_of_other_shards(file: Path, read: Collection[str]) -> None:
     if others:
         reason = f"{file.name} is read" if file.name in read else f"{file.name}.index.json does not list them"
         logging.getLogger("icenet").warning(
-            f"{file.parent}: shards are not read, because {reason}: {_first_three(others)}; remove them, or copy the "
+            f"{file.parent}: shards are not read, because {reason}: {some(others)}; remove them, or copy the "
             "index that lists them"
         )
 
@@ -249,7 +250,7 @@ def _read_index(path: Path, index: Path) -> Weights:
     unlisted = [name for name in weights if name not in listed]
     if unlisted:
         raise WeightsError(
-            f"{index}: does not list {_first_three(unlisted)}, which its shards contain; save the weights again"
+            f"{index}: does not list {some(unlisted)}, which its shards contain; save the weights again"
         )
     return weights
 
@@ -416,16 +417,16 @@ def check(
     misshapen = [name for name in expected if name in found and tuple(found[name]) != tuple(expected[name])]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing ({_first_three(missing)})")
+        problems.append(f"{len(missing)} missing ({some(missing)})")
     if extra:
         near = [difflib.get_close_matches(name, missing or expected, n=1) for name in extra[:3]]
         shown = [
             f"{name}, nearest is {match[0]}" if match else name for name, match in zip(extra, near, strict=False)
         ]
-        problems.append(f"{len(extra)} unexpected ({_first_three(shown + extra[3:])})")
+        problems.append(f"{len(extra)} unexpected ({some(shown + extra[3:])})")
     if misshapen:
         shown = [f"{name} is {list(found[name])}, not {list(expected[name])}" for name in misshapen[:3]]
-        problems.append(f"{len(misshapen)} of another shape ({_first_three(shown + misshapen[3:])})")
+        problems.append(f"{len(misshapen)} of another shape ({some(shown + misshapen[3:])})")
     if problems:
         found_prefixes = prefixes.suggest_prefixes(found, expected) if extra else []
         if found_prefixes:
@@ -437,7 +438,3 @@ def check(
             f"{source}: not the parameters of this model: {'; '.join(problems)}; "
             f"{remedy or 'use the config they belong to'}"
         )
-
-
-def _first_three(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.errors import WeightsError
+from icenet.core.messages import some
 from icenet.core.weights import layout, prefixes
 from icenet.core.weights.counterparts import (
     ATTENTION_OF,
@@ -303,8 +304,7 @@ class Pairing:
 
     def _say(self, problem: str, names: Sequence[str]) -> None:
         if names:
-            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-            self.problems.append(f"{problem}: {', '.join(names[:_MOST_NAMES])}{more}")
+            self.problems.append(f"{problem}: {some(names, _MOST_NAMES)}")
 
     def _with_guesses(self, unknown: list[str], missing: list[str]) -> list[str]:
         texts = list(unknown)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
+from icenet.core.messages import first_line
 from icenet.parity import align
 from icenet.parity.calls.events import Event, arrays_of, rebuild
 from icenet.parity.calls.module_copy import ModuleCopy
@@ -44,7 +45,7 @@ def replay(side: ModuleCopy, given: Replay) -> dict[str, Value]:
         except align.ReplayError:
             raise
         except Exception as error:  # whatever a user's layer raises is a result of the comparison
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise align.ReplayError(f"fails on the inputs of the reference: {reason}") from error
         after = side.tools.buffers(module) if side.train else {}
     found = call.named_outputs(outputs)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.core.errors import FileError, UsageError
+from icenet.core.messages import first_line
 from icenet.core.models import randomness
 from icenet.parity import align
 from icenet.parity.calls import module_replays
@@ -140,7 +141,7 @@ class ModuleSide(ModuleCopy):
             made = self.tools.make_optimizer(self.module, given)
             problem = "" if hasattr(made, self.tools.UPDATE) else f"it returns {type(made).__name__}"
         except Exception as error:  # of a function or class of the user
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+            problem = first_line(error)
         if problem:
             raise UsageError(f"compare: the optimizer of {role}: {problem}; give {self.tools.OPTIMIZERS}")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from icenet.core.messages import some
 from icenet.parity import align
 from icenet.parity.calls.directions import parts_of
 from icenet.parity.calls.events import Event, Run, numbers_by_name
@@ -86,8 +87,7 @@ def _other_keys(pairs: list[Pair]) -> list[str]:
     if len(ours) != len(theirs) or set(ours) == set(theirs):
         return []
     others = [f"{x} of a with {y} of b" for x, y in zip(ours, theirs, strict=True) if x != y]
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return [f"outputs with other keys are compared in their order: {', '.join(others[:3])}{more}"]
+    return [f"outputs with other keys are compared in their order: {some(others)}"]
 
 
 def _without_other_rows(
@@ -134,8 +134,7 @@ def _without_other_rows(
             names += [pair.path] if pair.path not in names else []
             example = example or f"{list(hows[0][0].array.shape)} and {list(hows[0][1].array.shape)}"
     notes = [
-        f"{', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}: called with other rows in "
-        f"a than in b, such as {example}; computed within {around}"
+        f"{some(paths)}: called with other rows in a than in b, such as {example}; computed within {around}"
         for around, paths in found.items()
     ]
     _set_apart([pair for pair in pairs if id(pair.b) in left_out], callers, known)

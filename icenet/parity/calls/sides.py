@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from icenet.core.messages import first_line
 from icenet.parity.calls.draws import SharedDraws
 from icenet.parity.calls.events import Event, Run, Store
 from icenet.parity.calls.pairs import Pair, Replay, Sample
@@ -317,5 +318,5 @@ class ModuleError(Exception):
 
     def __init__(self, side: Side, path: str, error: Exception, run: Run, in_backward: bool = False) -> None:
         self.side, self.path, self.run, self.in_backward = side, path, run, in_backward
-        self.reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        self.reason = first_line(error)
         super().__init__(f"{path or 'the model'}: {type(error).__name__}: {self.reason}")

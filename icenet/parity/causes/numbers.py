@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from icenet.core.messages import some
 from icenet.parity.calls.module_copy import is_of_user
 from icenet.parity.causes.trial import Trial
 from icenet.parity.state import Comparison
@@ -157,10 +158,7 @@ def unequal_numbers(c: Comparison) -> list[str]:
         if c.trains
         else "although all values agree in evaluation mode: the training mode, which it may change, was not compared"
     )
-    return [
-        f"{text}, in {', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}, {effect}"
-        for text, paths in places.items()
-    ]
+    return [f"{text}, in {some(paths)}, {effect}" for text, paths in places.items()]
 
 
 @contextlib.contextmanager

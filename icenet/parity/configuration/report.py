@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from icenet.core.messages import some
 from icenet.parity.configuration.locate import DIFFERS, PROPAGATED, Row
 from icenet.parity.curves import CurveJudgement
 from icenet.parity.yardstick import FACTOR
@@ -118,13 +119,13 @@ class Report:
     def _difference(self) -> str:
         parts = []
         if self.differences:
-            parts.append(f"the models differ: {_some(self.differences)}")
+            parts.append(f"the models differ: {some(self.differences)}")
         if self.unequal_weights:
-            parts.append(f"weights differ: {_some(self.unequal_weights)}")
+            parts.append(f"weights differ: {some(self.unequal_weights)}")
         if self.rounded_weights:
             names = "it is" if len(self.rounded_weights) == 1 else "they are"
             parts.append(
-                f"{_some(self.rounded_weights)}: equal but for rounding; if {names} computed by mx and by torch, "
+                f"{some(self.rounded_weights)}: equal but for rounding; if {names} computed by mx and by torch, "
                 "compute with numpy in both files"
             )
         origins = self._origins()
@@ -135,7 +136,7 @@ class Report:
             reason = own.note or f"{_number(own.ratio)} times the noise on equal inputs"
             where = f", in its {_pass_of(row.own_part)}" if row.own_part and not own.note else ""
             others = self.differing()[1:]
-            more = f"; also {_some(others)}" if others else ""
+            more = f"; also {some(others)}" if others else ""
             parts.append(f"differs here: {_name(row)} ({section.title}), {reason}{where}{more}")
         elif over:
             section, row = over[0]
@@ -201,7 +202,7 @@ class Report:
             text += ", float64" if role == "reference" else f", {self.dtype}, TF32 {engine['tf32']}"
             console.print(Text(f"{role:<10}{text}"), highlight=False)
         if self.num_weights:
-            state = f"{_some(self.unequal_weights)} differ" if self.unequal_weights else "equal bit for bit"
+            state = f"{some(self.unequal_weights)} differ" if self.unequal_weights else "equal bit for bit"
             console.print(Text(f"{'weights':<10}{self.num_weights} parameters: {state}"), highlight=False)
         tied = [f"{path} is tied to {owner}" for path, owner in self.shared.items()]
         for label, lines in (("shared", tied), ("differs", self.differences), ("note", self.notes)):
@@ -297,10 +298,6 @@ def _number(value: float) -> str:
     if value == 0:
         return "0"
     return f"{value:.2g}" if math.isfinite(value) and value < 1e4 else ("∞" if math.isinf(value) else f"{value:.1e}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _row_dict(row: Row) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from icenet.core import backends
 from icenet.core.errors import PortError, UsageError
+from icenet.core.messages import some
 from icenet.core.porting import build
 from icenet.core.porting.build import Plan
 from icenet.core.porting.record import Graph, Tensor
@@ -130,9 +131,8 @@ class Original:
             )
             train = None
         if constants := {**graph.constants, **(train.constants if train is not None else {})}:
-            texts = [f"{path} = {value}" for path, value in constants.items()]
-            more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
-            notes.append(f"buffers whose values are constants of the port: {', '.join(texts[:3])}{more}")
+            texts = some(f"{path} = {value}" for path, value in constants.items())
+            notes.append(f"buffers whose values are constants of the port: {texts}")
         weights = backends.module("torch", "porting.run").weights(self.module, program)
         return Export(graph, train, program, weights, notes)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from icenet.core import backends
 from icenet.core.errors import IceNetError, PortError
+from icenet.core.messages import first_line
 from icenet.core.porting.build import Plan
 from icenet.parity.nearby import Perturbation
 from icenet.parity.ports.inputs import Arguments, arrays_of, sizes_text, with_arrays
@@ -42,13 +43,8 @@ def _one_error(kind: type[PortError], given: Arguments, training: bool) -> Itera
         if kind is OriginalFails:
             failures = backends.module("torch", "porting.failures")
             who, where, hint = "the original", failures.where(error), failures.hint(error)
-        text = f"{who} fails in {mode_name(training)} mode on {sizes_text(given)}: {where}{_first_line(error)}{hint}"
+        text = f"{who} fails in {mode_name(training)} mode on {sizes_text(given)}: {where}{first_line(error)}{hint}"
         raise kind(text) from error
-
-
-def _first_line(error: Exception) -> str:
-    """Returns the first line of the message of an error, or its kind if it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 @dataclass
@@ -207,7 +203,7 @@ class Pair:
             mode = mode_name(self.training)
             where = backends.module("torch", "porting.failures").where(error)
             notes.append(
-                f"no gradients were compared in {mode} mode, the original raises: {where}{_first_line(error)}"
+                f"no gradients were compared in {mode} mode, the original raises: {where}{first_line(error)}"
             )
             return reference
         self.cotangents = drawn or None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from icenet.core.errors import DataError
 from icenet.core.files import LFS_POINTER, LFS_REMEDY
+from icenet.core.messages import first_line
 
 Pixels = NDArray[np.uint8]
 
@@ -156,7 +157,7 @@ def opened(path: Path) -> Iterator[Any]:
     except PermissionError:
         raise DataError(f"{path}: cannot be read: permission denied") from None
     except Exception as error:  # the decoder of a damaged file can raise anything
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = first_line(error)
         raise DataError(f"{path}: damaged or cut short ({first}); remove it, or download it again") from None
 
 

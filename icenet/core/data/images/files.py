@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icenet.core.data.images.decode import INSTALL, WHITE, Pixels, decode, fit, has_more_frames, opened, pillow
-from icenet.core.data.images.folders import class_folders, some
+from icenet.core.data.images.folders import class_folders
 from icenet.core.data.images.preprocess import Preprocessor
 from icenet.core.errors import DataError
 from icenet.core.host.threads import for_ranges
+from icenet.core.messages import some
 
 IN_MEMORY = 1 << 30
 """Size in bytes up to which the images of a folder are decoded once and kept."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from icenet.core.data.images.decode import SUFFIXES
 from icenet.core.errors import DataError
 from icenet.core.listing import identity, is_run
+from icenet.core.messages import some
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -412,10 +413,3 @@ def _without_class(root: Folder) -> list[str]:
     names = some([path.name for path in root.images])
     count = f"{len(root.images):,} image" + ("s are" if len(root.images) > 1 else " is")
     return [f"{root.path}: {count} in no class folder and not used ({names})"]
-
-
-def some(names: Iterable[str]) -> str:
-    """Returns the first names, quoted if they are not paths, and the number of the others."""
-    listed = list(names)
-    more = f" and {len(listed) - _NAMED:,} more" if len(listed) > _NAMED else ""
-    return ", ".join(listed[:_NAMED]) + more
