@@ -51,24 +51,17 @@ def compare_files(
         DataError: The inputs cannot be read.
         WeightsError: The weights do not fit.
     """
-    a, b = load_module(module), load_module(reference)
-    if weights_file is not None:
-        for found in (a, b):
-            set_weights(found, weights_file, rename)
+    a, b = (load_module(name, weights_file, rename) for name in (module, reference))
     inputs = None if input_file is None else read_inputs(input_file)
+    options = {"dtype": dtype, "seed": seed, "replay": None if replay is None else str(replay)}
+    return _compare(a, b, inputs, stages, quiet, rename=rename, copy_weights=copy_weights, **options)
+
+
+def _compare(a: Any, b: Any, inputs: Any, stages: Sequence[str] | None, quiet: bool, **options: Any) -> Report:
+    """Returns the report of `icenet.parity.compare`, with the command that makes it."""
+    chosen = ALL_STAGES if stages is None else tuple(stages)
     with progress_bar(quiet) as update:
-        report = compare(
-            a,
-            b,
-            inputs,
-            rename=rename,
-            stages=ALL_STAGES if stages is None else tuple(stages),
-            dtype=dtype,
-            seed=seed,
-            copy_weights=copy_weights,
-            replay=None if replay is None else str(replay),
-            progress=update,
-        )
+        report = compare(a, b, inputs, stages=chosen, progress=update, **options)
     report.command = shlex.join(["icenet", *sys.argv[1:]])
     return report
 
@@ -93,12 +86,10 @@ def record_file(
         DataError: The inputs cannot be read.
         WeightsError: The weights do not fit.
     """
-    found = load_module(module)
-    if weights_file is not None:
-        set_weights(found, weights_file)
+    loaded = load_module(module, weights_file)
     inputs = None if input_file is None else read_inputs(input_file)
     with progress_bar() as update:
-        written = record(found, inputs, folder, dtype=dtype, seed=seed, progress=update)
+        written = record(loaded, inputs, folder, dtype=dtype, seed=seed, progress=update)
     size = sum(file.stat().st_size for file in written.iterdir())
     return f"recorded {module}: {written} ({size / 1e6:.1f} MB); check a module against it with icenet parity check"
 
@@ -125,29 +116,30 @@ def check_file(
         WeightsError: The weights do not fit.
     """
     recorded = read_trace(trace)
-    found = load_module(module)
-    if weights_file is not None:
-        set_weights(found, weights_file, rename)
-    with progress_bar(quiet) as update:
-        report = compare(
-            found,
-            recorded,
-            rename=rename,
-            stages=ALL_STAGES if stages is None else tuple(stages),
-            dtype=recorded.dtype,
-            copy_weights=copy_weights,
-            progress=update,
-        )
-    report.command = shlex.join(["icenet", *sys.argv[1:]])
-    return report
+    tested = load_module(module, weights_file, rename)
+    options = {"rename": rename, "dtype": recorded.dtype, "copy_weights": copy_weights}
+    return _compare(tested, recorded, None, stages, quiet, **options)
 
 
-def load_module(reference: str) -> Any:
+def load_module(reference: str, weights_file: Path | None = None, rename: Mapping[str, str] | None = None) -> Any:
     """Returns the module that `FILE.py:NAME` names. This runs the file.
+
+    Args:
+        reference: `FILE.py:NAME` of a module, or of a class or function without arguments that returns one.
+        weights_file, rename: See `set_weights`; None keeps the weights that the module has.
 
     Raises:
         UsageError: There is no such file or name, or calling it fails.
+        WeightsError: The weights do not fit.
     """
+    module = _defined(reference)
+    if weights_file is not None:
+        set_weights(module, weights_file, rename)
+    return module
+
+
+def _defined(reference: str) -> Any:
+    """Returns what `FILE.py:NAME` defines, or what it returns."""
     file, separator, name = reference.rpartition(":")
     if not separator or not file.endswith(".py"):
         raise UsageError(f"{reference}: is not FILE.py:NAME, such as mine.py:Net")

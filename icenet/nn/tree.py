@@ -72,6 +72,14 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((node.path, node.holder) for node in _nodes(model) if isinstance(node.holder, nn.Module))
 
 
+def distinct_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns all modules by canonical path, parents first; a shared one under its first path."""
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in named_modules(model):
+        first.setdefault(id(module), (path, module))
+    return dict(first.values())
+
+
 def named_arrays(model: nn.Module) -> list[NamedArray]:
     """Returns parameters and buffers, those of a module before those of its children; shared ones at each place."""
     return [NamedArray(place.path, place.holder[place.key], place.is_trainable) for place in _places(model)]

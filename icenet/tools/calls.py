@@ -75,14 +75,6 @@ def detached(module: nn.Module, rows: Mapping[str, int] | None = None) -> nn.Mod
     return copied
 
 
-def distinct_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns all modules by canonical path, parents first; a shared one under its first path."""
-    first: dict[int, tuple[str, nn.Module]] = {}
-    for path, module in tree.named_modules(model):
-        first.setdefault(id(module), (path, module))
-    return dict(first.values())
-
-
 def buffers(module: nn.Module) -> dict[str, np.ndarray]:
     """Returns the floating buffers of a module itself, not of those within it, by name."""
     return {

@@ -26,7 +26,7 @@ def recording(model: nn.Module, trace: Trace) -> Iterator[Trace]:
     MLX has no forward hooks and looks `__call__` up on the class. So the class of each module is replaced
     by a subclass that records, and restored at the end.
     """
-    modules = _modules(model)
+    modules = tree.distinct_modules(model)
     paths = {id(module): path for path, module in modules.items()}
     recorders: dict[type, type] = {}
     trace.describe_modules("mlx", call_kinds(modules.items()), modules)
@@ -67,7 +67,7 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
         `output`, `output[1]`, ... With cotangents also the gradients of sum(outputs * cotangents): `input 0`, ...
         for each float argument and `gradient PARAMETER` for each trainable parameter, in PyTorch's layout.
     """
-    module = _modules(model)[path]
+    module = tree.distinct_modules(model)[path]
     inputs = [_array(value) for value in call.values if value.is_float]
     own = tree.Arrays(module)
     parameters = own.get()
@@ -111,11 +111,3 @@ def _array(value: Value) -> mx.array:
     """Returns a value as an array; floats in their dtype."""
     array = from_numpy(value.array)
     return array.astype(DTYPES[value.dtype]) if value.is_float else array
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns all modules by canonical path, parents first; a shared one under its first path."""
-    first: dict[int, tuple[str, nn.Module]] = {}
-    for path, module in tree.named_modules(model):
-        first.setdefault(id(module), (path, module))
-    return dict(first.values())

@@ -35,6 +35,11 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return model.named_modules(remove_duplicate=False)
 
 
+def distinct_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns all modules by canonical path, parents first; a shared one under its first path."""
+    return dict(model.named_modules())
+
+
 def named_arrays(model: nn.Module) -> list[NamedArray]:
     """Returns parameters and buffers, those of a module before those of its children; shared ones at each place.
 

@@ -111,11 +111,6 @@ def held_results(module: nn.Module) -> dict[int, Any]:
     return {id(item): item.detach().clone() for item in held if not item.is_leaf}
 
 
-def distinct_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns all modules by path, parents first; a shared one under its first path."""
-    return dict(model.named_modules())
-
-
 def buffers(module: nn.Module) -> dict[str, np.ndarray]:
     """Returns the floating buffers of a module itself, not of those within it, by name."""
     return {

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from icenet.parity.trace import ArrayConverter, Call, Trace, Value, short_dtype
-from icenet_torch.nn import arrays
+from icenet_torch.nn import arrays, tree
 from icenet_torch.nn.arrays import DTYPES, from_numpy
 from icenet_torch.nn.kinds import call_kinds
 
@@ -35,9 +35,10 @@ def recording(model: nn.Module, trace: Trace) -> Iterator[Trace]:
         return after
 
     handles = []
-    trace.describe_modules("torch", call_kinds(model.named_modules()), dict(model.named_modules()))
+    modules = tree.distinct_modules(model)
+    trace.describe_modules("torch", call_kinds(modules.items()), modules)
     try:
-        for path, module in model.named_modules():
+        for path, module in modules.items():
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(recorder(path), with_kwargs=True))
         yield trace
@@ -60,7 +61,7 @@ def replay(model: nn.Module, path: str, call: Call, cotangents: list[Value] | No
         `output`, `output[1]`, ... With cotangents also the gradients of sum(outputs * cotangents): `input 0`, ...
         for each float argument and `gradient PARAMETER` for each trainable parameter.
     """
-    module = dict(model.named_modules())[path]
+    module = tree.distinct_modules(model)[path]
     first = next(model.parameters(), torch.empty(0))
     inputs: list[torch.Tensor] = []
 

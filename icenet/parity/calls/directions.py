@@ -25,7 +25,7 @@ _REVERSE = re.compile(r"(?:^|[._])(?:r|b|bw|bwd|rtl|back\w*|rev\w*)\d*(?:[._]|$)
 
 def divided(a: Any, b: Any) -> Any:
     """Returns the module of PyTorch, with its recurrent layers divided if that of MLX has as many as parts."""
-    names = {p: class_name(m) for p, m in backends.module("mlx", "tools.calls").distinct_modules(a).items()}
+    names = {p: class_name(m) for p, m in backends.module("mlx", "nn.tree").distinct_modules(a).items()}
     layers = [path for path, name in names.items() if name.startswith(_MLX)]
     counts = Counter(names[path].removeprefix(_MLX) for path in layers)
     if not counts:

@@ -46,7 +46,7 @@ class ModuleCopy(Side):
         self.tools = backends.module(backend, "tools.calls")
         self.nn = backends.module(backend, "nn")
         self.module = self.tools.working_copy(module, dtype, exact and backend == "torch")
-        self.modules = self.tools.distinct_modules(self.module)
+        self.modules = backends.module(backend, "nn.tree").distinct_modules(self.module)
         modes = {path: bool(getattr(inner, "training", True)) for path, inner in self.modules.items()}
         super().__init__(backend, dtype, exact, modes)
         self.kinds = backends.module(backend, "nn.kinds").call_kinds(self.modules.items())
@@ -124,12 +124,12 @@ class ModuleCopy(Side):
         """Sets canonical weights of the copy."""
         with self.tools.assigned(self.module, values):
             self.module = self.tools.detached(self.module)
-        self.modules = self.tools.distinct_modules(self.module)
+        self.modules = self._tree.distinct_modules(self.module)
 
     def use(self, module: Any) -> None:
         """Computes with another copy."""
         self.module = module
-        self.modules = self.tools.distinct_modules(module)
+        self.modules = self._tree.distinct_modules(module)
         self._dropouts = dropout.dropout_layers(self.modules.items()) if self.train else {}
 
     def some_weights(self, names: Any, prefix: str) -> dict[str, Array]:
@@ -252,7 +252,7 @@ class ModuleCopy(Side):
         if self.backend != "torch" or not points.is_pointwise(layer, self.module):
             return False
         self.module = points.with_weight_shape(self.module, path, shape)
-        self.modules = self.tools.distinct_modules(self.module)
+        self.modules = self._tree.distinct_modules(self.module)
         for name in ("shapes", "trainable_names"):
             self.__dict__.pop(name, None)
         return True
