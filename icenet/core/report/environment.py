@@ -51,21 +51,20 @@ def matmul_gflops(multiply: Callable[[], Any]) -> float:
     Args:
         multiply: Multiplies two matrices of MATRIX_SIZE x MATRIX_SIZE and waits for the result.
     """
-    multiply()
-    begin, times = time.perf_counter(), list[float]()
-    while len(times) < REPETITIONS and (not times or time.perf_counter() - begin < MAX_SECONDS):
-        start = time.perf_counter()
-        multiply()
-        times.append(time.perf_counter() - start)
-    return round(2 * MATRIX_SIZE**3 / statistics.median(times) / 1e9, 1)
+    return round(2 * MATRIX_SIZE**3 / _median_seconds(multiply, REPETITIONS, MAX_SECONDS) / 1e9, 1)
 
 
 def microseconds(work: Callable[[], Any]) -> float:
     """Returns the duration of a small operation: the median of up to 50 repetitions in 0.2 s, after a warm-up."""
+    return round(_median_seconds(work, 50, 0.2) * 1e6, 1)
+
+
+def _median_seconds(work: Callable[[], Any], most: int, seconds: float) -> float:
+    """Returns the median duration of a function after a warm-up: of `most` calls, or of those begun in `seconds`."""
     work()
     begin, times = time.perf_counter(), list[float]()
-    while len(times) < 50 and (not times or time.perf_counter() - begin < 0.2):
+    while len(times) < most and (not times or time.perf_counter() - begin < seconds):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return round(statistics.median(times) * 1e6, 1)
+    return statistics.median(times)

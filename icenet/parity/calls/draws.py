@@ -24,8 +24,8 @@ Array = npt.NDArray[np.float32]
 Place = tuple[str, int, int]
 """The path of a module in the reference, the number of its call, and the number of the draw in the call."""
 
-
 _MASKS = {"bernoulli", "uniform"}
+"""The distributions of which a module can make a mask."""
 
 
 @dataclass(frozen=True)

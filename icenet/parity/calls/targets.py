@@ -1,4 +1,4 @@
-"""The targets of the default loss: the distance of the outputs from them is trained."""
+"""The targets of the default loss, which is the distance of the outputs from them."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -198,39 +199,10 @@ def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
     """Returns the arrays of a shape that a call receives, with what to call them."""
     found: list[tuple[str, Array]] = []
     if trial.is_forward:
-        for child in trial.pair.children:
-            for name, array in trial.c.reference.own_arrays(child.path).items():
-                if shape and array.ndim == 1 and array.shape[0] in (shape[-1], shape[1] if len(shape) > 2 else -1):
-                    axes = [1] * len(shape)
-                    axes[-1 if array.shape[0] == shape[-1] else 1] = array.shape[0]
-                    label = f"{relative(child.path, trial.pair.path)}.{name}"
-                    found.append((label, np.broadcast_to(array.reshape(axes), shape)))
-        for name, array in trial.c.reference.own_arrays(trial.pair.path).items():
-            rows = array[0] if array.ndim > 2 and array.shape[0] == 1 else array  # a table for all rows of a batch
-            if (rows.ndim > 1 and shape[-rows.ndim :] == rows.shape) or (array.size > 1 and _fits(array, shape)):
-                found.append((name, np.broadcast_to(np.asarray(array, np.float64), shape)))
-        stacks: dict[tuple[str, int], list[Array]] = {}
-        for (source, number), value in zip(trial.pair.input_places(), trial.given.values, strict=True):
-            array = np.asarray(value.array, np.float64)
-            if source is not None:
-                stacks.setdefault((source.path, number), []).append(array)
-            if array.shape[-1:] == shape[-1:] and array.size == math.prod(shape):
-                array = array.reshape(shape)  # [B * L, D] where the others are [B, L, D]
-            array = np.broadcast_to(array, shape) if _fits(array, shape) else array
-            found.append((_label(trial.pair, source, number), array))
-        for (path, number), arrays in stacks.items():
-            if len(arrays) > 1 and len(shape) > 2 and {array.shape for array in arrays} == {shape[:1] + shape[2:]}:
-                output = next(child.b.output_label(number) for child in trial.pair.children if child.path == path)
-                label = f"the {output} of {relative(path, trial.pair.path)}, of all its calls,"
-                found.append((label, np.stack(arrays, 1)))
-        computed = _computed_within(trial)
-        for index, (source, _) in enumerate(trial.pair.places()):
-            name = output_name(index)
-            if source is not None and name in trial.checked[1:]:
-                label = f"the input of {relative(source.path, trial.pair.path)}"
-                computed.append((label, np.asarray(trial.exact[name].array, np.float64)))
+        found += [*_parameters(trial, shape), *_inputs(trial, shape)]
         # what a call gets unchanged has the name that it has already
         known = [array for _, array in found]
+        computed = [*_computed_within(trial), *_inputs_of_calls(trial)]
         found += [(label, array) for label, array in computed if not any(np.array_equal(array, x) for x in known)]
     elif trial.given.cotangents is not None:
         for (source, _), value in zip(trial.pair.places(), trial.given.cotangents, strict=True):
@@ -241,6 +213,47 @@ def _terms(trial: Trial, shape: tuple[int, ...]) -> list[tuple[str, Array]]:
         if array.shape == shape and len(kept) < 12:
             kept.setdefault(label, array)
     return list(kept.items())
+
+
+def _parameters(trial: Trial, shape: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
+    """Yields the vectors of the calls within a call, and its own tables, repeated to a shape."""
+    for child in trial.pair.children:
+        for name, array in trial.c.reference.own_arrays(child.path).items():
+            if shape and array.ndim == 1 and array.shape[0] in (shape[-1], shape[1] if len(shape) > 2 else -1):
+                axes = [1] * len(shape)
+                axes[-1 if array.shape[0] == shape[-1] else 1] = array.shape[0]
+                label = f"{relative(child.path, trial.pair.path)}.{name}"
+                yield label, np.broadcast_to(array.reshape(axes), shape)
+    for name, array in trial.c.reference.own_arrays(trial.pair.path).items():
+        rows = array[0] if array.ndim > 2 and array.shape[0] == 1 else array  # a table for all rows of a batch
+        if (rows.ndim > 1 and shape[-rows.ndim :] == rows.shape) or (array.size > 1 and _fits(array, shape)):
+            yield name, np.broadcast_to(np.asarray(array, np.float64), shape)
+
+
+def _inputs(trial: Trial, shape: tuple[int, ...]) -> Iterator[tuple[str, Array]]:
+    """Yields the inputs of a call and the outputs of the calls within it, also those of all steps of one, stacked."""
+    stacks: dict[tuple[str, int], list[Array]] = {}
+    for (source, number), value in zip(trial.pair.input_places(), trial.given.values, strict=True):
+        array = np.asarray(value.array, np.float64)
+        if source is not None:
+            stacks.setdefault((source.path, number), []).append(array)
+        if array.shape[-1:] == shape[-1:] and array.size == math.prod(shape):
+            array = array.reshape(shape)  # [B * L, D] where the others are [B, L, D]
+        array = np.broadcast_to(array, shape) if _fits(array, shape) else array
+        yield _label(trial.pair, source, number), array
+    for (path, number), arrays in stacks.items():
+        if len(arrays) > 1 and len(shape) > 2 and {array.shape for array in arrays} == {shape[:1] + shape[2:]}:
+            output = next(child.b.output_label(number) for child in trial.pair.children if child.path == path)
+            yield f"the {output} of {relative(path, trial.pair.path)}, of all its calls,", np.stack(arrays, 1)
+
+
+def _inputs_of_calls(trial: Trial) -> Iterator[tuple[str, Array]]:
+    """Yields the exact inputs of the calls within a call that a replay computes besides the array that differs."""
+    for index, (source, _) in enumerate(trial.pair.places()):
+        name = output_name(index)
+        if source is not None and name in trial.checked[1:]:
+            label = f"the input of {relative(source.path, trial.pair.path)}"
+            yield label, np.asarray(trial.exact[name].array, np.float64)
 
 
 def _computed_within(trial: Trial) -> list[tuple[str, Array]]:

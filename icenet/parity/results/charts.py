@@ -31,7 +31,7 @@ def line_chart(
         curves: Name and values of each line.
         labels: The name of each point.
         begins: Number and label of the point where the difference begins; None if there is none.
-        logarithmic: Whether the vertical axis is. Then zeros are drawn at the bottom.
+        logarithmic: Whether the vertical axis is logarithmic. Then zeros are drawn at the bottom.
     """
     finite = [v for _, values in curves for v in values if math.isfinite(v) and (v > 0 or not logarithmic)]
     if not finite:

@@ -39,6 +39,7 @@ def operands(n: Operation, *names: str, dtype: str | None = None) -> list[str]:
 
 
 def cast_result(n: Operation, text: str, have: str) -> str:
+    """Returns the source of a result of dtype `have` in the dtype of PyTorch's result."""
     if mlx_dtype(have) == mlx_dtype(n.out.dtype):
         return text
     return f"{atom(text)}.astype(mx.{mlx_dtype(n.out.dtype)})"
@@ -176,7 +177,7 @@ def bitwise(n: Operation) -> str:
 @entry("bitwise_left_shift", "__lshift__", "bitwise_right_shift", "__rshift__")
 def shift(n: Operation) -> str:
     a, b = operands(n, "self", "other")
-    return f"{a} {'<<' if 'l' in n.node.base.replace('bitwise_', '')[:3] else '>>'} {b}"
+    return f"{a} {'<<' if n.node.base in ('bitwise_left_shift', '__lshift__') else '>>'} {b}"
 
 
 @entry("logical_and", "logical_or", "logical_xor")
@@ -332,6 +333,7 @@ def _where(n: Operation, condition: str, a: str, b: str) -> str:
 
 
 def _bare(text: str) -> str:
+    """Returns an expression without the parentheses around it."""
     return text[1:-1] if text.startswith("(") and text.endswith(")") and text.count("(") == 1 else text
 
 
