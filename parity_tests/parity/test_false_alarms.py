@@ -17,8 +17,10 @@ import pytest
 import rare_pairs
 import torch
 import torch.nn as T
+import torch.nn.functional as F
 from evidence import check_model
 from pairs import draw, with_equal_weights
+from written_pairs import Pair, linear, net
 
 from icenet.nn import BatchNorm2d
 from icenet.parity import compare
@@ -53,6 +55,21 @@ def test_the_error_of_erf_is_no_difference(scale: float) -> None:
     assert report.passed, report
     wrong = with_equal_weights(Net(lambda x: mx.erf(1.00001 * x)), TorchNet(torch.erf))
     assert not compare(*wrong, draw(40, 8, scale=scale), stages=["forward", "gradients"]).passed
+
+
+@pytest.mark.parametrize("padding", [3, 0])
+def test_a_causal_convolution_may_pad_its_input_itself(padding: int) -> None:
+    """As in ports of Mamba: PyTorch pads both ends and cuts off the last values, MLX gets padded values."""
+    theirs = net(
+        lambda m, x: m.out(M.silu(m.conv(mx.pad(m.inner(x), [(0, 0), (padding, 3 - padding), (0, 0)])))),
+        lambda m, x: m.out(F.silu(m.conv(m.inner(x).transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)),
+        inner=linear(5, 8),
+        conv=Pair(M.Conv1d(8, 8, 4, groups=8), T.Conv1d(8, 8, 4, groups=8, padding=3)),
+        out=linear(8, 3),
+    )
+    report = compare(*with_equal_weights(*theirs), draw(2, 9, 5))
+    assert report.passed == (padding == 3), report
+    assert padding or (report.culprit, report.where) == ("", "between inner and out"), report
 
 
 def test_a_sigmoid_whose_exponential_overflows_is_no_difference() -> None:

@@ -62,8 +62,9 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
         _align(pair, shapes, same, sequence_first)
         if pair.kind in align.DIFFERENT_CALLS:
             pair.derived = {"a": _derived(pair.a), "b": _derived(pair.b)}
+    pairs, padded = _without_other_padding(a, b, pairs, by_event)
     pairs, other_rows = _without_other_rows(pairs, by_event, shapes)
-    notes += other_rows
+    notes += padded + other_rows
     for pair in pairs:
         children_a = {id(child) for child in nearest(pair.a, by_event)}
         for child in nearest(pair.b, by_event):
@@ -88,6 +89,44 @@ def _other_keys(pairs: list[Pair]) -> list[str]:
         return []
     others = [f"{x} of a with {y} of b" for x, y in zip(ours, theirs, strict=True) if x != y]
     return [f"outputs with other keys are compared in their order: {some(others)}"]
+
+
+def _without_other_padding(
+    a: Side, b: Side, pairs: list[Pair], by_event: dict[int, Pair]
+) -> tuple[list[Pair], list[str]]:
+    """Leaves out convolutions that pad themselves on one side, and get what is padded on the other.
+
+    An example is a causal convolution: one side pads the past, the other pads both ends and cuts off the last values.
+    Such a call is computed within the call around it. Returns the rest, and notes.
+    """
+    found: dict[str, Pair] = {}
+    for pair in pairs:
+        if "conv" not in (pair.kind or "") or not argument_mismatch(pair):
+            continue
+        x, y = pair.a.arguments[0], pair.b.arguments[0]
+        shapes = x.array.shape, align.to_mlx(align.KINDS[pair.kind or ""], y.array).shape
+        paddings = [_padding(side, event.path, x.array.ndim - 2) for side, event in ((a, pair.a), (b, pair.b))]
+        outer = pair.b.parent
+        while outer is not None and id(outer) not in by_event:
+            outer = outer.parent
+        is_padded = shapes[0][:1] + shapes[0][-1:] == shapes[1][:1] + shapes[1][-1:] and paddings[0] != paddings[1]
+        if is_padded and outer is not None and not argument_mismatch(by_event[id(outer)]):
+            found.setdefault(pair.path, by_event[id(outer)])
+    left_out = {id(event) for pair in pairs if pair.path in found for event in (pair.a, pair.b)}
+    for event in left_out:
+        by_event.pop(event, None)
+    notes = [
+        f"{path}: pads its input on one side only, and gets a padded one on the other; computed within "
+        f"{outer.path or 'the model'}"
+        for path, outer in found.items()
+    ]
+    return [pair for pair in pairs if pair.path not in found], notes
+
+
+def _padding(side: Side, path: str, axes: int) -> tuple[Any, ...]:
+    """Returns the padding of a convolution, for each axis."""
+    found = getattr(getattr(side, "modules", {}).get(path), "padding", None)
+    return found if isinstance(found, tuple) else (found,) * axes
 
 
 def _without_other_rows(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from icenet.core.errors import OutsideTableError
 from icenet.core.messages import first_line
 from icenet.parity.calls.draws import SharedDraws
 from icenet.parity.calls.events import Event, Run, Store
@@ -314,9 +315,10 @@ class ModuleError(Exception):
         path: Path of the innermost module that raised.
         run: The events until then.
         in_backward: Whether all modules had returned.
+        is_outside: Whether an embedding got an id outside its table.
     """
 
     def __init__(self, side: Side, path: str, error: Exception, run: Run, in_backward: bool = False) -> None:
         self.side, self.path, self.run, self.in_backward = side, path, run, in_backward
-        self.reason = first_line(error)
+        self.reason, self.is_outside = first_line(error), isinstance(error, OutsideTableError)
         super().__init__(f"{path or 'the model'}: {type(error).__name__}: {self.reason}")

@@ -252,9 +252,13 @@ def _paired(
         raise StageFailed
     if failure is not None:
         path = c.a.names.get(failure.path, failure.path)
-        note = f"a raises an error: {failure.reason}"
-        stage.rows.append(Row(path, "call", status=states.DIFFERS, ratio=math.inf, note=note))
-        c.fail(stage, path, note=note)
+        note, where = f"a raises an error: {failure.reason}", ""
+        call = next((event for event in reversed(failure.run.events) if event.path == failure.path), None)
+        if failure.is_outside and call is not None and call.parent is not None:  # its caller computes the ids
+            caller = c.a.names.get(call.parent.path, call.parent.path)
+            path, where = caller, f"before {relative(path, caller)}"
+        stage.rows.append(Row(path, "call", status=states.DIFFERS, ratio=math.inf, note=note, where=where))
+        c.fail(stage, path, where, note)
         raise StageFailed
     if not pairs[0].outputs:
         raise UsageError(
