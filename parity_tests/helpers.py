@@ -173,6 +173,12 @@ def token_ids(*shape: int, vocab_size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab_size, shape).astype(np.int32)
 
 
+def check_close(actual: np.ndarray, exact: np.ndarray, noisy: np.ndarray) -> None:
+    """Checks that an error is at most 8 times that of `noisy`, or 8 ulps of the largest value."""
+    noise = max(float(np.abs(noisy - exact).max()), 2.0**-23 * float(np.abs(exact).max()))
+    assert float(np.abs(actual - exact).max()) <= 8 * noise
+
+
 # ---- processes and commands -------------------------------------------------------------------------------
 
 
@@ -253,6 +259,16 @@ def error_line(stderr: str) -> str:
     """Returns the error of a command: stderr must be the one line "icenet: MESSAGE" and nothing else."""
     assert stderr.startswith("icenet: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
     return stderr[len("icenet: ") : -1]
+
+
+def failed_command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+    """Runs a command in this process, which must fail with one line; returns its exit code and the line."""
+    from icenet.cli.main import main
+
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert out == "" and code != 0
+    return code, error_line(err)
 
 
 def is_one_line(message: object, *names: str) -> bool:

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import is_one_line, write_run
+from helpers import failed_command, is_one_line, write_run
 
-from icenet.cli import main as cli
 from icenet.commands import plot as overlay
 from icenet.commands import plot_runs
 from icenet.core.config import Config
@@ -192,14 +191,6 @@ def test_axes_are_logarithmic_where_values_are_far_apart() -> None:
     assert [overlay._large(v) for v in (0, 950, 2e4, 1.5e6)] == ["0", "950", "20k", "1.5M"]
 
 
-def one_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    """Returns the exit code of a command in this process and its error, which is one line."""
-    code = cli.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("icenet: ") and err.count("\n") == 1
-    return code, err
-
-
 def test_a_run_without_metrics_among_several_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
@@ -210,10 +201,10 @@ def test_a_run_without_metrics_among_several_is_one_line(tmp_path: Path, capsys:
         ("empty", 2, "contains no metrics.jsonl"),
         ("young", 1, "contains no step yet"),
     ):
-        code, line = one_line(capsys, "plot", run, tmp_path / bad, "--out", tmp_path / "p.png")
+        code, line = failed_command(capsys, "plot", run, tmp_path / bad, "--out", tmp_path / "p.png")
         assert code == expected and bad in line and said in line
     assert not (tmp_path / "p.png").exists()
-    assert one_line(capsys, "plot")[0] == one_line(capsys, "plot", run, "--smooth", "0")[0] == 2
+    assert failed_command(capsys, "plot")[0] == failed_command(capsys, "plot", run, "--smooth", "0")[0] == 2
 
 
 def test_damaged_lines_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TINY, is_one_line, tiny, write_run
+from helpers import TINY, failed_command, is_one_line, tiny, write_run
 from rich.console import Console
 
 from icenet.cli import main as cli
@@ -22,14 +22,6 @@ from icenet.core.errors import IceNetError
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.runs.run_folder import locked
 from icenet.core.training.trainer import Trainer
-
-
-def one_line(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
-    """Returns the exit code of a command in this process and its error, which is one line."""
-    code = cli.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("icenet: ") and err.count("\n") == 1
-    return code, err
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +129,7 @@ def test_nothing_there_is_a_friendly_line(
     assert cli.main(["runs"]) == 0
     assert is_one_line(capsys.readouterr().out, "no runs in runs", "icenet train")
     assert cli.main(["runs", "--json"]) == 0 and json.loads(capsys.readouterr().out) == []
-    code, line = one_line(capsys, "runs", "absent")
+    code, line = failed_command(capsys, "runs", "absent")
     assert code == 2 and "absent: no such folder" in line
 
 

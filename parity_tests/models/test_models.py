@@ -16,7 +16,7 @@ import mlx.nn
 import numpy as np
 import pytest
 import torch
-from helpers import PACKAGES, both_backends, build_model, is_one_line, native, plain, token_ids
+from helpers import PACKAGES, both_backends, build_model, check_close, is_one_line, native, plain, token_ids
 from mlx.utils import tree_flatten
 
 import icenet.models
@@ -196,12 +196,6 @@ def test_a_sequence_too_long(backend: str) -> None:
 
 
 # ---- masks and the cache ----------------------------------------------------------------------------------
-
-
-def check_close(actual: Any, exact: Any, noise: Any) -> None:
-    """The error is at most 8 times that of one forward pass over the whole sequence."""
-    scale = max(float(np.abs(noise - exact).max()), 2.0**-23 * float(np.abs(exact).max()))
-    assert float(np.abs(actual - exact).max()) <= 8 * scale
 
 
 @both_backends

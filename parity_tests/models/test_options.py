@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import both_backends, build_model, native, plain, token_ids
+from helpers import both_backends, build_model, check_close, native, plain, token_ids
 
 from icenet.core.config import ModelConfig
 from icenet.core.errors import ConfigError, UsageError
@@ -92,12 +92,6 @@ def build(backend: str, values: dict[str, Any]) -> Any:
     weights = {name: array + 0.1 * drawn.normal(size=array.shape) for name, array in model.weights().items()}
     model.set_weights({name: array.astype(np.float32) for name, array in weights.items()})
     return model
-
-
-def check_close(actual: Any, exact: Any, noise: Any) -> None:
-    """The error is at most 8 times that of PyTorch in fp32."""
-    scale = max(float(np.abs(noise - exact).max()), 2.0**-23 * float(np.abs(exact).max()))
-    assert float(np.abs(actual - exact).max()) <= 8 * scale
 
 
 @both_backends

@@ -19,7 +19,7 @@ import torch
 import torch.nn as T
 import torch.nn.functional as F
 from pairs import draw, randomized, tokens
-from written_pairs import Pair, convolution, linear, net, verdict
+from written_pairs import Pair, between, convolution, linear, net, verdict
 
 import icenet
 from icenet.parity import compare
@@ -29,17 +29,6 @@ from icenet.parity import compare
 def seeded(mlx_on_cpu: None) -> None:
     """Draws the same initial values in each run, on the CPU."""
     torch.manual_seed(0)
-
-
-def mlp(ours: Callable[[Any], Any], theirs: Callable[[Any], Any], **layers: Any) -> Pair:
-    """Returns two linear layers with functions between them."""
-    return net(
-        lambda m, x: m.down(ours(m, m.up(x))),
-        lambda m, x: m.down(theirs(m, m.up(x))),
-        up=linear(6, 8),
-        down=linear(8, 6),
-        **layers,
-    )
 
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
@@ -92,7 +81,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name: str) -> None:
     ours, theirs, words = FUNCTIONS[name]
-    cause = verdict(mlp(ours, theirs), draw(2, 5, 6))
+    cause = verdict(between(ours, theirs), draw(2, 5, 6))
     assert any(word in cause for word in words.split("|")), cause
 
 
@@ -353,9 +342,9 @@ def test_batch_norms(layer: Callable[[], Any], words: str) -> None:
 
 
 def test_dropout() -> None:
-    pair = mlp(lambda m, x: m.drop(x), lambda m, x: m.drop(x), drop=Pair(M.Dropout(0.2), T.Dropout(0.1)))
+    pair = between(lambda m, x: m.drop(x), lambda m, x: m.drop(x), drop=Pair(M.Dropout(0.2), T.Dropout(0.1)))
     assert "the rate p of the dropout is 0.2 in a, 0.1 in b" in verdict(pair, draw(2, 5, 6))
-    pair = mlp(lambda m, x: m.drop(x), lambda m, x: m.drop(x), drop=Pair(M.Dropout(0.1).eval(), T.Dropout(0.1)))
+    pair = between(lambda m, x: m.drop(x), lambda m, x: m.drop(x), drop=Pair(M.Dropout(0.1).eval(), T.Dropout(0.1)))
     assert "differs in drop; it is in evaluation mode in a" in verdict(pair, draw(2, 5, 6))
 
 
@@ -398,7 +387,7 @@ def test_weights_that_are_changed(change: Callable[[Any], Any], words: str) -> N
 
 
 def test_weights_of_another_layer() -> None:
-    pair = mlp(lambda m, x: m.a(x) * m.b(x), lambda m, x: m.a(x) * m.b(x), a=linear(8, 8), b=linear(8, 8))
+    pair = between(lambda m, x: m.a(x) * m.b(x), lambda m, x: m.a(x) * m.b(x), a=linear(8, 8), b=linear(8, 8))
     randomized(pair.theirs)
     icenet.from_torch(pair.theirs, pair.ours)
     pair.ours.a, pair.ours.b = pair.ours.b, pair.ours.a
@@ -458,7 +447,7 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
     ],
 )
 def test_options_of_the_optimizer(options: dict[str, Any], theirs: Any, words: str) -> None:
-    pair = mlp(lambda m, x: mx.tanh(x), lambda m, x: torch.tanh(x))
+    pair = between(lambda m, x: mx.tanh(x), lambda m, x: torch.tanh(x))
     settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "bias_correction": True, **options}
     stages = ["forward", "loss", "gradients", "optimizer"]
     cause = verdict(pair, draw(4, 6), stages=stages, optimizer=(optimizers.AdamW(**settings), theirs))

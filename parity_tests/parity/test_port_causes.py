@@ -15,7 +15,7 @@ import torch
 import torch.nn as T
 import torch.nn.functional as F
 from pairs import draw
-from written_pairs import Pair, linear, net, verdict
+from written_pairs import Pair, between, linear, net, verdict
 
 import icenet
 from icenet.parity import compare
@@ -27,17 +27,6 @@ Function = Callable[..., Any]
 def seeded(mlx_on_cpu: None) -> None:
     """Draws the same initial values in each run, on the CPU."""
     torch.manual_seed(0)
-
-
-def between(ours: Function, theirs: Function, **layers: Any) -> Pair:
-    """Returns two linear layers with functions of [B, L, D] between them."""
-    return net(
-        lambda m, x: m.down(ours(m, m.up(x))),
-        lambda m, x: m.down(theirs(m, m.up(x))),
-        up=linear(6, 8),
-        down=linear(8, 6),
-        **layers,
-    )
 
 
 FUNCTIONS: dict[str, tuple[Function, Function, str]] = {

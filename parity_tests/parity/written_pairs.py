@@ -101,6 +101,17 @@ def linear(i: int, o: int, bias: bool = True) -> Pair:
     return Pair(M.Linear(i, o, bias=bias), T.Linear(i, o, bias=bias))
 
 
+def between(ours: Callable[..., Any], theirs: Callable[..., Any], **layers: Any) -> Pair:
+    """Returns two linear layers with functions `f(module, x)` between them, of x `[..., 6]` to `[..., 6]`."""
+    return net(
+        lambda m, x: m.down(ours(m, m.up(x))),
+        lambda m, x: m.down(theirs(m, m.up(x))),
+        up=linear(6, 8),
+        down=linear(8, 6),
+        **layers,
+    )
+
+
 ACTIVATIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "relu": (M.relu, F.relu),
     "gelu": (M.gelu, F.gelu),

@@ -10,7 +10,7 @@ import types
 import unittest
 import unittest.mock
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import icenet.blas  # noqa: F401  (before mlx)
@@ -122,6 +122,12 @@ def close(ours: mx.array, theirs: torch.Tensor, loose: float = 1.0) -> bool:
 
 Outcome = tuple[str, str]
 """What a sample did, and details: passed, failed, missing (names of operations), or skipped."""
+
+
+def check_function(function: Callable[..., Any], inputs: Sequence[Any]) -> Outcome:
+    """Checks the outputs and gradients of a function of tensors, as `check_sample`."""
+    op = types.SimpleNamespace(name="", op=function, supports_autograd=True)
+    return check_sample(op, types.SimpleNamespace(input=inputs[0], args=inputs[1:], kwargs={}), True)
 
 
 def check_sample(op: Any, sample: Any, backward: bool) -> Outcome:

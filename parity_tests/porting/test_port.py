@@ -14,6 +14,7 @@ import port_nets as nets
 import pytest
 import torch
 from helpers import is_one_line, python
+from made_ports import close
 from mlx.utils import tree_flatten
 from torch import nn
 
@@ -42,10 +43,6 @@ def made(kind: type[nn.Module]) -> nn.Module:
 
 def outputs(module: Any, *inputs: torch.Tensor) -> Any:
     return module(*[mx.array(item.numpy()) for item in inputs])
-
-
-def close(ours: mx.array, theirs: torch.Tensor) -> None:
-    np.testing.assert_allclose(np.array(ours), theirs.detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
 EDGES = torch.tensor([[0, 1, 2, 3, 3], [1, 0, 0, 2, 0]])
