@@ -1,7 +1,7 @@
 """Recurrent layers, MLX: LSTM, GRU and the simple RNN. The mirror is `icenet_torch/nn/recurrent.py`.
 
 One matrix product computes the contribution of the inputs to all gates at all steps. The loops over time, which only
-compute the product with the state and the gates, are in `icenet.nn.recurrent_loops`.
+compute the product with the state and the gates, are in `icenet.nn.recurrence.loops`.
 
 Shapes: T steps, B rows, I inputs, H hidden_size, G gates, D directions (1 or 2). Time is the first axis.
 """
@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from icenet.nn.arrays import cast_weight
 from icenet.nn.linear import linear
-from icenet.nn.recurrent_loops import Arrays, gru_scan, lstm_scan, relu_scan, tanh_scan
+from icenet.nn.recurrence.loops import Arrays, gru_scan, lstm_scan, relu_scan, tanh_scan
 
 State: TypeAlias = tuple[mx.array, ...]
 """The state of a layer: (h, c) for an LSTM, (h,) for GRU and RNN, `[D, B, H]` each."""

@@ -26,10 +26,8 @@ TORCH_FILES = {
 """Modules and packages of PyTorch without a counterpart, and why."""
 
 MLX_FILES = {
-    "nn.device_limits",  # of the two below; Triton asks the device itself
-    *("nn.recurrent_kernels", "nn.recurrent_source", "nn.recurrent_tiles"),  # PyTorch has cuDNN's
-    "nn.recurrent_loops",  # PyTorch's own functions compute whole sequences
-    "nn.recurrent_host",  # PyTorch's functions use vector instructions
+    "nn.device_limits",  # of the kernels below; Triton asks the device itself
+    "nn.recurrence",  # loops over time and their kernels; PyTorch's own functions compute whole sequences
     "nn.cuda",  # sources of CUDA kernels; those of PyTorch are in Triton
     "tools.ports",  # of modules of PyTorch
     "engine.compiled",  # PyTorch captures the passes of a step

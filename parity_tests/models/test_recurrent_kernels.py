@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from icenet.core.errors import UsageError
-from icenet.nn import GRU, LSTM, RNN, recurrent_host, recurrent_kernels
+from icenet.nn import GRU, LSTM, RNN
 from icenet.nn.device_limits import Limits
-from icenet.nn.recurrent_source import CUDA_ORDER, GATES, Kernel
-from icenet.nn.recurrent_tiles import WARPS, choose_tiles
+from icenet.nn.recurrence import host, kernels
+from icenet.nn.recurrence.source import CUDA_ORDER, GATES, Kernel
+from icenet.nn.recurrence.tiles import WARPS, choose_tiles
 from icenet.parity.yardstick import judge
 from icenet_torch import nn as torch_layers
 
@@ -59,11 +60,11 @@ def emulate(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
                 reversed_order=reversed_order,
             )
 
-        monkeypatch.setattr(recurrent_kernels, "are_used", lambda projected, weight: True)
-        monkeypatch.setattr(recurrent_kernels, "device_limits", lambda index: limits)
-        monkeypatch.setattr(recurrent_kernels, "on_metal", lambda: metal)
-        monkeypatch.setattr(recurrent_kernels, "build", build)
-        monkeypatch.setattr(recurrent_kernels, "new_counters", lambda after, size: mx.zeros((size,), mx.uint32))
+        monkeypatch.setattr(kernels, "are_used", lambda projected, weight: True)
+        monkeypatch.setattr(kernels, "device_limits", lambda index: limits)
+        monkeypatch.setattr(kernels, "on_metal", lambda: metal)
+        monkeypatch.setattr(kernels, "build", build)
+        monkeypatch.setattr(kernels, "new_counters", lambda after, size: mx.zeros((size,), mx.uint32))
 
     return use
 
@@ -206,14 +207,14 @@ def test_any_size_has_a_division(gates: int, terms: int) -> None:
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     projected, weight = mx.zeros((3, 2, 64)), mx.zeros((64, 16))
     for module_name in ("on_cpu", "on_metal"):
-        monkeypatch.setattr(recurrent_kernels, module_name, lambda: False)
-    monkeypatch.setattr(recurrent_kernels, "device_limits", lambda index: SMALL)
-    used = recurrent_kernels.are_used
+        monkeypatch.setattr(kernels, module_name, lambda: False)
+    monkeypatch.setattr(kernels, "device_limits", lambda index: SMALL)
+    used = kernels.are_used
     assert used(projected, weight)
     assert not used(mx.zeros((3, 2, 16)), mx.zeros((16, 4)))  # smaller than a tile
     monkeypatch.setenv("ICENET_RECURRENT_KERNELS", "off")
     assert not used(projected, weight)
-    monkeypatch.setattr(recurrent_kernels, "on_metal", lambda: True)
+    monkeypatch.setattr(kernels, "on_metal", lambda: True)
     monkeypatch.delenv("ICENET_RECURRENT_KERNELS")
     assert not used(projected, weight)
     monkeypatch.setenv("ICENET_RECURRENT_KERNELS", "on")
@@ -230,12 +231,12 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_cpu(kind: str, way: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     used = set()
 
-    def is_used(*arrays: Any, original: Any = recurrent_host.is_used) -> bool:
+    def is_used(*arrays: Any, original: Any = host.is_used) -> bool:
         answer: bool = original(*arrays)
         used.add(answer)
         return answer
 
-    monkeypatch.setattr(recurrent_host, "is_used", is_used)
+    monkeypatch.setattr(host, "is_used", is_used)
     monkeypatch.setenv("ICENET_RECURRENT_KERNELS", "off" if way == "loop" else "on")
     check(kind, (6, 5, 12), padded)
     assert used == {way == "numpy" and sys.platform == "linux"}

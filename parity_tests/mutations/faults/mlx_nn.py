@@ -300,7 +300,7 @@ FAULTS: dict[str, list[Fault]] = {
             ["models/test_quantized_layers.py::test_cuda_compiles_no_product_of_several_rows"],
         ),
     ],
-    "icenet/nn/recurrent_host.py": [
+    "icenet/nn/recurrence/host.py": [
         Fault(
             "the forget and input gates of MLX's LSTM on a CPU are swapped",
             "        i, f, g, o = each[step]  # [B, H] each",
@@ -314,7 +314,7 @@ FAULTS: dict[str, list[Fault]] = {
             ["models/test_rnn.py::test_padding", "models/test_recurrent_kernels.py::test_on_a_cpu"],
         ),
     ],
-    "icenet/nn/recurrent_loops.py": [
+    "icenet/nn/recurrence/loops.py": [
         Fault(
             "the forget and input gates of MLX's LSTM are swapped",
             "        i, f, g, o = mx.split(gates[-1], 4, axis=-1)  # [B, H] each",
@@ -352,7 +352,7 @@ FAULTS: dict[str, list[Fault]] = {
             ["models/test_recurrent_kernels.py::test_a_gradient_of_a_gradient"],
         ),
     ],
-    "icenet/nn/recurrent_source.py": [
+    "icenet/nn/recurrence/source.py": [
         Fault(
             "the blocks of MLX's recurrent kernels do not wait for each other",
             "          wait_for(counter, (unsigned)(unit_blocks * (count + 1)));\n",

@@ -37,12 +37,6 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_causes.py::test_a_number_that_is_no_cause_does_not_hide_one"],
         ),
         Fault(
-            "the number of further places counts the named ones, too",
-            "{len(paths) - 3} more",
-            "{len(paths)} more",
-            ["parity/test_compare_idioms.py::test_numbers_without_an_effect_are_said"],
-        ),
-        Fault(
             "the rate of a dropout whose class a user derives is not compared",
             'if "_p_1" in found:',
             "if False:",

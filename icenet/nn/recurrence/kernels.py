@@ -1,6 +1,6 @@
 """Kernels of the recurrent layers, MLX on a GPU: all steps of a layer in one launch on CUDA, one step on Metal.
 
-The loops of `icenet.nn.recurrent_loops` launch about eight kernels per step, and MLX's CUDA build spends about 20
+The loops of `icenet.nn.recurrence.loops` launch about eight kernels per step, and MLX's CUDA build spends about 20
 microseconds on each. Here one launch computes all steps, as cuDNN's persistent kernels do (Diamos et al., 2016).
 
 A thread block owns some of the hidden units and some of the rows of the batch. It keeps the weights of its units in
@@ -29,8 +29,8 @@ import mlx.core as mx
 from icenet.core.errors import UsageError
 from icenet.nn.arrays import Array, device_index, on_cpu
 from icenet.nn.device_limits import device_limits, on_metal
-from icenet.nn.recurrent_source import BACKWARD, FORWARD, GATES, Kernel
-from icenet.nn.recurrent_tiles import LANES, WARPS, choose_tiles
+from icenet.nn.recurrence.source import BACKWARD, FORWARD, GATES, Kernel
+from icenet.nn.recurrence.tiles import LANES, WARPS, choose_tiles
 
 SMALLEST_HIDDEN_SIZE = 8
 """Metal passes arrays of fewer elements in another address space."""

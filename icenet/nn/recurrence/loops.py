@@ -1,8 +1,8 @@
 """The loops over time of recurrent layers, and their gradients, MLX: LSTM, GRU and the simple RNN.
 
-On CUDA, kernels run all steps in one launch (`icenet.nn.recurrent_kernels`). On a Linux CPU, numpy computes the gates
-(`icenet.nn.recurrent_host`). The loops serve Metal and compiled functions, are the reference of both, and compute
-gradients of gradients.
+On CUDA, kernels run all steps in one launch (`icenet.nn.recurrence.kernels`). On a Linux CPU, numpy computes the
+gates (`icenet.nn.recurrence.host`). The loops serve Metal and compiled functions, are the reference of both, and
+compute gradients of gradients.
 
 The gradients of these loops are written out. Automatic differentiation would compute the gradient of the recurrent
 weights once per step and add the steps. Here it is one product over all steps, as in PyTorch's kernels, which takes
@@ -25,8 +25,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
-from icenet.nn import recurrent_host as host
-from icenet.nn import recurrent_kernels as kernels
+from icenet.nn.recurrence import host, kernels
 
 Arrays: TypeAlias = tuple[Any, ...]
 Activation: TypeAlias = Callable[[mx.array], mx.array]

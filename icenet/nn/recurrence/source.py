@@ -1,4 +1,4 @@
-"""The source of the kernels of MLX's recurrent layers, one for CUDA and Metal (see `icenet.nn.recurrent_kernels`).
+"""The source of the kernels of MLX's recurrent layers, one for CUDA and Metal (see `icenet.nn.recurrence.kernels`).
 
 Shapes: T steps, B rows, H hidden_size, G gates, K values per row that a step reads (H forward, G*H backward).
 """
