@@ -38,13 +38,13 @@ FAULTS: dict[str, list[Fault]] = {
             "the loss that balances experts is not added",
             "return loss if more is None else loss + more",
             "return loss",
-            ["models/test_experts.py::test_training_has_the_loss_and_gradients_of_transformers"],
+            ["nn/test_experts.py::test_training_has_the_loss_and_gradients_of_transformers"],
         ),
         Fault(
             "random numbers without a key are accepted",
             "        if after != before and",
             "        if not after and",
-            ["models/test_dropout.py::test_random_numbers_without_a_key_are_refused"],
+            ["nn/test_dropout.py::test_random_numbers_without_a_key_are_refused"],
         ),
         Fault(
             "a training step runs outside of the model's arithmetic",
@@ -114,7 +114,7 @@ FAULTS: dict[str, list[Fault]] = {
             "the biases of experts decay",
             'return len(shape) - (kinds.get(layout.split(path)[0]) == "stacked_linear")',
             "return len(shape)",
-            ["models/test_experts.py::test_biases_of_experts_have_no_weight_decay"],
+            ["nn/test_experts.py::test_biases_of_experts_have_no_weight_decay"],
         ),
         Fault(
             "norms and biases decay",

@@ -93,7 +93,7 @@ FAULTS: dict[str, list[Fault]] = {
             "the table of positions does not grow with the cache",
             "self._prepare(self.capacity)",
             "pass",
-            ["models/test_positions.py::test_a_captured_step_finds_the_rows_of_its_position"],
+            ["nn/test_positions.py::test_a_captured_step_finds_the_rows_of_its_position"],
         ),
     ],
     "icenet/core/generation/chat.py": [

@@ -46,7 +46,7 @@ FAULTS: dict[str, list[Fault]] = {
             "PyTorch computes with weights that are rounded to the dtype of the scales",
             "dtype=np.float32, kept=kept",
             "kept=kept",
-            ["models/test_quantized_layers.py::test_backends_agree_in_fp32_on_scales_in_half_precision"],
+            ["nn/test_quantized_layers.py::test_backends_agree_in_fp32_on_scales_in_half_precision"],
         ),
         Fault(
             "text of a folder without a tokenizer is read as bytes",
@@ -116,7 +116,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a layer has the same mask in each of its calls",
             "        self._calls = call + 1\n",
             "",
-            ["models/test_dropout.py::test_the_frameworks_dropout_has_equal_masks_and_the_right_rate"],
+            ["nn/test_dropout.py::test_the_frameworks_dropout_has_equal_masks_and_the_right_rate"],
         ),
         Fault(
             "all rows have the dropout key of the first",

@@ -102,7 +102,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a saved model loses how its layers are quantized",
             ", **metadata_of(quantized)}",
             "}",
-            ["models/test_quantized_layers.py::test_a_saved_model_is_loaded_with_the_same_bits"],
+            ["nn/test_quantized_layers.py::test_a_saved_model_is_loaded_with_the_same_bits"],
         ),
         Fault(
             "a saved model does not record the code of its class",

@@ -120,7 +120,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a wrong id of a later batch is a loss that is not finite",
             "            self.engine.check_embeddings(batch, pending.step)\n",
             "            del batch\n",
-            ["models/test_embedding.py::test_a_later_batch_with_a_wrong_id"],
+            ["nn/test_embedding.py::test_a_later_batch_with_a_wrong_id"],
         ),
         Fault(
             "the layers of a continued run are read from an old checkpoint",

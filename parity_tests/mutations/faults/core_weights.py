@@ -140,7 +140,7 @@ FAULTS: dict[str, list[Fault]] = {
             "a folder of mlx-lm does not say which layers have other settings",
             "if found != common}",
             "if found is None}",
-            ["models/test_quantized_layers.py::test_layers_of_a_folder_have_their_own_settings"],
+            ["nn/test_quantized_layers.py::test_layers_of_a_folder_have_their_own_settings"],
         ),
     ],
     "icenet/core/weights/pairing.py": [

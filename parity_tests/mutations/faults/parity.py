@@ -112,7 +112,7 @@ FAULTS: dict[str, list[Fault]] = {
             "parity does not compare two equal runs",
             "            if np.array_equal(a, b, equal_nan=value.is_float) or (",
             "            if a.shape or (",
-            ["models/test_dropout.py::test_parity_finds_a_generator_of_the_user"],
+            ["nn/test_dropout.py::test_parity_finds_a_generator_of_the_user"],
         ),
     ],
     "icenet/parity/resampling.py": [
