@@ -96,10 +96,10 @@ class Steps:
         before = {name: getattr(torch, name) for name in ("stack", "cat", "unbind", "split", "chunk")}
         with changed_names(module, lambda names: {} if "range" in names else {"range": self.range}):
             torch.stack, torch.cat = self.joining("stack", torch.stack), self.joining("cat", torch.cat)  # type: ignore[assignment]
-            torch.unbind = torch.Tensor.unbind = lambda *args, **names: self.unbind(*args, **names)  # type: ignore[assignment, method-assign]
+            torch.unbind = torch.Tensor.unbind = lambda *args, **names: self.unbind(*args, **_own(names))  # type: ignore[assignment, method-assign]
             split, torch.split = torch.Tensor.split, self.splitting(torch.split)  # type: ignore[assignment]
             torch.Tensor.split = self.splitting(split)  # type: ignore[assignment, method-assign]
-            torch.chunk = torch.Tensor.chunk = lambda *args, **names: self.chunk(*args, **names)  # type: ignore[assignment, method-assign]
+            torch.chunk = torch.Tensor.chunk = lambda *args, **names: self.chunk(*args, **_own(names))  # type: ignore[assignment, method-assign]
             iterate, torch.Tensor.__iter__ = torch.Tensor.__iter__, lambda x: iter(self.unbind(x))  # type: ignore[method-assign]
             torch.Tensor.__getitem__ = lambda x, index: self.element(x, index)  # type: ignore[assignment, method-assign]
             try:
@@ -123,7 +123,7 @@ class Steps:
             parts = self.parts(input, dim, keepdim=True) if type(split_size) is int and split_size == 1 else None
             return split(input, split_size, dim) if parts is None else parts
 
-        return splitted
+        return lambda *args, **names: splitted(*args, **_own(names))
 
     def chunk(self, input: torch.Tensor, chunks: Any, dim: int = 0) -> Any:
         """Returns the chunks of a tensor, as many as its size, as such parts."""
@@ -189,6 +189,7 @@ class Steps:
         """Returns `torch.stack` or `torch.cat` of lists that have a size of a loop."""
 
         def joined(tensors: Any, dim: int = 0, **options: Any) -> torch.Tensor:
+            dim = options.pop("axis", dim)
             is_own = not options and not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.")
             size = self.size_of(len(tensors)) if is_own and isinstance(tensors, (list, tuple)) else None
             if size is None:
@@ -210,6 +211,12 @@ class Steps:
                 if length > 1 and isinstance(size, torch.SymInt) and _value(size) == length:
                     return size
         return None
+
+
+def _own(names: dict[str, Any]) -> dict[str, Any]:
+    """Returns arguments of `torch.split`, `chunk` and `unbind` by keywords with the names that they have here."""
+    own = {"axis": "dim", "tensor": "input", "split_size_or_sections": "split_size"}
+    return {own.get(name, name): value for name, value in names.items()}
 
 
 class _Parts(Sequence[torch.Tensor]):

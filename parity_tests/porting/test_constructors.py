@@ -158,6 +158,26 @@ def test_numbers_of_methods_are_attributes() -> None:
     close(model(mx.array(x.numpy())), module(x))
 
 
+class WithOption(nn.Module):
+    """Its call has an argument with a default that is written as a number or a boolean."""
+
+    def __init__(self, dim: int = 6, heads: int = 3) -> None:
+        super().__init__()
+        self.heads = heads
+        self.fc = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor, is_causal: bool = False, power: int = 2) -> torch.Tensor:
+        y = self.fc(x).reshape(x.shape[0] * self.heads, 1, -1)
+        return y**power if not is_causal else y
+
+
+def test_defaults_of_a_method_are_not_the_numbers_in_its_statements() -> None:
+    module, x = WithOption().eval(), torch.randn(2, 6)
+    model, source = ported(module, x)
+    assert "reshape(x.shape[0] * self.heads, 1, -1)" in source and "is_causal=False, power=2" in source
+    close(model(mx.array(x.numpy())), module(x))
+
+
 class Classifier(nn.Module):
     def __init__(self, dim: int = 6) -> None:
         super().__init__()

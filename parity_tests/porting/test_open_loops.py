@@ -119,6 +119,17 @@ class Kept(nn.Module):
         return torch.cat([torch.sin(part) * 2 for part in x.split(1, dim=1)], dim=1)
 
 
+class Named(nn.Module):
+    """Parts and joins by keywords, of which PyTorch has two names for some."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = torch.chunk(x, 2, axis=2)  # type: ignore[call-overload]
+        (c,) = torch.split(tensor=b, split_size_or_sections=2, dim=2)
+        found = [torch.tanh(a + c)[:, t] for t in range(x.shape[1])]
+        whole = torch.stack(found, axis=1)  # type: ignore[call-overload]
+        return torch.cat([whole, *x.unbind(axis=0)[:0]], axis=1)  # type: ignore[call-overload, call-arg]
+
+
 class Grid(nn.Module):
     """A loop over rows with a loop over columns."""
 
@@ -147,6 +158,7 @@ class Prefixes(nn.Module):
     [
         (Taps(), ["for step in range(T):", "a, b = b, mx.tanh("]),
         (Together(), ["for step in range(T):", "x[:, step]"]),
+        (Named(), []),
         (Kept(), ["for step in range(T):", "x[:, step:step + 1]"]),
         (Grid(), ["for step in range(T):", "for i in range(C):", "x[:, step, i]"]),
         (Prefixes(), ["for step in range(1, T + 1):", "x[:, :step]"]),

@@ -186,6 +186,8 @@ class Unification:
         init = [NUMBER.sub(put, line) for line in self.first.init]
         bodies = []
         for body in _common_comments(self.members):
+            for text in body.parameters:
+                NUMBER.sub(put, text)  # the defaults stay, but have places: `use_cache=False`
             lines = [Line(NUMBER.sub(put, line.code), line.comment, line.depth) for line in body.lines]
             bodies.append(Body(body.parameters, lines, body.returns))
         return init, bodies
