@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from icenet.core.porting.places import Place, Places
 from icenet.core.weights import layout, sharing
 
 _PLACES = "icenet_places"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""The number of an element of a list in a path."""
 
 
 def mark(mlx_module: Any, places: Places) -> None:
@@ -65,9 +68,37 @@ def places_of(mlx_module: Any, torch_module: Any) -> Places | None:
     if places is None:
         return None
     tensors = backends.module("torch", "porting.weights").tensors(torch_module)
-    own = _of_original(places)
-    found = {place.name for path, place in own.items() if path in tensors}  # of a shared array one name is enough
-    return places if all(place.name in found for place in own.values()) else None
+    arrays = backends.module("mlx", "porting.weights").arrays(mlx_module)
+    return _of_arrays(places, tensors, arrays)
+
+
+def _of_arrays(places: Places, tensors: Iterable[str], arrays: Iterable[str]) -> Places | None:
+    """Returns the places of two modules with these arrays; None if they are not a port and its original.
+
+    They may have more layers or fewer than those of which the places are: `blocks.4.conv` has the axes of `blocks.3`.
+    """
+    given, own = set(tensors), set(arrays)
+    found = {path: place for path, place in places.items() if place.name in own or not place.is_saved}
+    like = {_numbered(path): place for path, place in places.items() if place.kind != "constant"}
+    for path in given - places.keys():
+        if (place := like.get(_numbered(path))) is not None:
+            found[path] = replace(place, name=_with_numbers(place.name, path))
+    present = {place.name for path, place in _of_original(found).items() if path in given}
+    if any(place.name not in present for place in _of_original(found).values()):
+        return None  # of a shared array one name is enough
+    constants = {place.name for place in found.values() if place.kind == "constant"}
+    return found if own <= present | constants else None
+
+
+def _numbered(path: str) -> str:
+    """Returns a path without its numbers."""
+    return _NUMBER.sub("*", path)
+
+
+def _with_numbers(name: str, path: str) -> str:
+    """Returns a name with the numbers of a path."""
+    numbers = iter(_NUMBER.findall(path))
+    return _NUMBER.sub(lambda match: next(numbers, match[0]), name)
 
 
 @dataclass(frozen=True)

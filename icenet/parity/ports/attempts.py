@@ -13,6 +13,7 @@ from icenet.core.porting import build
 from icenet.core.porting.build import Plan
 from icenet.core.porting.record import refs
 from icenet.parity.ports.original import Export, Original
+from icenet.parity.ports.other_arguments import OtherArguments
 from icenet.parity.ports.pair import OriginalFails
 from icenet.parity.ports.proof import Proof, locate
 from icenet.parity.ports.report import PortReport
@@ -121,6 +122,14 @@ class Attempts:
             raise
         report.notes += export.notes
         return Attempt(export, written, model, report, exact_masks)
+
+    def with_other_arguments(self, attempt: Attempt) -> OtherArguments:
+        """Tries the class of an attempt with other arguments than those of the original."""
+        self.progress("trying other arguments")
+        plan = self._plan(attempt.export, False, attempt.exact_masks) if self.is_nhwc else attempt.plan
+        found = OtherArguments(plan, self.original.module, attempt.export.weights, self.original.example)
+        found.try_all()
+        return found
 
     def in_dtype(self, attempt: Attempt, dtype: str) -> Plan:
         """Returns the plan of an attempt for weights of a dtype of MLX, such as "bfloat16"."""

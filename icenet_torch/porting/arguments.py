@@ -1,0 +1,61 @@
+"""Makes modules of the class of a module with other arguments."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def arguments_of(module: nn.Module, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns arguments with which the class of a module makes one like it; None if one of them is not known.
+
+    Args:
+        module: The module.
+        known: The values of some arguments. Others are the module's attributes of these names, or the defaults.
+    """
+    found = {}
+    for item in list(inspect.signature(type(module).__init__).parameters.values())[1:]:
+        if item.kind in (item.VAR_POSITIONAL, item.VAR_KEYWORD):
+            continue
+        kept = getattr(module, item.name, item.default)
+        if item.name in known:
+            found[item.name] = known[item.name]
+        elif not isinstance(kept, (nn.Module, torch.Tensor)) and not inspect.ismethod(kept):
+            found[item.name] = kept
+        else:
+            found[item.name] = item.default
+        if found[item.name] is item.empty:
+            return None
+    return found
+
+
+def made(module: nn.Module, arguments: Mapping[str, Any]) -> nn.Module | None:
+    """Returns a new module of the class of another one; None if its constructor raises an error.
+
+    Weights that are constant, such as those of a layer that begins with zeros, get random numbers: they would hide
+    what is before the layer.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        try:
+            found = type(module)(**arguments)
+            for value in found.parameters():
+                if value.is_floating_point() and value.numel() > 1 and bool((value == value.flatten()[0]).all()):
+                    value.add_(0.2 * torch.randn_like(value))
+        except Exception:  # whatever the code of a user raises
+            return None
+    return found.eval()
+
+
+def is_like(module: nn.Module, other: nn.Module) -> bool:
+    """Returns whether two modules have the same weights and buffers, and gives the second those of the first."""
+    ours, theirs = ({name: value.shape for name, value in item.state_dict().items()} for item in (module, other))
+    if ours == theirs:
+        other.load_state_dict(module.state_dict())
+    return ours == theirs

@@ -1,0 +1,84 @@
+"""A class of a port that is made with other arguments computes what the original's class does, or is an error."""
+
+from __future__ import annotations
+
+import runpy
+from typing import Any
+
+import icenet.blas  # (before mlx)
+
+import mlx.core as mx
+import pytest
+import torch
+from made_ports import close
+from torch import nn
+
+import icenet
+
+
+def saved_class(port: Any, folder: Any) -> Any:
+    """Returns the class of a saved port, as `python folder/model.py` makes it."""
+    return runpy.run_path(str(port.save(folder) / "model.py"))[port.plan.class_name]
+
+
+class Buckets(nn.Module):
+    """A bias for distances, whose buckets the methods compute from an argument that the module does not keep."""
+
+    def __init__(self, dim: int = 8, num_buckets: int = 6, width: int = 16) -> None:
+        super().__init__()
+        self.bias = nn.Embedding(num_buckets, 1)
+        self.fc = nn.Linear(dim, width)
+        self.last = num_buckets // 2 - 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[1])
+        distance = (places[None] - places[:, None]).abs().clamp(max=self.last)
+        return (self.bias(distance)[..., 0].softmax(-1) @ x) @ self.fc.weight.T
+
+
+def test_an_argument_that_fixed_numbers_depend_on_is_an_error(tmp_path: Any) -> None:
+    x = torch.randn(2, 7, 8)
+    port = icenet.port(Buckets(), x)
+    assert any("num_buckets" in note and "error" in note for note in port.report.notes)
+    kind = saved_class(port, tmp_path)
+    with pytest.raises(ValueError, match="num_buckets is 8; the port was made for 6"):
+        kind(num_buckets=8)
+    theirs = Buckets(width=5)
+    close(icenet.from_torch(theirs, kind(width=5))(mx.array(x.numpy())), theirs(x))
+
+
+class Stack(nn.Module):
+    def __init__(self, dim: int = 4, depth: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(dim, dim, 3, padding=1) for _ in range(depth)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_weights_of_a_port_with_another_number_of_layers(depth: int, tmp_path: Any) -> None:
+    x, theirs = torch.randn(2, 4, 5, 5), Stack(depth=depth)
+    kind = saved_class(icenet.port(Stack(), x), tmp_path)
+    ours = icenet.from_torch(theirs, kind(depth=depth))
+    close(ours(mx.array(x.numpy())), theirs(x))
+    back = icenet.to_torch(ours, Stack(depth=depth))
+    close(ours(mx.array(x.numpy())), back(x))
+
+
+class Given(nn.Module):
+    """A module that keeps none of its arguments."""
+
+    def __init__(self, kind: type[nn.Module], dim: int = 4) -> None:
+        super().__init__()
+        self.fc, self.activation = nn.Linear(dim, dim), kind()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.fc(x))
+
+
+def test_arguments_that_are_not_tried_are_in_the_notes() -> None:
+    port = icenet.port(Given(nn.ReLU), torch.randn(2, 4))
+    assert any("not tried with other values of dim" in note for note in port.report.notes)
