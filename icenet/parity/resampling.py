@@ -45,7 +45,10 @@ are judged again, with more samples of the noise and the error:
     times the noise, and over JUMP of the gradient, 500 times what a change of 4 ulps is of a value. Sums term by term
     move more values across an edge: with MLX's own batch norms, a gradient of a ResNeXt of 6 blocks jumps in every
     second problem. So if a gradient is over FACTOR after the repetitions as well, the jumps of PyTorch with such sums
-    are sampled, in FEW of the problems that are repeated. A wrong computation does not make PyTorch jump.
+    are sampled, in FEW of the problems that are repeated. A wrong computation does not make PyTorch jump. These jumps
+    may be below JUMP if MLX passes in one of the repetitions, since a wrong computation is wrong in each: a max
+    pooling passes a gradient to one place, so that a near tie moves one row of a weight, in S3D by 1e-5 of the
+    largest value, and in two of three problems there is such a tie.
 
 8.  Maxima that a softmax subtracts. They do not change its result, but the gradient of a maximum takes the rounding
     errors of the terms back: in an attention over the edges of a graph the gradient of what all edges of a node share
@@ -285,6 +288,8 @@ class _Resampling:
         self._run, self._samples, self._needed = run, samples, needed
         self._reference = _kept(samples.reference, names)
         self._count = samples.count or SAMPLES
+        self._passed_once: set[str] = set()
+        """The values over the tolerance that pass in one of the repetitions or more."""
 
     def judge(self, names: list[str]) -> dict[str, Judgement]:
         judged, cut = self._judge_with_samples(names)
@@ -372,7 +377,8 @@ class _Resampling:
             for name in pending:
                 squares[name] = squares.get(name, 0.0) + squared_distance(values[name].array, exact[name].array)
                 jump: Floats = np.sqrt(squares[name] / (index + 1))
-                if rms(jump) > max(FACTOR * judged[name].noise, JUMP * judged[name].scale):
+                least = 0.0 if name in self._passed_once else JUMP * judged[name].scale
+                if rms(jump) > max(FACTOR * judged[name].noise, least):
                     self._run.noises[name] = np.maximum(jump, self._run.noises[name])
                     judgement = self._run.judge(name)
                     if judgement.ratio <= sure_limit(index + 1, FEW):
@@ -407,6 +413,7 @@ class _Resampling:
                     error = value - exact
                     moved = np.where(np.isfinite(error), self._run.reference[name].array + error, value)
                 judgements.append(self._run.judge(name, moved))
+        self._passed_once |= {name for name, tried in repeats.items() if any(item.passed for item in tried)}
         return {name: median(judgements) for name, judgements in repeats.items()}
 
 
