@@ -87,8 +87,14 @@ class Steps(nn.Module):
         return x * self.embedding(steps(x)).sum(-1)
 
 
-def test_indices_computed_from_an_input_have_no_gradient_by_it() -> None:
-    module, x = Steps(), torch.randn(4, 6, requires_grad=True)
+class Signs(Steps):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.embedding((x > 0).long()).sum(-1)
+
+
+@pytest.mark.parametrize("kind", [Steps, Signs])
+def test_indices_computed_from_an_input_have_no_gradient_by_it(kind: type[Steps]) -> None:
+    module, x = kind(), torch.randn(4, 6, requires_grad=True)
     model, _ = ported(module, x.detach())
     module(x).sum().backward()
     _, gradients = mx.vjp(model, [mx.array(x.detach().numpy())], [mx.ones((4, 6))])

@@ -160,19 +160,6 @@ FAULTS: dict[str, list[Fault]] = {
             "        left = iter(list[int]())",
             ["parity/test_repeated_calls.py::test_calls_correspond_by_their_arguments"],
         ),
-        Fault(
-            "calls with equal arguments in another order are those of the same number",
-            (
-                "        order: dict[int, int] = {}\n"
-                "        for number, event in enumerate(y):  # calls with equal arguments keep their order\n"
-            ),
-            (
-                "        order = {number: number for number in same}\n"
-                "        for number, event in enumerate(y):\n"
-                "            if number in order:\n                continue\n"
-            ),
-            ["parity/test_repeated_calls.py::test_calls_correspond_by_their_arguments"],
-        ),
     ],
     "icenet/parity/calls/runs.py": [
         Fault(
