@@ -56,7 +56,7 @@ def load(
     averaged: bool = False,
     trust_code: bool = False,
     quantize: int | None = None,
-    group_size: int = 64,
+    group_size: int | None = None,
 ) -> Any:
     """Loads a model, on any backend.
 
@@ -72,7 +72,7 @@ def load(
         trust_code: Whether to run the user's Python file that defines the model.
         quantize: Number of bits to which the weights of linear layers and embeddings are quantized: 2, 3, 4, 5, 6 or
             8. None keeps them as they are (see docs/conversion.md).
-        group_size: Number of values that share a scale and a bias: 32, 64 or 128.
+        group_size: Number of values that share a scale and a bias, with `quantize`: 32, 64 or 128; by default 64.
 
     Returns:
         A `BaseModel` (`icenet.models` or `icenet_torch.models`) in evaluation mode.
@@ -105,8 +105,7 @@ def load(
     config = with_tokenizer(config, weights)
     if trust_code:
         custom.trust_model(config.model)
-    if quantize is not None:
-        weights = quantized(config, weights, quantize, group_size)
+    weights = quantized(config, weights, quantize, group_size)
     model = build_for_inference(config, backend, device, weights=weights, allow_tf32=allow_tf32, dtype=dtype)
     if config.model.input_kind in ("images", "anything"):
         model.image_facts = image_facts(path)
@@ -148,7 +147,16 @@ def convert(source: str | Path, destination: str | Path, to: str, **options: Any
         destination: A file or folder.
         to: The form.
         options: See `icenet.core.conversion.convert.convert_model`, and for "hf" and "mlx-lm"
-            `icenet.core.conversion.export.export`.
+            `icenet.core.conversion.export.export`; for example `overwrite=True`, or `quantize=4` for "mlx-lm".
+
+    Returns:
+        What was read and written, as `icenet convert` prints it: `icenet.core.weights.convert.Conversion`.
+
+    Raises:
+        UsageError: The form or an option is wrong, or a file would be replaced.
+        ConfigError: The new form cannot express the model.
+        WeightsError: The weights are damaged, or are not those of the config.
+        FileError: A file cannot be written.
     """
     from icenet.core.conversion.convert import convert_model
 

@@ -39,7 +39,7 @@ def convert_model(
         averaged=averaged,
         overwrite=overwrite,
         quantize=quantize,
-        **({} if group_size is None else {"group_size": group_size}),
+        group_size=group_size,
     )
     lines = [f"from  {done.source}", f"to    {done.destination}"]
     if done.left_out:

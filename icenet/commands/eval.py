@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import icenet
+from icenet.core.errors import DataError
 from icenet.core.report.console import new_console
 from icenet.core.training.perplexity import Perplexity, evaluate_text
+
+_OPTIONS = {"data.source": "--text", "data.errors=": "--errors "}
+"""The options of the command for keys of a configuration, which messages about texts name."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,18 @@ def evaluate(
     """Returns the perplexity of a text under a model.
 
     Args:
-        path, backend, device, dtype, averaged, quantize: See `icenet.load`.
-        group_size: Size of the groups; None is that of `icenet.load`.
+        path, backend, device, dtype, averaged, quantize, group_size: See `icenet.load`.
         source, options: See `icenet.core.training.perplexity.evaluate_text`.
         quiet: Show no progress.
     """
-    settings: dict[str, Any] = {} if group_size is None else {"group_size": group_size}
-    model = icenet.load(path, backend, device, dtype=dtype, averaged=averaged, quantize=quantize, **settings)
-    return EvaluationReport(evaluate_text(model, source, quiet=quiet, **options), model.backend)
+    model = icenet.load(
+        path, backend, device, dtype=dtype, averaged=averaged, quantize=quantize, group_size=group_size
+    )
+    try:
+        found = evaluate_text(model, source, quiet=quiet, **options)
+    except DataError as error:
+        message = str(error)
+        for key, option in _OPTIONS.items():
+            message = message.replace(key, option)
+        raise DataError(message) from None
+    return EvaluationReport(found, model.backend)

@@ -141,11 +141,11 @@ def load_model(
     """Returns a model that is loaded as `icenet.load` does, with the number of threads that is best for decoding.
 
     Args:
-        path, backend, device, dtype, averaged, quantize: See `icenet.load`.
-        group_size: Size of the groups; None is that of `icenet.load`.
+        path, backend, device, dtype, averaged, quantize, group_size: See `icenet.load`.
     """
-    settings: dict[str, Any] = {} if group_size is None else {"group_size": group_size}
-    model = icenet.load(path, backend, device, dtype=dtype, averaged=averaged, quantize=quantize, **settings)
+    model = icenet.load(
+        path, backend, device, dtype=dtype, averaged=averaged, quantize=quantize, group_size=group_size
+    )
     if (width := getattr(model.config, "hidden_size", None)) and model.is_on_cpu:
         choose_num_threads(model.backend, SMALL_ROWS, width)
     return model

@@ -316,14 +316,16 @@ def test_errors(tmp_path: Path) -> None:
         ({"quantize": 7}, ["bits 7", "one of 2, 3, 4, 5, 6, 8"]),
         ({"quantize": 4, "group_size": 48}, ["group_size 48", "32, 64, 128"]),
         ({"quantize": 4, "group_size": 128}, ["group_size 128", "64"]),
+        ({"group_size": 32}, ["group_size 32", "quantize"]),
     ):
         with pytest.raises(UsageError) as error:
             load(path, "mlx", **options)
         assert is_one_line(str(error.value), *words)
     for form in ("hf", "canonical", "gguf"):
-        with pytest.raises(UsageError) as error:
-            icenet.convert(path, tmp_path / "out", form, quantize=4)
-        assert is_one_line(str(error.value), "--quantize", "mlx-lm", form)
+        for options in ({"quantize": 4}, {"group_size": 32}):
+            with pytest.raises(UsageError) as error:
+                icenet.convert(path, tmp_path / "out", form, **options)
+            assert is_one_line(str(error.value), "--quantize", "mlx-lm", form)
     saved = icenet.save(load(path, "mlx", quantize=4), tmp_path / "saved")
     file = saved / "model.safetensors"
     stored = weight_files.read(file)

@@ -38,6 +38,7 @@ def convert_model(
     averaged: bool = False,
     overwrite: bool = False,
     quantize: int | None = None,
+    group_size: int | None = None,
     **options: Any,
 ) -> Conversion:
     """Converts weights with the layer kinds and shapes of their config.
@@ -56,9 +57,18 @@ def convert_model(
         strip_prefix: Prefixes to remove from the names of the weights.
         averaged: Whether to convert the moving average of a run's weights (`training.ema_decay`).
         overwrite: Whether to replace existing files.
-        quantize: Number of bits of quantized layers; see `export.export`.
+        quantize, group_size: How layers are quantized; see `export.export`.
         options: Arguments of `icenet.core.weights.convert.convert`. With `model`, or its kinds of layers and shapes,
             no config is looked for, and the source is a file or folder of weights.
+
+    Returns:
+        What was read and written.
+
+    Raises:
+        UsageError: The form or an option is wrong, or a file would be replaced.
+        ConfigError: The new form cannot express the model.
+        WeightsError: The weights are damaged, or are not those of the config.
+        FileError: A file cannot be written.
     """
     forms = (*FORMS, *export.FORMS, torchvision.FORM)
     if to not in forms:
@@ -68,9 +78,9 @@ def convert_model(
         given = {"--from": source_form, "--config": config, "--key": key, "--strip-prefix": strip_prefix}
         if unused := [option for option, value in given.items() if value]:
             raise UsageError(f"{', '.join(unused)}: has no effect with --to {to}; the source's own config is used")
-        options |= {"overwrite": overwrite, "averaged": averaged, "quantize": quantize}
+        options |= {"overwrite": overwrite, "averaged": averaged, "quantize": quantize, "group_size": group_size}
         return export.export(source, destination, to, **options)
-    if quantize is not None:
+    if quantize is not None or group_size is not None:
         raise UsageError(f"--quantize: is for --to {export.MLX_LM}, and has no effect with --to {to}")
     common = {"source_form": source_form, "key": key, "strip_prefix": strip_prefix, "overwrite": overwrite, **options}
     if any(options.get(name) is not None for name in _OF_A_MODEL):

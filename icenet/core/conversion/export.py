@@ -29,7 +29,7 @@ from icenet.core.weights.arrays import RenamedWeights
 from icenet.core.weights.convert import PICKLED, Conversion, Summary, summary
 from icenet.core.weights.files import Array, Progress
 from icenet.core.weights.gguf import SUFFIX as GGUF_SUFFIX
-from icenet.core.weights.packed import DEFAULT_GROUP_SIZE, PackedWeights, describe, packed_of, settings_of
+from icenet.core.weights.packed import PackedWeights, describe, packed_of, settings_of
 from icenet.core.weights.quantized import KEYS as QUANTIZATION_KEYS
 
 FORM, MLX_LM = "hf", "mlx-lm"
@@ -51,7 +51,7 @@ def export(
     max_shard_bytes: int | None = weight_files.MAX_SHARD_BYTES,
     progress: Progress | None = None,
     quantize: int | None = None,
-    group_size: int = DEFAULT_GROUP_SIZE,
+    group_size: int | None = None,
 ) -> Conversion:
     """Writes a folder that `from_pretrained` of `transformers`, or `mlx_lm.load`, loads, or a file for llama.cpp.
 
@@ -67,7 +67,7 @@ def export(
         max_shard_bytes: Size above which the weights are split.
         progress: Called with (bytes done, bytes in total) after each array.
         quantize: Number of bits to which linear layers and embeddings are quantized, for a folder of mlx-lm.
-        group_size: Number of values that share a scale and a bias: 32, 64 or 128.
+        group_size: Number of values that share a scale and a bias, with `quantize`: 32, 64 or 128; by default 64.
 
     Raises:
         UsageError: The destination is not a folder of its own, a file would be replaced, or the settings of the
@@ -76,7 +76,7 @@ def export(
         CheckpointError: The source has no weights, or (MissingCheckpointError) does not exist.
         FileError: A file cannot be written.
     """
-    if quantize is not None and form != MLX_LM:
+    if form != MLX_LM and (quantize is not None or group_size is not None):
         raise UsageError(f"--quantize: is for --to {MLX_LM}, and has no effect with --to {form}")
     source = hub.local_path(source)
     if not source.exists():
@@ -85,8 +85,7 @@ def export(
     imported, config, weights = _open(source, averaged)
     _check_model(config, form)
     stored: Any = packed_of(weights) or weights
-    if quantize is not None:
-        weights = quantized(config, weights, quantize, group_size)
+    weights = quantized(config, weights, quantize, group_size)
     is_of_images = config.model.input_kind == "images"
     images = _image_files(source, config) if imported is None and is_of_images else None
     family, files, remarks = folder.files_for(config, weights, imported, images)

@@ -13,6 +13,7 @@ from icenet.core import backends
 from icenet.core.config import Config, check_device
 from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.errors import UsageError
+from icenet.core.messages import some
 from icenet.core.models import twins
 from icenet.core.models.base import BYTES
 from icenet.core.tokenizers import get_tokenizer
@@ -21,6 +22,7 @@ from icenet.core.tokenizers.huggingface import HFTokenizer
 from icenet.core.weights.arrays import Array, float_dtype
 from icenet.core.weights.origin import Origin
 from icenet.core.weights.packed import (
+    DEFAULT_GROUP_SIZE,
     KINDS,
     DequantizedWeights,
     PackedWeights,
@@ -97,23 +99,29 @@ def build_for_inference(
     return model
 
 
-def quantized(config: Config, weights: Mapping[str, Array], bits: int, group_size: int) -> DequantizedWeights:
+def quantized(
+    config: Config, weights: Mapping[str, Array], bits: int | None, group_size: int | None = None
+) -> Mapping[str, Array]:
     """Returns weights whose layers are quantized; a layer that is, is quantized again.
 
     Args:
         config: The configuration of the model.
         weights: Canonical weights.
-        bits, group_size: See `icenet.core.weights.packed.check`.
+        bits: See `icenet.core.weights.packed.check`; None returns the weights as they are.
+        group_size: See there; None is 64.
 
     Raises:
-        UsageError: The settings are not supported, or fit no layer.
+        UsageError: The settings are not supported, or fit no layer, or there is a size of groups alone.
     """
-    settings = check(bits, group_size)
+    if bits is None:
+        if group_size is not None:
+            raise UsageError(f"group_size {group_size} has no effect without quantize; give quantize, such as 4")
+        return weights
+    settings = check(bits, DEFAULT_GROUP_SIZE if group_size is None else group_size)
     layers, others = layers_to_quantize(backends.meta_model(config).quantizable_layers(), settings)
     if others:
         logging.getLogger("icenet").warning(
-            f"not quantized, because the width is no multiple of group_size {group_size}: {', '.join(others[:8])}"
-            f"{f' and {len(others) - 8} more' if len(others) > 8 else ''}"
+            f"not quantized, because the width is no multiple of group_size {settings.group_size}: {some(others, 8)}"
         )
     if (found := packed_of(weights)) is not None:
         logging.getLogger("icenet").warning(

@@ -22,6 +22,9 @@ Array = npt.NDArray[Any]
 def read_trace(folder: str | os.PathLike[str]) -> RecordedTrace:
     """Returns the trace in a folder. Its arrays are read when they are used.
 
+    Args:
+        folder: The folder that `icenet.parity.record` wrote.
+
     Raises:
         DataError: There is no trace, or it is incomplete or damaged.
     """
