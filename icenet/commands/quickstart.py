@@ -133,6 +133,7 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
     Raises:
         BackendError: A backend is not installed.
         UsageError: `out` contains other files, or another quickstart uses it.
+        FileError: `out` cannot be written.
         IceNetError: Ctrl-C, SIGTERM or SIGHUP.
     """
     began = time.perf_counter()
@@ -160,7 +161,7 @@ def run(out: Path, overrides: Sequence[str] = (), quiet: bool = False) -> Report
     except OSError as error:
         if error.filename is None or not Path(error.filename).is_relative_to(out):
             raise
-        raise UsageError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+        raise run_folder.not_writable(out, error, "--out") from None
 
 
 def _run(out: Path, config: Config, half: int, quiet: bool, began: float) -> Report:

@@ -120,6 +120,8 @@ TABLE: list[tuple[str, int, list[str]]] = [
     ("train tiny.yaml --set data.source=binary.txt", USAGE, ["data.source", "binary.txt", "UTF-8"]),
     ("train tiny.yaml --set data.source=folder", USAGE, ["data.source", "'folder'", "folder without files"]),
     ("train tiny.yaml --set data.source=https://host/x.txt", USAGE, ["data.source", "URL", "download"]),
+    ("eval run --text txet.txt", USAGE, ["--text 'txet.txt'", "did you mean 'text.txt'?"]),
+    ("eval run --text binary.txt", USAGE, ["--text: binary.txt", "UTF-8"]),
     # runs
     ("train tiny.yaml --run run", USAGE, ["run: ", "--resume run", "another --run"]),
     ("train tiny.yaml --run text.txt", USAGE, ["text.txt", "not a folder", "another --run"]),
@@ -273,7 +275,7 @@ def test_a_folder_without_write_permission(place: Path, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     for run in (closed / "run", closed):
-        result = icenet("train", "tiny.yaml", "--run", run, folder=place, code=USAGE)
+        result = icenet("train", "tiny.yaml", "--run", run, folder=place, code=FAILURE)
         assert is_one_line(error_line(result.stderr), f"{run}: cannot be written", "another --run")
 
 
@@ -284,7 +286,7 @@ def test_a_file_system_that_cannot_be_written(
     """Holds for root as well."""
     monkeypatch.chdir(place)
     for command, option in ((["train", "tiny.yaml", "--run"], "--run"), (["quickstart", "--out"], "--out")):
-        assert main([*command, "/proc/run"]) == USAGE
+        assert main([*command, "/proc/run"]) == FAILURE
         assert is_one_line(error_line(capfd.readouterr().err), "/proc/run: cannot be written", f"another {option}")
     assert main(["convert", "good.safetensors", "/proc/x.safetensors", "--to", "torch"]) == FAILURE
     assert is_one_line(error_line(capfd.readouterr().err), "/proc/x.safetensors: cannot be written")

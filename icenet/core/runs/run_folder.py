@@ -18,6 +18,7 @@ before they are written again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from typing import Any
 
 from icenet.core import files
 from icenet.core.config import Config
-from icenet.core.errors import CheckpointError, IceNetError, UsageError
+from icenet.core.errors import CheckpointError, FileError, IceNetError, UsageError
 from icenet.core.report.metrics import MetricsLog
 from icenet.core.report.reporter import METRICS
 from icenet.core.report.tensorboard import FOLDER as TENSORBOARD
@@ -66,7 +67,8 @@ def create_numbered(base: Path) -> int:
     Of several processes that do this at the same moment, each gets its own folder.
 
     Raises:
-        UsageError: It cannot be written.
+        UsageError: The path cannot be that of a folder.
+        FileError: It cannot be written, for example because of a missing permission.
     """
     number = 1
     while True:
@@ -78,7 +80,7 @@ def create_numbered(base: Path) -> int:
             if not base.parent.is_dir():
                 raise UsageError(f"{base.parent}: is a file; rename it, or choose a folder with --run") from None
         except OSError as error:
-            raise _not_writable(base, error) from None
+            raise not_writable(base, error) from None
 
 
 def numbered(base: Path, number: int) -> Path:
@@ -129,6 +131,7 @@ def check_free(run: Path, holds_lock: bool = False) -> None:
 
     Raises:
         UsageError: It is a file, another run, a checkpoint, or contains files with names of a run.
+        FileError: It cannot be read, for example because of a missing permission.
         CheckpointError: Another process trains a run there.
     """
     if re.search(r"[\x00-\x1f\x7f]", str(run)):
@@ -157,7 +160,7 @@ def check_free(run: Path, holds_lock: bool = False) -> None:
                     f"{run}: contains {name}, which a run would replace; choose another --run, such as {run / 'run'}"
                 )
     except OSError as error:
-        raise _not_writable(run, error) from None
+        raise not_writable(run, error) from None
 
 
 # --- run.json -----------------------------------------------------------------------------------------------
@@ -219,7 +222,7 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises:
         CheckpointError: Another process trains the run.
-        UsageError: The folder cannot be written.
+        FileError: The folder cannot be written.
     """
     with contextlib.ExitStack() as lock:
         try:
@@ -228,7 +231,7 @@ def locked(run: Path) -> Iterator[None]:
         except TimeoutError:
             raise _in_use(run) from None
         except OSError as error:
-            raise _not_writable(run, error) from None
+            raise not_writable(run, error) from None
         yield
 
 
@@ -241,20 +244,27 @@ def create(run: Path) -> None:
     """Creates the folder of a run.
 
     Raises:
-        UsageError: It cannot be written.
+        UsageError: The path cannot be that of a folder.
+        FileError: It cannot be written, for example because of a missing permission.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _not_writable(run, error) from None
+        raise not_writable(run, error) from None
 
 
 def _in_use(run: Path) -> CheckpointError:
     return CheckpointError(f"{run}: another process trains this run; wait for it, or choose another --run")
 
 
-def _not_writable(run: Path, error: OSError) -> UsageError:
-    return UsageError(f"{run}: cannot be written ({error.strerror}); choose another --run")
+def not_writable(folder: Path, error: OSError, option: str = "--run") -> IceNetError:
+    """Returns the error of a folder that cannot be written, which an option names."""
+    kind = UsageError if error.errno in _WRONG_PATH else FileError
+    return kind(f"{folder}: cannot be written ({error.strerror}); choose another {option}")
+
+
+_WRONG_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EINVAL)
+"""Errors of a path that no folder can have. The others, such as a missing permission, are those of this machine."""
 
 
 def prepare(

@@ -35,7 +35,8 @@ class OwnFolder:
         """Creates the folder. A numbered one gets its name, the same in all processes.
 
         Raises:
-            UsageError: The folder cannot be written, or a new run would replace files there.
+            UsageError: The path cannot be that of a folder, or a new run would replace files there.
+            FileError: The folder cannot be written.
             CheckpointError: Another process trains a run there.
         """
         if self.is_numbered:
