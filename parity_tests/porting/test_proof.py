@@ -343,6 +343,7 @@ def test_sizes_that_an_export_decides_with_limit_the_port(
 ) -> None:
     port = icenet.port(module, R(2, 3, 8, 10))
     assert len([note for note in port.report.notes if "computes something else" in note]) == 1
+    assert "if not x" not in port.source and max(map(len, port.source.splitlines())) <= 110
     x = torch.randn(3, 5, *right)
     np.testing.assert_allclose(port.module(mx.array(x.numpy())), module(x), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -28,7 +28,14 @@ MOST = 40
 LONGEST = 120
 """Characters of a condition that a source may have."""
 
-
+_OPPOSITES: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Lt: ast.GtE,
+    ast.LtE: ast.Gt,
+    ast.Gt: ast.LtE,
+    ast.GtE: ast.Lt,
+}
 _FUNCTIONS = {"math": math, "max": max, "min": min, "float": float, "int": int, "abs": abs, "round": round}
 
 
@@ -61,7 +68,10 @@ class Guard:
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and node.id in self.places:
                 node.id = size(self.places[node.id][0])
-        return ast.unparse(tree), ast.unparse(ast.UnaryOp(ast.Not(), tree))
+        opposite: ast.expr = ast.UnaryOp(ast.Not(), tree)
+        if isinstance(tree, ast.Compare) and len(tree.ops) == 1 and type(tree.ops[0]) in _OPPOSITES:
+            opposite = ast.Compare(tree.left, [_OPPOSITES[type(tree.ops[0])]()], tree.comparators)
+        return ast.unparse(tree), ast.unparse(opposite)
 
 
 @dataclass

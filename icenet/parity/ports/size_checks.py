@@ -93,10 +93,13 @@ def _check_of_guard(guard: Guard, sizes: _Sizes) -> list[str]:
     if any(name not in sizes.expressions for name, _ in places):
         return []
     condition, outside = guard.texts(lambda place: sizes.text(sizes.names[place[0]], place[1]))
+    given = [_given(*place, sizes) for place in places]
+    texts = [*(f'f"{text} and "' for text in given[:-1]), f'f"{given[-1]}; "', f'"the port was made for {condition}"']
     return [
         f"        if {outside}:\n",
-        f'            raise ValueError(f"{" and ".join(_given(*place, sizes) for place in places)}; "\n',
-        f'                             "the port was made for {condition}")\n',
+        "            raise ValueError(\n",
+        *(f"                {text}\n" for text in texts),
+        "            )\n",
     ]
 
 
