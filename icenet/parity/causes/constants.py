@@ -75,12 +75,12 @@ def find_factors(trial: Trial) -> str:
 
 
 def _constants(module: Any, backend: str) -> dict[str, Array]:
-    """Returns the arrays of floats that a module holds itself, and that are no trained parameters of PyTorch."""
+    """Returns the arrays that a module holds itself, and that are no trained parameters of PyTorch."""
     to_numpy = backends.module(backend, "tools.probe").to_numpy
     kind = backends.module(backend, "tools.calls").ARRAY
     own = dict(module) if isinstance(module, dict) else getattr(module, "_buffers", {})
     held = {**own, **{name: item for name, item in vars(module).items() if name != "_buffers"}}
-    found = {name: item for name, item in held.items() if isinstance(item, kind) and "float" in str(item.dtype)}
+    found = {name: item for name, item in held.items() if isinstance(item, kind) and "complex" not in str(item.dtype)}
     return {name: np.asarray(to_numpy(item), np.float64) for name, item in found.items()}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import backends
+from icenet.parity.causes.operands import find_operands
 from icenet.parity.causes.passed import argument_name
 from icenet.parity.causes.trial import Trial
 
@@ -34,7 +35,7 @@ def find_integers(trial: Trial) -> str:
             return f"the order along axis {axis} is reversed in a"
     if _counts(ours) and not _counts(exact):
         return "a counts the positions of each row from its first element on, b does not: it may leave out padding"
-    return _function(trial, ours) if np.ptp(ours) else ""
+    return (_function(trial, ours) or find_operands(trial)) if np.ptp(ours) else ""
 
 
 def find_ignored(trial: Trial) -> str:

@@ -13,6 +13,7 @@ rotary      the base of the angles of rotary positions, the values that they tur
 constants   tables and masks with other values, and two parameters that are exchanged
 norms       norms over other axes or heads, or of another kind
 loops       loops of another number of iterations
+operands    single calls that are left out, or get another variable or number (last)
 helpers     functions of the user that are left out, or get their arguments in the other order
 weights     the order of gates and projections, a bias that is not used, 1 + weight, tied weights
 integers    integers and booleans: an offset of positions, an inverted mask
@@ -47,6 +48,7 @@ from icenet.parity.causes.numbers import (
     find_numbers,
     find_options,
 )
+from icenet.parity.causes.operands import find_operands
 from icenet.parity.causes.order import find_chosen, find_direction, find_order
 from icenet.parity.causes.rotary import find_angles, find_partial, find_rotary
 from icenet.parity.causes.sums import (
@@ -88,7 +90,7 @@ _SEARCHES = (
         find_factors,
         find_ignored,
     ),
-    *(find_tied, find_options, find_centred, find_direction, find_casts),
+    *(find_tied, find_options, find_centred, find_direction, find_casts, find_operands),
 )
 """The searches for the cause of a wrong output, in their order."""
 _BACKWARD = (

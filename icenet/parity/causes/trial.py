@@ -78,14 +78,14 @@ class Trial:
             if np.iscomplexobj(new[name].array) or (theirs is not None and name not in theirs):
                 return math.inf
             exact, found = self.exact[name].array, np.asarray(new[name].array, np.float64)
-            if found.shape != exact.shape or _overflows(found, exact, self.c.dtype):
+            ours, stored = results[name], self.theirs[name].dtype
+            if found.shape != exact.shape or ours.array.shape != found.shape:
+                return math.inf
+            if _overflows(found, exact, ours.array, self.c.dtype):
                 return math.inf
             changed = (theirs or self.theirs)[name].array
             noise = np.asarray(changed, np.float64) - (exact if theirs is None else found)
             noise = np.where(np.isfinite(noise), noise, 0.0)  # masked values are -inf
-            ours, stored = results[name], self.theirs[name].dtype
-            if ours.array.shape != found.shape:
-                return math.inf
             stored = self.c.dtype if stored == "fp64" else stored
             worst = max(worst, judge(ours.array, found + noise, found, self.c.dtype, stored=stored).ratio)
             if worst > ACCEPTED:
@@ -143,8 +143,11 @@ class Trial:
         return self.c.a.modules[self.pair.a.path], self.c.reference.modules[self.pair.path]
 
 
-def _overflows(new: Array, exact: Array, dtype: str) -> bool:
-    """Returns whether a value that the dtype holds becomes one that it does not, which is not compared."""
+def _overflows(new: Array, exact: Array, ours: Array, dtype: str) -> bool:
+    """Returns whether a value that the dtype holds becomes one that it does not, although `a` has a finite one there.
+
+    Such values are not compared.
+    """
     largest = float(np.finfo(np.float16 if dtype == "fp16" else np.float32).max)
-    held = np.isfinite(exact) & (np.abs(exact) <= largest)
+    held = np.isfinite(exact) & (np.abs(exact) <= largest) & np.isfinite(ours)
     return not (np.abs(new[held]) <= largest).all()

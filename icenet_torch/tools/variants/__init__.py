@@ -38,6 +38,7 @@ from icenet_torch.tools.variants.casts import casts
 from icenet_torch.tools.variants.helpers import EXCHANGED, helpers
 from icenet_torch.tools.variants.loops import globals_used
 from icenet_torch.tools.variants.numbers import BOUNDED, clip_variants, number_variants, sum_variants
+from icenet_torch.tools.variants.operands import changing, listing
 from icenet_torch.tools.variants.operations import ATTACHED, UNBOUNDED
 from icenet_torch.tools.variants.shapes import VARIANTS as SHAPES
 from icenet_torch.tools.variants.variant import Variant, applied, spying
@@ -89,9 +90,11 @@ __all__ = [
     "cap_variants",
     "capped",
     "casts",
+    "changing",
     "clip_variants",
     "globals_used",
     "helpers",
+    "listing",
     "number_variants",
     "shown_keys",
     "spying",

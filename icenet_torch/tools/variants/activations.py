@@ -60,8 +60,18 @@ def _in_place_of(new: Callable[[torch.Tensor], torch.Tensor]) -> Run:
     return lambda func, args, kwargs: new(args[0] if args else kwargs["input"])
 
 
+def _gate(name: str) -> Variant:
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["input"]
+        first, second = x.chunk(2, kwargs.get("dim", args[1] if len(args) > 1 else -1))
+        return first * ACTIVATIONS[name](second)
+
+    return Variant(f"{name} in the gate of GLU in a, sigmoid in b", frozenset({"glu"}), run)
+
+
 VARIANTS = [
     *(_activation(name) for name in ACTIVATIONS),
+    *(_gate(name) for name in ("no activation", "ReLU", "exact GELU", "SiLU", "tanh")),
     Variant("cosine in a, sine in b", frozenset({"sin"}), _in_place_of(torch.cos)),
     Variant("sine in a, cosine in b", frozenset({"cos"}), _in_place_of(torch.sin)),
     Variant("no sine in a", frozenset({"sin"}), _in_place_of(lambda x: x)),

@@ -269,7 +269,7 @@ def _also_exchanged(i: int, j: int) -> Run:
 
     def run(func: Any, args: Any, kwargs: Any) -> Any:
         y = func(*args, **kwargs)
-        return y.transpose(i, j) if y.ndim > j and y.shape[i] == y.shape[j] > 1 else NotImplemented
+        return y.transpose(i, j) if y.ndim > j and min(y.shape[i], y.shape[j]) > 1 else NotImplemented
 
     return run
 

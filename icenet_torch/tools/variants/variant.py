@@ -119,12 +119,12 @@ class Applied(TorchFunctionMode):
 def _site() -> Site:
     """Returns the site of the call of a function in the code of a user: that of all calls in a loop is the same."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and _is_dispatch(frame.f_code):
+    while frame.f_back is not None and is_dispatch(frame.f_code):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti
 
 
-def _is_dispatch(code: CodeType) -> bool:
+def is_dispatch(code: CodeType) -> bool:
     """Returns whether code is of PyTorch, or of another mode in which a module runs."""
     return code.co_filename.startswith(_TORCH) or code.co_name == "__torch_function__"
 
