@@ -20,7 +20,7 @@ from icenet.core.errors import UsageError
 from icenet.core.files import write_bytes
 from icenet.core.weights.arrays import to_array
 from icenet.parity import align
-from icenet.parity.calls.events import Slot, argument_names, map_leaves, rebuild
+from icenet.parity.calls.structures import Slot, argument_names, map_leaves, rebuild
 from icenet.parity.measures import round_to
 from icenet.parity.trace import Value, short_dtype
 

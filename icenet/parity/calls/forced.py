@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from icenet.parity import align
-from icenet.parity.calls.events import Run, rebuild, take_apart
+from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.sides import Side
+from icenet.parity.calls.structures import rebuild, take_apart
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
 

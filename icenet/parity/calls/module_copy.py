@@ -15,9 +15,10 @@ from icenet.core import backends
 from icenet.core.models import randomness
 from icenet.core.nn import dropout
 from icenet.core.weights import layout
-from icenet.parity.calls.events import Event, Run, rebuild
+from icenet.parity.calls.events import Event, Run
 from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Sample
 from icenet.parity.calls.sides import Side
+from icenet.parity.calls.structures import rebuild
 from icenet.parity.nearby import Perturbation
 from icenet.parity.trace import Value, class_name
 

@@ -18,9 +18,10 @@ import numpy.typing as npt
 from icenet.core import backends
 from icenet.core.messages import first_line
 from icenet.parity import align
-from icenet.parity.calls.events import Event, arrays_of, rebuild
+from icenet.parity.calls.events import Event
 from icenet.parity.calls.module_copy import ModuleCopy
 from icenet.parity.calls.pairs import Pair, Replay, Sample, as_floats
+from icenet.parity.calls.structures import arrays_of, rebuild
 from icenet.parity.nearby import Perturbation
 from icenet.parity.trace import Value, output_name, short_dtype
 

@@ -15,10 +15,11 @@ from icenet.core.messages import first_line
 from icenet.core.models import randomness
 from icenet.parity import align
 from icenet.parity.calls import module_replays
-from icenet.parity.calls.events import Event, Recorder, Run, Store, named_slots, rebuild, take_apart
+from icenet.parity.calls.events import Event, Recorder, Run, Store
 from icenet.parity.calls.module_copy import ModuleCopy
 from icenet.parity.calls.pairs import Pair, Replay, Sample
 from icenet.parity.calls.sides import Follow, ModuleError, Side, Targets
+from icenet.parity.calls.structures import named_slots, rebuild, take_apart
 from icenet.parity.trace import Value
 
 Array = npt.NDArray[Any]

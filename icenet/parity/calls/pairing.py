@@ -10,11 +10,12 @@ import numpy as np
 from icenet.core.messages import some
 from icenet.parity import align
 from icenet.parity.calls.directions import parts_of
-from icenet.parity.calls.events import Event, Run, numbers_by_name
+from icenet.parity.calls.events import Event, Run
 from icenet.parity.calls.matching import Match, opaque_layers
 from icenet.parity.calls.pairs import Pair
 from icenet.parity.calls.repeated import calls_in_order, repeated_calls
 from icenet.parity.calls.sides import Side
+from icenet.parity.calls.structures import numbers_by_name
 from icenet.parity.trace import Value
 
 _SAMPLES = 16

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from icenet.parity import align
 from icenet.parity.calls.directions import parts_of
-from icenet.parity.calls.events import numbers_by_name
 from icenet.parity.calls.sides import Side
+from icenet.parity.calls.structures import numbers_by_name
 from icenet.parity.measures import rms
 from icenet.parity.trace import Value
 

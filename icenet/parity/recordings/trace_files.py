@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from icenet.core.errors import DataError, FileError, UsageError
 from icenet.core.files import write_error, write_text
-from icenet.parity.calls.events import Slot, Store
+from icenet.parity.calls.events import Store
+from icenet.parity.calls.structures import Slot
 from icenet.parity.trace import Value
 
 Array = npt.NDArray[Any]

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from icenet.parity import align
 from icenet.parity.calls import culprit
 from icenet.parity.calls.culprit import Origin
-from icenet.parity.calls.events import numbers
 from icenet.parity.calls.pairing import relative
 from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair, as_floats, hidden
 from icenet.parity.calls.replays import replay
 from icenet.parity.calls.runs import agrees_in_samples
+from icenet.parity.calls.structures import numbers
 from icenet.parity.causes.passed import find_passed, passes_on
 from icenet.parity.results import status as states
 from icenet.parity.results.result import Row, Stage
