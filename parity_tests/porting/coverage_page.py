@@ -117,11 +117,11 @@ def _runs(results: dict[str, Any]) -> list[str]:
     for group, title in TITLES.items():
         item = results.get(group, {"runs": [], "entries": {}})
         counts = Counter(entry["run"] for entry in item["entries"].values())
-        days: dict[tuple[str, str], list[int]] = {}
+        days: dict[tuple[str, str, bool], list[int]] = {}
         for number, run in enumerate(item["runs"]):
-            days.setdefault((run["day"], run["machine"]), []).append(number)
+            days.setdefault((run["day"], run["machine"], " " in run["commit"]), []).append(number)
         title = "operations of PyTorch's operator database" if group == "ops" else title.partition(",")[0]
-        for (day, machine), numbers in reversed(days.items()):
+        for (day, machine, _), numbers in reversed(days.items()):
             commits = list(dict.fromkeys(item["runs"][number]["commit"] for number in (numbers[0], numbers[-1])))
             count = sum(counts[number] for number in numbers)
             text = " to ".join(commits).replace("to stored in", "to")
