@@ -167,7 +167,9 @@ class Engine(engine.Engine):
         return to_channels_first(tensor) if tensor.ndim == 4 else tensor
 
     def _normalize(self, pixels: Tensor, scale: np.ndarray, shift: np.ndarray) -> Tensor:
-        factor, offset = (torch.from_numpy(array)[:, None, None].to(self.device) for array in (scale, shift))
+        # Through pinned memory. Another copy waits for the step before: 4 to 5 of the 12 ms of a step of the compiled
+        # ResNet-50 on an H200, in which the host cannot describe the next one.
+        factor, offset = (self._to_device(array).float()[:, None, None] for array in (scale, shift))
         return (pixels.float() * factor - offset).to(self.dtype)
 
     def _to_full_precision(self, array: Tensor) -> Tensor:
