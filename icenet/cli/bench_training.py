@@ -74,9 +74,9 @@ def _training_sides(ctx: click.Context, parameter: click.Parameter, value: str |
 
 
 def _training_rows(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
-    from icenet.commands.bench import cpu, guide, training
+    from icenet.commands.bench import cpu, guide, training_rows
 
-    rows = {"guide": guide.ROWS, "cpu": cpu.ROWS}.get(str(ctx.info_name), training.ROWS)
+    rows = {"guide": guide.ROWS, "cpu": cpu.ROWS}.get(str(ctx.info_name), training_rows.ROWS)
     return names(ctx, parameter, value, list(rows), "row") or list(rows)
 
 
@@ -87,11 +87,11 @@ _rows_option = click.option(
 
 def _run_training(module: Any, rows: list[str], json_file: str | None, overwrite: bool, **options: Any) -> None:
     """Measures rows of a module of `icenet.commands.bench`."""
-    from icenet.commands.bench import training
+    from icenet.commands.bench import training, training_rows
 
     chosen = {name: module.ROWS[name] for name in rows}
     run = getattr(module, "run", training.run)
-    run_rows(lambda notify: run(chosen, training.Options(**options), notify), json_file, overwrite)
+    run_rows(lambda notify: run(chosen, training_rows.Options(**options), notify), json_file, overwrite)
 
 
 @command(
@@ -110,9 +110,9 @@ def train_command(rows: list[str], **options: Any) -> None:
     Rows: gpt (the preset transformer-small), lstm (4 x 512) and cnn (ResNet-50). The loops have the layers of
     PyTorch, torchvision and mlx.nn. The sizes are smaller on a CPU.
     """
-    from icenet.commands.bench import training
+    from icenet.commands.bench import training_rows
 
-    _run_training(training, rows, **options)
+    _run_training(training_rows, rows, **options)
 
 
 @command(

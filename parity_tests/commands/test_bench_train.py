@@ -14,7 +14,7 @@ from helpers import both_backends, is_one_line
 
 from icenet.cli import main as cli
 from icenet.commands import isolated
-from icenet.commands.bench import common, guide, loops, training
+from icenet.commands.bench import common, guide, loops, training, training_rows
 from icenet.core import backends
 from icenet.core.config import Config
 from icenet.core.errors import UsageError
@@ -27,8 +27,8 @@ SETS = [part for change in SMALL for part in ("--set", change)]
 
 
 def config(row: str, *overrides: str, **options: Any) -> Config:
-    given = training.Options(overrides=overrides, batch=2, length=12, **options)
-    return training.config_of(training.ROWS[row], given, "cpu")
+    given = training_rows.Options(overrides=overrides, batch=2, length=12, **options)
+    return training_rows.config_of(training_rows.ROWS[row], given, "cpu")
 
 
 class Here:
@@ -81,7 +81,7 @@ def test_the_operations_of_images_are_those_that_pytorch_counts(overrides: tuple
     small = (*small, *overrides, *(["model.hidden_size=16"] if "model.block=basic" in overrides else []))
     chosen = config("cnn", *small).with_overrides("data.image_size=33")
     expected = counted(chosen, lambda model: model(torch.zeros(2, 3, 33, 33)))
-    assert training.operations(chosen) == 3 * expected
+    assert training_rows.operations(chosen) == 3 * expected
 
 
 def test_the_operations_of_texts_are_those_that_pytorch_counts() -> None:
@@ -89,7 +89,7 @@ def test_the_operations_of_texts_are_those_that_pytorch_counts() -> None:
     products = counted(chosen, lambda model: model(torch.zeros(2, 12, dtype=torch.int32)))
     attention = 2 * 2 * 4 * 16 * 12 * 12  # PyTorch's counter counts all pairs, if at all
     pairs = 2 * 2 * 4 * 16 * 12 * 13 // 2
-    assert training.operations(chosen) / 3 - pairs in (products, products - attention)
+    assert training_rows.operations(chosen) / 3 - pairs in (products, products - attention)
 
 
 # ---- the sides ----------------------------------------------------------------------------------------------
@@ -173,10 +173,10 @@ def test_the_wait_for_images(backend: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("here")
 def test_a_side_that_fails_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Here, "failing", ("torch loop",))
-    options = training.Options(
+    options = training_rows.Options(
         overrides=SMALL, only=("icenet torch", "torch loop"), batch=2, length=12, seconds=0.001, repeats=1
     )
-    report = training.run({"gpt": training.ROWS["gpt"]}, options)
+    report = training.run({"gpt": training_rows.ROWS["gpt"]}, options)
     assert [entry["side"] for entry in report.results[0]["sides"]] == ["icenet torch"]
     assert any(is_one_line(note, "torch loop", "no memory") for note in report.notes)
 
@@ -193,7 +193,7 @@ def test_other_programs_are_no_reason_of_a_failure(
     assert is_one_line(lines[-1], "icenet mlx", "no memory") and "10000" not in lines[-1]
 
 
-TWO = training.Options(
+TWO = training_rows.Options(
     overrides=SMALL, only=("icenet torch", "torch loop"), batch=2, length=12, seconds=0.001, repeats=5, device="cpu"
 )
 
@@ -203,7 +203,7 @@ def test_slow_steps_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 50 s: two rounds of two sides take 200 s, and three more than the limit."""
     monkeypatch.setattr(loops.Session, "_timed", lambda self, steps: 50.0)
     lines: list[str] = []
-    report = training.run({"gpt": training.ROWS["gpt"]}, replace(TWO, limit=250.0), lines.append)
+    report = training.run({"gpt": training_rows.ROWS["gpt"]}, replace(TWO, limit=250.0), lines.append)
     assert [entry["seconds"] for entry in report.results[0]["sides"]] == [[50.0] * 2] * 2
     assert any(is_one_line(note, "2 of 5 rounds", "--batch", "--limit 600") for note in report.notes)
     told = [line for line in lines if "round " in line and " left" in line]
@@ -225,7 +225,7 @@ def test_rounds_that_are_slower_than_expected_end(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loops.Session, "measure", measure)
     monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(loops.Session, "data_wait", lambda self, steps: waits.append(steps) or 0.0)
-    report = training.run({"gpt": training.ROWS["gpt"]}, replace(TWO, limit=30.0))
+    report = training.run({"gpt": training_rows.ROWS["gpt"]}, replace(TWO, limit=30.0))
     assert [entry["seconds"] for entry in report.results[0]["sides"]] == [[0.001] * 2] * 2
     assert any(is_one_line(note, "2 of 5 rounds", "40 s", "--batch", "--side") for note in report.notes)
     assert waits == [1]  # steps, as in other rows that are slow
@@ -244,7 +244,7 @@ def test_steps_in_which_a_gpu_captures_graphs_do_not_count(monkeypatch: pytest.M
     monkeypatch.setattr(loops.Session, "measure", measure)
     monkeypatch.setattr(loops.Session, "data_wait", lambda self, steps: 0.0)
     options = replace(TWO, only=("icenet torch",), seconds=1.0, repeats=1, precision="fp32")
-    report = training.run({"gpt": training.ROWS["gpt"]}, options)
+    report = training.run({"gpt": training_rows.ROWS["gpt"]}, options)
     assert steps == [3, 3, 2]
     assert report.results[0]["sides"][0]["seconds"] == [0.001]
 
@@ -296,7 +296,7 @@ def test_a_side_without_a_step_in_time_costs_one_line(monkeypatch: pytest.Monkey
         return call(self, method, *arguments)
 
     monkeypatch.setattr(Here, "call", call)
-    report = training.run({"gpt": training.ROWS["gpt"]}, replace(TWO, limit=20.0))
+    report = training.run({"gpt": training_rows.ROWS["gpt"]}, replace(TWO, limit=20.0))
     assert [entry["side"] for entry in report.results[0]["sides"]] == ["icenet torch"]
     assert any(is_one_line(note, "torch loop", "60 s", "--batch", "--limit", "--row") for note in report.notes)
 
@@ -330,7 +330,7 @@ def test_ctrl_c_before_the_rounds_shows_the_first_steps(monkeypatch: pytest.Monk
         return measure(self, steps)
 
     monkeypatch.setattr(loops.Session, "measure", measure)
-    report = training.run({"gpt": training.ROWS["gpt"]}, TWO)
+    report = training.run({"gpt": training_rows.ROWS["gpt"]}, TWO)
     assert [entry["side"] for entry in report.results[0]["sides"]] == ["icenet torch"]
     assert isinstance(report.interruption, KeyboardInterrupt)
     assert any(is_one_line(note, "gpt", "first steps") for note in report.notes)
@@ -347,7 +347,7 @@ def test_ctrl_c_in_the_first_round_shows_the_first_steps_of_all_sides(monkeypatc
         return measure(self, steps)
 
     monkeypatch.setattr(loops.Session, "measure", measure)
-    report = training.run({"gpt": training.ROWS["gpt"]}, TWO)
+    report = training.run({"gpt": training_rows.ROWS["gpt"]}, TWO)
     assert [entry["side"] for entry in report.results[0]["sides"]] == ["icenet torch", "torch loop"]
     assert any(is_one_line(note, "gpt", "first steps") for note in report.notes)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from icenet.commands.bench import common, training
-from icenet.commands.bench.training import Row
+from icenet.commands.bench.training_rows import Options, Row
 
 
 def _recurrent(kind: str, layers: int, width: int, rows: int, steps: int, *more: str) -> Row:
@@ -67,7 +67,7 @@ class ProcessorReport(training.TrainingReport):
         )
 
 
-def run(rows: Mapping[str, Row], options: training.Options, notify: common.Notify = common.ignore) -> ProcessorReport:
+def run(rows: Mapping[str, Row], options: Options, notify: common.Notify = common.ignore) -> ProcessorReport:
     """Measures rows as `training.run` does."""
     found = training.run(rows, options, notify)
     return ProcessorReport(found.machine, found.rates, found.results, found.notes, found.interruption)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icenet.commands.bench.training import Row
+from icenet.commands.bench.training_rows import Row
 
 # The guide names the sizes and the batches, but not the lengths of the texts and the sizes of the images; these are
 # those of the presets, and shorter on a CPU.

@@ -65,7 +65,7 @@ FAULTS: dict[str, list[Fault]] = {
             ["commands/test_bench.py::test_a_draft_next_to_plain_decoding"],
         ),
     ],
-    "icenet/commands/bench/training.py": [
+    "icenet/commands/bench/training_rows.py": [
         Fault(
             "the limit of training leaves out the backward pass",
             "return 3.0 * batch * (2",
