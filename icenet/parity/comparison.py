@@ -14,6 +14,7 @@ from icenet.core import backends
 from icenet.core.errors import UsageError
 from icenet.core.weights.rename import Rename
 from icenet.parity import inputs as drawing
+from icenet.parity import smallest_inputs
 from icenet.parity.arguments import Progress, check_options, check_pairs
 from icenet.parity.calls import propagation, runs
 from icenet.parity.calls.directions import divided
@@ -241,5 +242,5 @@ class ModuleComparison(Comparison):
             stage = report.failed_stage
             return stage is not None and (report.culprit, stage.name) == (self.report.culprit, failed.name)
 
-        smallest = drawing.shrink(self.inputs_a, differs)
-        self.report.replay = str(drawing.save(smallest, path))
+        smallest = smallest_inputs.shrink(self.inputs_a, differs)
+        self.report.replay = str(smallest_inputs.save(smallest, path))

@@ -1,15 +1,12 @@
-"""Inputs of a comparison: those of the user, random ones, their axes on each side, and the smallest that differs."""
+"""Inputs of a comparison: those of the user, random ones, and their axes on each side."""
 
 from __future__ import annotations
 
 import inspect
-import io
 import itertools
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core.errors import UsageError
-from icenet.core.files import write_bytes
 from icenet.core.weights.arrays import to_array
 from icenet.parity import align
 from icenet.parity.calls.structures import Slot, argument_names, map_leaves, rebuild
@@ -283,84 +279,3 @@ def _drawn(
     else:
         raise UsageError(f"compare: the first layer, {path} of kind {kind}, does not show the input; pass inputs")
     return (scale * generator.standard_normal(shape)).astype(np.float32)
-
-
-# ---- the smallest input that differs ------------------------------------------------------------------------
-
-
-def shrink(inputs: Inputs, differs: Callable[[Inputs], bool], most: int = 60) -> Inputs:
-    """Returns the smallest inputs for which a function is true, by halving axes and setting values to zero.
-
-    Args:
-        inputs: Inputs for which it is true.
-        differs: Whether the sides differ on inputs; false if one of them fails.
-        most: The largest number of calls.
-    """
-    left = most
-    current = inputs
-
-    def attempt(candidate: Inputs | None) -> bool:
-        nonlocal left, current
-        if candidate is None or left <= 0:
-            return False
-        left -= 1
-        if not differs(candidate):
-            return False
-        current = candidate
-        return True
-
-    changed = True
-    while changed and left > 0:
-        changed = False
-        for axis in range(max(value.array.ndim for value in current.values)):
-            size = max((v.array.shape[axis] for v in current.values if v.array.ndim > axis), default=1)
-            for length in dict.fromkeys((1, size // 4, size // 2, size - size // 4, size - 1)):
-                if 0 < length < size and attempt(_shortened(current, axis, size, length)):
-                    changed = True
-                    break
-    for index, value in enumerate(current.values):
-        if not value.is_float:
-            attempt(_replaced(current, index, np.zeros_like(value.array)))
-            continue
-        for array in (np.ones_like(value.array), np.round(value.array), np.sign(value.array)):
-            if attempt(_replaced(current, index, array)):
-                break
-    return current
-
-
-def _shortened(inputs: Inputs, axis: int, size: int, length: int) -> Inputs | None:
-    """Returns inputs with fewer elements along an axis, in all arrays that have as many there."""
-    values = []
-    for value in inputs.values:
-        if value.array.ndim > axis and value.array.shape[axis] == size:
-            values.append(Value(np.ascontiguousarray(np.take(value.array, range(length), axis)), value.dtype))
-        else:
-            values.append(value)
-    return Inputs(inputs.given, values)
-
-
-def _replaced(inputs: Inputs, index: int, array: Array) -> Inputs:
-    values = list(inputs.values)
-    values[index] = Value(array.astype(values[index].array.dtype), values[index].dtype)
-    return Inputs(inputs.given, values)
-
-
-def save(inputs: Inputs, path: str | os.PathLike[str]) -> Path:
-    """Writes the arrays of inputs to an .npz file: keyword arguments by name, positional ones as arr_0, arr_1, ...
-
-    `icenet parity A B --input FILE` reads it.
-
-    Raises:
-        FileError: The file cannot be written.
-    """
-    file = Path(path)
-    file = file if file.suffix == ".npz" else file.with_name(f"{file.name}.npz")
-    arrays = [value.array for value in inputs.values]
-    buffer = io.BytesIO()
-    if inputs.given[1]:
-        named: dict[str, Any] = dict(zip(inputs.names, arrays, strict=True))
-        np.savez(buffer, **named)
-    else:
-        np.savez(buffer, *arrays)
-    write_bytes(file, buffer.getvalue())
-    return file
