@@ -55,6 +55,11 @@ _COMPOSED = get_decompositions(
         aten.linalg_vector_norm,
         aten.std,
         aten.std_mean,
+        aten.mse_loss,
+        aten.smooth_l1_loss,
+        aten.huber_loss,
+        aten.binary_cross_entropy,
+        aten.nll_loss_forward,
     ]
 )
 

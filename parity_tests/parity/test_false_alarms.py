@@ -57,6 +57,22 @@ def test_the_error_of_erf_is_no_difference(scale: float) -> None:
     assert not compare(*wrong, draw(40, 8, scale=scale), stages=["forward", "gradients"]).passed
 
 
+def test_a_loss_that_is_a_mean_has_the_rounding_of_a_sum_term_by_term() -> None:
+    """As in a VQ-VAE, whose codebook returns its loss."""
+    errors: dict[str, list[float]] = {"mlx": [], "torch": [], "in order": []}
+    for seed in range(20):
+        x, y = draw(1024, seed=seed, scale=30.0), draw(1024, seed=100 + seed)
+        exact = np.square(x.astype(np.float64) - y).mean()
+        given = torch.from_numpy(x), torch.from_numpy(y)
+        errors["mlx"].append(mx.square(mx.array(x) - mx.array(y)).mean().item() - exact)
+        errors["torch"].append(F.mse_loss(*given).item() - exact)
+        with summing_in_order(seed):
+            errors["in order"].append(F.mse_loss(*given).item() - exact)
+    sizes = {name: np.sqrt(np.square(found).mean()) for name, found in errors.items()}
+    assert sizes["mlx"] < 3 * sizes["in order"]
+    assert sizes["in order"] > 3 * sizes["torch"]
+
+
 @pytest.mark.parametrize("padding", [3, 0])
 def test_a_causal_convolution_may_pad_its_input_itself(padding: int) -> None:
     """As in ports of Mamba: PyTorch pads both ends and cuts off the last values, MLX gets padded values."""

@@ -27,10 +27,12 @@ from icenet.parity.measures import rms
 from icenet.parity.nearby import Perturbation
 from icenet.parity.state import Comparison
 from icenet.parity.trace import Value
-from icenet.parity.yardstick import Judgement
+from icenet.parity.yardstick import FACTOR, Judgement
 
 LARGEST = 48.0
 """Bound of the values. Exponentials of them do not overflow in fp32."""
+_SAMPLES = 4
+"""Number of problems that decide whether an error is that of a bound."""
 _SMALL = 1 << 14
 """Number of values above which independent ones reach each part of the range."""
 _UNIT = 1e-2
@@ -115,30 +117,57 @@ def _judge(c: Comparison, pair: Pair) -> Mapping[str, Judgement]:
 
 
 def _is_steady(c: Comparison, pair: Pair, names: list[str]) -> bool:
-    """Returns whether errors are the same if the inputs are moved by ulps.
+    """Returns whether errors are about the same, and above the noise, if the inputs are moved by ulps.
 
-    Those of a bound are. Those of rounding are others, also where terms cancel that are large at such inputs only, as
-    in x.x + y.y - 2 x.y for a distance.
+    Those of a bound are. Those of rounding are others, or those of sums term by term, also where terms cancel that
+    are large at such inputs only, as in x.x + y.y - 2 x.y for a distance. The noise of a single number may be small
+    by chance.
     """
-    given, kept, perturb = c.replay_of(pair, False), pair.inputs("b"), Perturbation(c.dtype, 0)
+    given, kept = c.replay_of(pair, False), pair.inputs("b")
     assert pair.larger is not None
-    moved = [
-        item if own is new else perturb(item, "larger", index)
-        for index, (item, own, new) in enumerate(zip(given.values, kept, pair.larger, strict=True))
-    ]
-    errors = []
-    for values in (given.values, moved):
-        at = replace(given, values=values)
+    errors: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
+    noises: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
+    for sample in range(_SAMPLES):
+        perturb = Perturbation(c.dtype, sample - 1)
+        moved = [
+            item if own is new or not sample else perturb(item, "larger", index)
+            for index, (item, own, new) in enumerate(zip(given.values, kept, pair.larger, strict=True))
+        ]
+        at = replace(given, values=moved)
         try:
             ours, exact = c.a.replay(at), c.reference.replay(at)
+            with _sums(c, sample):
+                theirs = c.b.replay(at)
         except align.ReplayError:
             return True
-        errors.append([ours[name].array.astype(np.float64) - exact[name].array for name in names])
-    for first, second in zip(*errors, strict=True):
-        finite = np.isfinite(first) & np.isfinite(second)
-        if not finite.any() or rms(first[finite] - second[finite]) < rms(first[finite]) / 2:
+        for name in names:
+            reference = exact[name].array
+            errors[name].append(ours[name].array.astype(np.float64) - reference)
+            noises[name].append(theirs[name].array.astype(np.float64) - reference)
+    for name in names:
+        first, *others = errors[name]
+        finite = np.isfinite(first)
+        for array in (*others, *noises[name]):
+            finite &= np.isfinite(array)
+        if not finite.any():
+            return True
+        size, noise = (_pooled(arrays, finite) for arrays in (errors[name], noises[name]))
+        if size > FACTOR * noise and rms(first[finite] - others[0][finite]) < rms(first[finite]) / 2:
             return True
     return False
+
+
+def _sums(c: Comparison, sample: int) -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which `b` sums term by term, as MLX does."""
+    if c.b.backend != "torch":
+        return contextlib.nullcontext()
+    found: contextlib.AbstractContextManager[None] = backends.module("torch", "tools.sums").summing_in_order(sample)
+    return found
+
+
+def _pooled(arrays: list[npt.NDArray[Any]], finite: npt.NDArray[np.bool_]) -> float:
+    """Returns the root mean square of several arrays."""
+    return rms(np.stack([array[finite] for array in arrays]))
 
 
 def _may_have_bounds(c: Comparison, pair: Pair) -> bool:
