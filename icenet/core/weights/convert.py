@@ -176,37 +176,19 @@ def convert(
     given = _open_source(source, source_form, key, strip_prefix, arrays, read_as)
     # one of its shards may be the destination, which may be behind a symbolic link
     destination = files.output_file(destination, overwrite=True, inputs=given.files)
-    if model is not None:
-        kinds, shapes = _kinds_and_shapes(model)
-        tree = backends.module(backends.backend_of(model), "nn.tree")
-        names, aliases = tree.mlx_names(model), sharing.aliases_in_twin(tree.named_modules(model))
-        shared = sharing.find_shared((path, array) for path, array, _ in tree.named_arrays(model))
-    names = names or {}
-    found = RenamedWeights(given.arrays, names) if given.form == "mlx" else given.arrays
-    found = sharing.complete(found, shared or {})
-    permutes = (given.form == "mlx") != (to == "mlx")
-    if kinds is None and (permutes or (given.form == "mlx" and shapes is not None)):
-        raise UsageError(
-            f"{source}: converting {given.form} to {to} needs the kinds of the layers, which a config determines; "
-            "name it with --config, or in Python give the model: convert(..., model=model)"
-        )
-    if shapes is not None:
-        _check_shapes(found, given.form, kinds or {}, shapes, str(source))
-    direction = None if not permutes else "to_mlx" if to == "mlx" else "to_torch"
-    result = layout.PermutedWeights(found, kinds or {}, direction)
+    facts = _Facts(kinds, shapes, names or {}, shared or {}, aliases) if model is None else _Facts.of(model)
+    found = RenamedWeights(given.arrays, facts.names) if given.form == "mlx" else given.arrays
+    found = sharing.complete(found, facts.shared)
+    result = _with_layout(found, given.form, to, facts, str(source))
     written: Mapping[str, Array] = result
     if to == "mlx":
         _check_dtypes_of_mlx(result, source)
-        written = RenamedWeights(result, {canonical: name for name, canonical in names.items()}, aliases)
+        written = RenamedWeights(result, {canonical: name for name, canonical in facts.names.items()}, facts.aliases)
     elif write_as is not None and (renamed := write_as(result)) is not None:
         written = renamed
     described: dict[str, str] = {}
     if destination.suffix in PICKLED:  # a state dict contains tensors only
-        _state_dict_module().write_state_dict(destination, written)
-        outputs = [destination]
-        if progress is not None:
-            total = sum(spec_of(result, name).nbytes for name in result)
-            progress(total, total)
+        outputs = _write_state_dict(destination, written, progress)
     else:
         described = {**given.metadata, **(metadata or {}), "format": _FORMATS[to]}
         if given.layers:
@@ -218,8 +200,62 @@ def convert(
         summary(destination, to, written, described),
         outputs,
         [*(name for name in found if name not in result), *given.left_out],
-        given.note or (_note(found) if shapes is None else ""),
+        given.note or (_note(found) if facts.shapes is None else ""),
     )
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of the model of the weights. The attributes are the arguments of `convert`."""
+
+    kinds: Mapping[str, str] | None
+    shapes: Mapping[str, tuple[int, ...]] | None
+    names: Mapping[str, str]
+    shared: Mapping[str, str]
+    aliases: Collection[str]
+
+    @classmethod
+    def of(cls, model: Any) -> _Facts:
+        """Returns the facts of a module of either backend."""
+        tree = backends.module(backends.backend_of(model), "nn.tree")
+        kinds, shapes = tree.layer_kinds(model), tree.weight_shapes(model)
+        return cls(
+            kinds,
+            {path: shape for path, shape in shapes.items() if not layout.is_left_out(kinds, path)},
+            tree.mlx_names(model),
+            sharing.find_shared((path, array) for path, array, _ in tree.named_arrays(model)),
+            sharing.aliases_in_twin(tree.named_modules(model)),
+        )
+
+
+def _with_layout(
+    found: Mapping[str, Array], form: str, to: str, facts: _Facts, source: str
+) -> layout.PermutedWeights:
+    """Returns weights of one form with the layouts of another.
+
+    Raises:
+        UsageError: That needs the kinds of the layers.
+        WeightsError: They are not the weights of the model.
+    """
+    kinds, shapes, permutes = facts.kinds, facts.shapes, (form == "mlx") != (to == "mlx")
+    if kinds is None and (permutes or (form == "mlx" and shapes is not None)):
+        raise UsageError(
+            f"{source}: converting {form} to {to} needs the kinds of the layers, which a config determines; "
+            "name it with --config, or in Python give the model: convert(..., model=model)"
+        )
+    if shapes is not None:
+        _check_shapes(found, form, kinds or {}, shapes, source)
+    direction = None if not permutes else "to_mlx" if to == "mlx" else "to_torch"
+    return layout.PermutedWeights(found, kinds or {}, direction)
+
+
+def _write_state_dict(path: Path, written: Mapping[str, Array], progress: Progress | None) -> list[Path]:
+    """Writes a file of `torch.save`. Returns it as the only file."""
+    _state_dict_module().write_state_dict(path, written)
+    if progress is not None:
+        total = sum(spec_of(written, name).nbytes for name in written)
+        progress(total, total)
+    return [path]
 
 
 @dataclass(frozen=True)
@@ -317,13 +353,6 @@ def _note(names: Iterable[str]) -> str:
     """Returns a remark on prefixes of wrappers in names that no model has checked."""
     found = prefixes.suggest_prefixes(names)
     return f"names begin with or contain {' and '.join(found)}; {prefixes.advice(found)}" if found else ""
-
-
-def _kinds_and_shapes(model: Any) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Returns the kinds of the layers and the canonical shapes of a module of either backend, by path."""
-    tree = backends.module(backends.backend_of(model), "nn.tree")
-    kinds = tree.layer_kinds(model)
-    return kinds, {p: shape for p, shape in tree.weight_shapes(model).items() if not layout.is_left_out(kinds, p)}
 
 
 def _check_form(form: str) -> None:
