@@ -65,11 +65,8 @@ class Adam(optim.Adam):
         self.state["root_correction"] = mx.array(second**0.5, mx.float32)
         self.state["shrink"] = mx.array(1 - learning_rate * self.weight_decay, mx.float32)
         if training_kernels.has_kernels():
-            beta1, beta2 = self.betas
-            shrink, added = self.decays(learning_rate)
-            corrections = learning_rate / first, second**0.5, self.eps, shrink
-            scalars = [*corrections, beta1, 1 - beta1, beta2, 1 - beta2, added]
-            self.state["scalars"] = mx.array(scalars, mx.float32)
+            self.state["rates"] = mx.array([learning_rate / first, second**0.5], mx.float32)
+            self.state["decays"] = mx.array(self.decays(learning_rate), mx.float32)
 
     def decays(self, learning_rate: float) -> tuple[float, float]:
         """Returns the factor of the parameter and the weight decay that is added to the gradient."""
@@ -80,7 +77,8 @@ class Adam(optim.Adam):
     ) -> list[mx.array]:
         """Computes `apply_single` of gradients times a factor `[1]`, in few kernels on CUDA; all are fp32."""
         first, second = ([state[slot] for state in states] for slot in ("m", "v"))
-        found = training_kernels.adam(parameters, gradients, first, second, factor, self.state["scalars"])
+        numbers = factor, self.state["rates"], self.state["decays"], self.eps, self.betas
+        found = training_kernels.adam(parameters, gradients, first, second, *numbers)
         for state, (_, m, v) in zip(states, found, strict=True):
             state["m"], state["v"] = m, v
         return [parameter for parameter, _, _ in found]

@@ -99,11 +99,11 @@ def linear(x: Array, weight: Array, bias: Array | None = None, generates: bool =
     y, w = x.astype(product_dtype(x)), cast_weight(weight, x).T
     if bias is None:
         return (y @ w).astype(x.dtype)
+    if is_half(y) and training_kernels.is_worthwhile(y):
+        return _linear_with_exact_bias(y, w.T, bias)  # type: ignore[return-value]  # MLX types the result as an object
     b = cast_weight(bias, x)
     if on_cpu():
         return exact.add_bias(y @ w, b).astype(x.dtype)
-    if is_half(y) and training_kernels.is_worthwhile(y):
-        return _linear_with_exact_bias(y, w.T, b)  # type: ignore[return-value]  # MLX types the result as an object
     if y.size == y.shape[-1] and mx.cuda.is_available():  # MLX has a kernel for one row; addmm calls cuBLAS, +15 us
         return y @ w + b
     return mx.addmm(b, y, w).astype(x.dtype)
@@ -128,16 +128,16 @@ def _linear_on_cpu(x: Array, weight: Array, bias: Array | None) -> Array:
 def _linear_with_exact_bias(x: Array, weight: Array, bias: Array) -> Array:
     """Computes x W^T + b of half precision, with a gradient of the bias that is added up in fp32.
 
-    MLX's CUDA adds it up in half precision.
+    MLX's CUDA adds it up in half precision. The bias is not cast before, so that its gradient needs no cast.
     """
-    return mx.addmm(bias, x, weight.T)
+    return mx.addmm(bias.astype(x.dtype), x, weight.T)
 
 
 @_linear_with_exact_bias.vjp
 def _gradients_of_linear(inputs: tuple[Array, ...], cotangent: Array, _: Array) -> tuple[Array, ...]:
     x, weight, bias = inputs
     rows, dy = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-    d_bias = training_kernels.column_sums(dy).astype(bias.dtype)
+    d_bias = training_kernels.column_sums(dy).astype(bias.dtype)  # fp32 as a rule
     return (dy @ weight).reshape(x.shape), dy.T @ rows, d_bias
 
 

@@ -271,13 +271,14 @@ def test_adam(is_decoupled: bool, decay: float, device: str) -> None:
     """
     factor, rate, first, second, eps = 0.25, 1e-2, 0.271, 0.143, 1e-8
     shrink, added = (1 - rate * decay, 0.0) if is_decoupled else (1.0, decay)
-    scalars = [rate / first, second**0.5, eps, shrink, 0.9, 0.1, 0.95, 0.05, added]
+    numbers = [mx.array([rate / first, second**0.5]), mx.array([shrink, added])]
     shapes = [(1000,), (3, 777), (1,), (4, 2, 2100), (8192,), (5,), (3, 3000), (2049,), (8,), (8193,)]
+    shapes += [(1 + index,) for index in range(updates.ARRAYS_OF_ADAM)]
     p, g, m = ([draw("float32", *shape, seed=seed) for shape in shapes] for seed in range(3))
     v = [np.square(draw("float32", *shape, seed=4)) + np.float32(0.1) for shape in shapes]
     arrays = [[from_numpy(array) for array in group] for group in (p, g, m, v)]
     arrays[1][0] = from_numpy(np.append(np.float32(0), g[0]))[1:]  # packs of its values are not aligned
-    found = training_kernels.adam(*arrays, mx.array([factor]), mx.array(scalars, mx.float32))
+    found = training_kernels.adam(*arrays, mx.array([factor]), *numbers, eps, (0.9, 0.95))
     assert len(found) == len(shapes)
     for index, result in enumerate(found):
         slope = g[index].astype(np.float64) * factor + added * p[index]
@@ -307,11 +308,15 @@ def test_sums_of_squares(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(6, 50, 16), (3000, 5)])
-def test_column_sums(shape: tuple[int, ...], device: str) -> None:
-    x = draw("bfloat16", *shape, offset=1.0)
-    found = to_numpy(training_kernels.column_sums(from_numpy(x).astype(mx.bfloat16)))
-    assert np.allclose(found, x.astype(np.float64).reshape(-1, shape[-1]).sum(axis=0), rtol=1e-6)
+@pytest.mark.parametrize("shape", [(6, 50, 16), (3000, 5), (900, 1, 72)])
+@pytest.mark.parametrize(("dtype", "step"), [("float32", 1e-6), ("bfloat16", 2.0**-8)])
+def test_column_sums(dtype: str, step: float, shape: tuple[int, ...], device: str) -> None:
+    """They are rounded to the dtype once."""
+    x = draw(dtype, *shape, offset=1.0)
+    found = training_kernels.column_sums(from_numpy(x).astype(getattr(mx, dtype)))
+    assert found.dtype == mx.float32
+    assert mx.array_equal(found, found.astype(getattr(mx, dtype)).astype(mx.float32)).item()
+    assert np.allclose(to_numpy(found), x.astype(np.float64).reshape(-1, shape[-1]).sum(axis=0), rtol=step)
 
 
 @pytest.mark.parametrize("optimizer", [slow("adam"), "adamw"])

@@ -61,8 +61,9 @@ _ADAM = """
     float *new_p, *new_m, *new_v;
     CHOICE
     // read once: for the compiler, each store could change them
-    const float step_size = scalars[0], root_correction = scalars[1], eps = scalars[2], shrink = scalars[3];
-    const float beta1 = scalars[4], rest1 = scalars[5], beta2 = scalars[6], rest2 = scalars[7], added = scalars[8];
+    const float step_size = rates[0], root_correction = rates[1], shrink = decays[0], added = decays[1];
+    const float eps = constants[0], beta1 = constants[1], rest1 = constants[2];
+    const float beta2 = constants[3], rest2 = constants[4];
     const float scale = factor[0];
     auto update = [&](float& a, float& b, float& c, float d) {
       const float slope = d * scale + added * a;
@@ -155,21 +156,28 @@ def adam(
     m: Sequence[Array],
     v: Sequence[Array],
     factor: Array,
-    scalars: Array,
+    rates: Array,
+    decays: Array,
+    eps: float,
+    betas: Sequence[float],
 ) -> list[tuple[Array, Array, Array]]:
     """Computes a step of Adam in one pass over the arrays, which are fp32; MLX's own operations need 12.
 
     Args:
         parameters, gradients, m, v: The arrays of each parameter, of one shape.
         factor: Factor of the gradients, `[1]`.
-        scalars: step_size, root_correction, eps, shrink, beta1, 1 - beta1, beta2, 1 - beta2, and the weight decay
-            that is added to the gradient, `[9]`.
+        rates: The step size and the root of the correction of v, `[2]`. The device reads arrays of 8 bytes in memory
+            of the host; larger ones of the host are moved, and the first kernel that reads them waits.
+        decays: The factor of the parameter, and the weight decay that is added to the gradient, `[2]`.
+        eps, betas: Those of Adam.
 
     Returns:
         The new parameter, m and v of each.
     """
     found: list[tuple[Array, Array, Array]] = []
     nothing = floats(0.0)
+    (beta1, beta2), numbers = betas, [factor, rates, decays]
+    numbers.append(floats(eps, beta1, 1 - beta1, beta2, 1 - beta2))
     while len(found) < len(parameters):
         own = slice(len(found), len(found) + ARRAYS_OF_ADAM)
         shapes = [parameter.shape for parameter in parameters[own]]
@@ -182,7 +190,7 @@ def adam(
         outputs = [*shapes, *[(1,)] * fill]
         blocks = sum(-(-math.prod(shape) // _VALUES_OF_A_BLOCK) for shape in outputs)
         new = _adam()(
-            inputs=[*inputs, factor, scalars],
+            inputs=[*inputs, *numbers],
             template=[],
             grid=(blocks * THREADS, 1, 1),
             threadgroup=(THREADS, 1, 1),
@@ -193,7 +201,7 @@ def adam(
     return found
 
 
-ARRAYS_OF_ADAM = 8
+ARRAYS_OF_ADAM = 16
 """Number of parameters of a kernel; see `ARRAYS_OF_A_SUM`."""
 
 
@@ -215,7 +223,7 @@ def _adam() -> Any:
     inputs, outputs = ("p", "g", "m", "v"), ("new_p", "new_m", "new_v")
     source = _ADAM.replace("CHOICE", _choice(ARRAYS_OF_ADAM, "p", [*inputs, *outputs]))
     names = [[f"{part}{index}" for part in parts for index in range(ARRAYS_OF_ADAM)] for parts in (inputs, outputs)]
-    return mx.fast.cuda_kernel("icenet_adam", [*names[0], "factor", "scalars"], names[1], source)
+    return mx.fast.cuda_kernel("icenet_adam", [*names[0], "factor", "rates", "decays", "constants"], names[1], source)
 
 
 def _choice(count: int, first: str, pointers: Sequence[str]) -> str:
