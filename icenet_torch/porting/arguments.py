@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from icenet_torch.porting import inputs
+from icenet_torch.porting.run import to_torch
+
 
 def arguments_of(module: nn.Module, known: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns arguments with which the class of a module makes one like it; None if one of them is not known.
@@ -59,3 +62,33 @@ def is_like(module: nn.Module, other: nn.Module) -> bool:
     if ours == theirs:
         other.load_state_dict(module.state_dict())
     return ours == theirs
+
+
+def first_calls(module: nn.Module, args: Any, kwargs: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns the arguments, as numpy arrays, of the first call of each module within a module, by path.
+
+    Args:
+        module: The module, in evaluation mode for the call. It stays unchanged.
+        args, kwargs: The arguments of its call: numpy arrays and constants.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+
+    def hook(path: str) -> Any:
+        def keep(inner: nn.Module, args: Any, kwargs: Any) -> None:
+            if path not in found:
+                found[path] = inputs.to_numpy((args, kwargs))
+
+        return keep
+
+    inner = [(path, item) for path, item in module.named_modules() if path]
+    modes = [(item, item.training) for item in module.modules()]
+    handles = [item.register_forward_pre_hook(hook(path), with_kwargs=True) for path, item in inner]
+    try:
+        with torch.no_grad(), inputs.unchanged([*module.parameters(), *module.buffers()]):
+            module.eval()(*to_torch(args), **to_torch(kwargs))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for item, training in modes:
+            item.training = training
+    return found

@@ -82,3 +82,42 @@ class Given(nn.Module):
 def test_arguments_that_are_not_tried_are_in_the_notes() -> None:
     port = icenet.port(Given(nn.ReLU), torch.randn(2, 4))
     assert any("not tried with other values of dim" in note for note in port.report.notes)
+
+
+class Scores(nn.Module):
+    """Attention whose scale the methods compute from sizes that the module does not keep."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) / q.shape[-1]).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Scores(16, 2), Scores(16, 2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_a_class_within_a_port_is_right_or_an_error_with_other_arguments(tmp_path: Any) -> None:
+    port = icenet.port(Whole(), torch.randn(2, 5, 16))
+    kind = runpy.run_path(str(port.save(tmp_path) / "model.py"))["Scores"]
+    for given in ((16, 4), (8, 2), (8, 4)):
+        theirs, x = Scores(*given), torch.randn(2, 5, given[0])
+        try:
+            ours = icenet.from_torch(theirs, kind(*given))
+        except ValueError as error:
+            assert "the port was made for" in str(error) or "takes" in str(error)
+        else:
+            close(ours(mx.array(x.numpy())), theirs(x))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from icenet.core import backends
 from icenet.core.errors import PortError
+from icenet.core.messages import some
 from icenet.core.porting import build
 from icenet.core.porting.build import Plan
 from icenet.core.porting.record import refs
+from icenet.parity.ports.inner_arguments import InnerArguments
 from icenet.parity.ports.original import Export, Original
-from icenet.parity.ports.other_arguments import OtherArguments
+from icenet.parity.ports.other_arguments import OtherArguments, refusing
 from icenet.parity.ports.pair import OriginalFails
 from icenet.parity.ports.proof import Proof, locate
 from icenet.parity.ports.report import PortReport
@@ -123,13 +125,32 @@ class Attempts:
         report.notes += export.notes
         return Attempt(export, written, model, report, exact_masks)
 
-    def with_other_arguments(self, attempt: Attempt) -> OtherArguments:
-        """Tries the class of an attempt with other arguments than those of the original."""
+    def with_other_arguments(self, attempt: Attempt) -> tuple[Callable[[str], str], list[str]]:
+        """Tries the classes of an attempt with other arguments than those of the original.
+
+        Returns:
+            A function that returns a source of the port whose constructors refuse the arguments with which it
+            differs, and notes.
+        """
         self.progress("trying other arguments")
         plan = self._plan(attempt.export, False, attempt.exact_masks) if self.is_nhwc else attempt.plan
-        found = OtherArguments(plan, self.original.module, attempt.export.weights, self.original.example)
-        found.try_all()
-        return found
+        given = self.original.module, attempt.export.weights, self.original.example
+        whole, inner = OtherArguments(plan, *given), InnerArguments(plan, *given)
+        whole.try_all()
+        inner.try_all()
+        refused = inner.wrong
+        if refused and whole.right:  # with which the inner classes may have other arguments
+            guarded = OtherArguments(replace(plan, source=_refusing(plan.source, refused)), *given)
+            guarded.try_all()
+            refused = refused if guarded.wrong.keys() <= whole.wrong.keys() else {}
+        notes = [
+            f"{kind}: the methods have numbers that depend on {some(wrong, 8)}; "
+            + ("another value is an error" if kind in refused else "compare a model with another value")
+            for kind, wrong in inner.wrong.items()
+        ]
+        if whole.wrong:
+            refused = {**refused, plan.class_name: {name: [value] for name, value in whole.wrong.items()}}
+        return lambda source: _refusing(source, refused), [*whole.notes(), *notes]
 
     def in_dtype(self, attempt: Attempt, dtype: str) -> Plan:
         """Returns the plan of an attempt for weights of a dtype of MLX, such as "bfloat16"."""
@@ -139,6 +160,12 @@ class Attempts:
     def _plan(export: Export, is_nhwc: bool, exact_masks: bool, dtype: str = "float32") -> Plan:
         title = f"{export.class_name} in MLX, ported from PyTorch."
         return build.plan(export.graph, export.train, is_nhwc, title, exact_masks=exact_masks, dtype=dtype)
+
+
+def _refusing(source: str, wrong: dict[str, dict[str, list[Any]]]) -> str:
+    for kind, arguments in wrong.items():
+        source = refusing(source, kind, arguments)
+    return source
 
 
 def describe_missing(missing: dict[str, list[str]]) -> str:

@@ -16,14 +16,15 @@ from icenet.core import backends
 from icenet.core.messages import some
 from icenet.core.models import modules, port_weights
 from icenet.core.porting.build import Plan
+from icenet.core.porting.source.lines import wrapped
 from icenet.parity.ports.inputs import Arguments, arrays_of, with_arrays, with_sizes
 from icenet.parity.trace import Value
 
-_LARGEST = 2**25
+_LARGEST = 2**24
 """Elements of the arrays of a module up to which its class is tried."""
 _NOISE = 32
 """How far from the original in float64 a port may be, in units of the distance of the original in fp32."""
-_TRIED = 2
+TRIED = 2
 """The other values of each argument that are tried."""
 
 
@@ -39,10 +40,11 @@ class OtherArguments:
 
     def __init__(self, plan: Plan, module: Any, weights: dict[str, np.ndarray], example: Arguments) -> None:
         self.plan, self.module, self.weights, self.example = plan, module, weights, example
-        self.torch, self.run = backends.module("torch", "porting.arguments"), backends.module("torch", "porting.run")
-        self.load = backends.module("mlx", "porting.load")
+        self.torch, self.load = backends.module("torch", "porting.arguments"), backends.module("mlx", "porting.load")
         self.wrong: dict[str, Any] = {}
         """The arguments with which the port differs, with their defaults."""
+        self.right: list[str] = []
+        """The arguments with which it agrees."""
         self.untried: list[str] = []
         """The arguments that were not tried, because the original accepts none of the other values."""
 
@@ -59,17 +61,19 @@ class OtherArguments:
         made = self.load.run_source(self.plan.source, self.plan.class_name)
         for name, value in common.items():
             tried = 0
-            for other in _others(value):
+            for other in others(value):
                 agrees = self._agrees(getattr(made, self.plan.class_name), arguments, name, other)
                 if agrees is None:
                     continue
                 tried += 1
                 if not agrees:
                     self.wrong[name] = value
-                if tried == _TRIED or not agrees:
+                if tried == TRIED or not agrees:
                     break
             if not tried:
                 self.untried.append(name)
+            elif name not in self.wrong:
+                self.right.append(name)
 
     def _makes_the_same(self, arguments: dict[str, Any]) -> bool:
         """Returns whether the original's class makes the original of these arguments."""
@@ -77,8 +81,8 @@ class OtherArguments:
         other = self.torch.made(self.module, arguments) if size <= _LARGEST else None
         if other is None or not self.torch.is_like(self.module, other):
             return False
-        ours, theirs = (self._original(item, self.example, False) for item in (self.module, other))
-        return ours is not None and theirs is not None and _are_close(ours, theirs, theirs)
+        ours, theirs = (original_outputs(item, self.example, False) for item in (self.module, other))
+        return ours is not None and theirs is not None and are_close(ours, theirs, theirs)
 
     def _agrees(self, kind: Any, arguments: dict[str, Any], name: str, value: Any) -> bool | None:
         """Returns whether the port computes what the original computes with another argument; None if it is none."""
@@ -86,8 +90,8 @@ class OtherArguments:
         if other is None:
             return None
         for given in self._inputs(arguments[name], value):
-            single = self._original(other, given, False)
-            exact = self._original(other, given, True) if single is not None else None
+            single = original_outputs(other, given, False)
+            exact = original_outputs(other, given, True) if single is not None else None
             if single is None or exact is None:
                 continue
             try:
@@ -98,7 +102,7 @@ class OtherArguments:
                     found = self.load.run(model, arrays, self.plan.arguments)
             except Exception:  # whatever a source raises whose numbers do not fit
                 return False
-            return _are_close({key: found[key] for key in found if key.startswith("output")}, single, exact)
+            return are_close({key: found[key] for key in found if key.startswith("output")}, single, exact)
         return None
 
     def _copy(self, other: Any, model: Any) -> None:
@@ -117,17 +121,6 @@ class OtherArguments:
         places = [(number, dim) for number, shape in enumerate(shapes) for dim, n in enumerate(shape) if n == before]
         return [self.example, *([with_sizes(self.example, dict.fromkeys(places, value))] if places else [])]
 
-    def _original(self, module: Any, given: Arguments, double: bool) -> dict[str, Value] | None:
-        """Returns the outputs of an original in evaluation mode; None if it raises an error."""
-        inputs = with_arrays(given, [_single(array) for array in arrays_of(given)])
-        try:
-            with self.run.without_dropout(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                values = self.run.Reference(module, double).run(*inputs, False)
-        except Exception:  # whatever the code of a user raises
-            return None
-        return {name: value for name, value in values.items() if name.startswith("output")}
-
     def notes(self) -> list[str]:
         """Returns what a report says of the arguments."""
         found = []
@@ -143,35 +136,49 @@ class OtherArguments:
             )
         return found
 
-    def refusing(self, source: str) -> str:
-        """Returns a source of the same class, whose constructor refuses other values of the arguments in `wrong`."""
-        if not self.wrong:
-            return source
-        start = source.index(f"class {self.plan.class_name}(nn.Module):")
-        call = "        super().__init__()\n"
-        place = source.index(call, start) + len(call)
-        return source[:place] + "".join(f"        {line}\n" for line in _check(self.wrong)) + source[place:]
+
+def refusing(source: str, kind: str, wrong: dict[str, list[Any]]) -> str:
+    """Returns a source in which the constructor of a class refuses arguments.
+
+    Args:
+        source: The source.
+        kind: The name of the class.
+        wrong: The arguments, with the values of each instance, which stay allowed.
+    """
+    start = source.index(f"class {kind}(nn.Module):")
+    call = "        super().__init__()\n"
+    place = source.index(call, start) + len(call)
+    return source[:place] + "".join(f"        {line}\n" for line in _check(wrong)) + source[place:]
 
 
-def _check(wrong: dict[str, Any]) -> list[str]:
-    """Returns the statements that refuse other values."""
+def original_outputs(module: Any, given: Arguments, double: bool) -> dict[str, Value] | None:
+    """Returns the outputs of an original in evaluation mode; None if it raises an error."""
+    run = backends.module("torch", "porting.run")
+    inputs = with_arrays(given, [_single(array) for array in arrays_of(given)])
+    try:
+        with run.without_dropout(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values = run.Reference(module, double).run(*inputs, False)
+    except Exception:  # whatever the code of a user raises
+        return None
+    return {name: value for name, value in values.items() if name.startswith("output")}
+
+
+def _check(wrong: dict[str, list[Any]]) -> list[str]:
+    """Returns the statements that refuse other values than those of the instances."""
+    rows = list(dict.fromkeys(zip(*wrong.values(), strict=True)))
     if len(wrong) == 1:
-        ((name, value),) = wrong.items()
+        ((name, _),) = wrong.items()
+        values = [repr(row[0]) for row in rows]
+        outside = f"!= {values[0]}" if len(values) == 1 else f"not in ({', '.join(values)})"
         return [
-            f"if {name} != {value!r}:",
-            f'    raise ValueError(f"{name} is {{{name}}}; the port was made for {value!r}")',
+            f"if {name} {outside}:",
+            f'    raise ValueError(f"{name} is {{{name}}}; the port was made for {" or ".join(values)}")',
         ]
-    lines, texts = [], [f"{name}={value!r}" for name, value in wrong.items()]
-    names, values = ", ".join(wrong), ", ".join(map(repr, wrong.values()))
-    lines.append(f"if ({names}) != ({values}):")
-    lines.append(f'    raise ValueError("the port was made for {", ".join(texts)}")')
-    if max(map(len, lines)) <= 108:
-        return lines
-    return [
-        f"for value, made_for in [{', '.join(f'({name}, {value!r})' for name, value in wrong.items())}]:",
-        "    if value != made_for:",
-        f'        raise ValueError("the port was made for {", ".join(texts)}")',
-    ]
+    texts = [", ".join(f"{name}={value!r}" for name, value in zip(wrong, row, strict=True)) for row in rows]
+    outside = f"!= {rows[0]!r}" if len(rows) == 1 else f"not in {rows!r}"
+    lines = wrapped(f"if ({', '.join(wrong)}) {outside}:", 0)
+    return [*lines, *wrapped(f'raise ValueError("the port was made for {" or ".join(texts)}")', 4)]
 
 
 def _defaults(source: str, class_name: str) -> dict[str, Any]:
@@ -195,7 +202,7 @@ def _number(node: ast.expr) -> Any:
     return value if type(value) in (bool, int, float) else None
 
 
-def _others(value: Any) -> list[Any]:
+def others(value: Any) -> list[Any]:
     """Returns other values of an argument, those first that a constructor accepts more likely."""
     if type(value) is bool:
         return [not value]
@@ -203,14 +210,14 @@ def _others(value: Any) -> list[Any]:
         return [value * 1.5, value / 2] if abs(value) >= 0.05 else [0.5, 0.1]
     near = [value + 1, value - 1, value + 2]
     found = near if value > 4096 else [2 * value, value // 2, *near, 3 * value]
-    return [item for item in dict.fromkeys(found) if item != value and (item > 0 or value <= 0)]
+    return [item for item in dict.fromkeys(found) if item != value and (item > 1 or value <= 0)]  # 1 may be special
 
 
 def _single(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-def _are_close(ours: dict[str, Value], single: dict[str, Value], exact: dict[str, Value]) -> bool:
+def are_close(ours: dict[str, Value], single: dict[str, Value], exact: dict[str, Value]) -> bool:
     """Returns whether outputs are equal but for rounding."""
     if ours.keys() != exact.keys():
         return False

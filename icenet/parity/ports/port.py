@@ -143,13 +143,13 @@ def port(
     report.notes += optimizer_notes(plan.graph, plan.train)
     if not report.passed:
         raise attempts.refusal(found)
-    others = attempts.with_other_arguments(found)
-    report.notes += others.notes()
+    refusing, notes = attempts.with_other_arguments(found)
+    report.notes += notes
     if dtype != "fp32":
         plan = attempts.in_dtype(found, DTYPES[dtype])
         report.notes.append(f"compared in fp32; the weights are {dtype}")
-    if others.wrong:
-        plan = replace(plan, source=others.refusing(plan.source))
+    if (source := refusing(plan.source)) != plan.source:
+        plan = replace(plan, source=source)
     if report.fixed or report.limits or report.guards:
         plan = replace(plan, source=with_size_checks(plan, report, is_nhwc))
     if plan is not found.plan:

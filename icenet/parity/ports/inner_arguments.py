@@ -1,0 +1,173 @@
+"""The arguments of the classes within a port: each is tried with others, on the inputs that it has in the port."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from icenet.core import backends
+from icenet.core.models import modules
+from icenet.core.porting.build import Plan
+from icenet.core.porting.names import native, new_names
+from icenet.parity.ports.inputs import Arguments, arrays_of, with_arrays, with_sizes
+from icenet.parity.ports.other_arguments import TRIED, are_close, original_outputs, others
+from icenet.parity.trace import Value
+
+_LARGEST = 2**22
+"""Elements of the arrays of a module up to which its class is tried."""
+Axes = list[tuple[int, ...]]
+"""For each of some arrays: the axes of the original in the order of the port."""
+
+
+class InnerArguments:
+    """Tries the classes within a port with other arguments, each by itself, next to the original's classes.
+
+    Args:
+        plan: The port, which takes and returns images as the original.
+        module: The original.
+        weights: The arrays of the original and the constants of its graph, by path.
+        example: The arguments of the example.
+    """
+
+    def __init__(self, plan: Plan, module: Any, weights: dict[str, np.ndarray], example: Arguments) -> None:
+        self.plan, self.module, self.weights, self.example = plan, module, weights, example
+        self.torch, self.load = backends.module("torch", "porting.arguments"), backends.module("mlx", "porting.load")
+        self.wrong: dict[str, dict[str, list[Any]]] = {}
+        """For each class the arguments with which it differs, with the values of its instances."""
+
+    def try_all(self) -> None:
+        """Tries each class of which the port has an instance with numbers as arguments, and fills `wrong`."""
+        source = self.load.run_source(self.plan.source, self.plan.class_name)
+        instances = backends.module("mlx", "porting.instances").record(source)
+        model = getattr(source, self.plan.class_name)()
+        self.load.assign(model, self.plan.native(self.weights))
+        arrays = [item.astype(np.float32) if item.dtype == np.float64 else item for item in arrays_of(self.example)]
+        try:
+            with self.load.mode(model, False):
+                self.load.run(model, arrays, self.plan.arguments)
+            calls = self.torch.first_calls(self.module, *with_arrays(self.example, arrays))
+        except Exception:  # whatever a source or a user's code raises
+            return
+        made_of: dict[str, list[dict[str, Any]]] = {}
+        for item in instances.values():
+            made_of.setdefault(item.kind, []).append(item.made)
+        names = new_names(self.plan.graph, self.plan.train)
+        tried: dict[str, list[str]] = {}
+        for path, inner in self.module.named_modules():
+            port = _at(model, native(path, names)) if path else None
+            made = instances.get(id(port))
+            kind = type(port).__name__
+            if made is None or not made.called or path not in calls:
+                continue
+            if kind not in tried:
+                tried[kind] = self._wrong(inner, calls[path], getattr(source, kind), made)
+        for kind, wrong in tried.items():
+            if wrong:
+                self.wrong[kind] = {name: [given[name] for given in made_of[kind]] for name in wrong}
+
+    def _wrong(self, inner: Any, call: Arguments, kind: Any, made: Any) -> list[str]:
+        """Returns the arguments of a class with which it computes something else than the original's."""
+        numbers = {name: value for name, value in made.made.items() if type(value) in (bool, int, float)}
+        arguments = self.torch.arguments_of(inner, numbers)
+        like = self.torch.made(inner, arguments) if arguments and _size(inner) <= _LARGEST else None
+        if arguments is None or like is None or not self.torch.is_like(inner, like):
+            return []
+        given = arrays_of(made.called[:2])
+        axes = [_axes(theirs, ours) for theirs, ours in zip(arrays_of(call), given, strict=False)]
+        if None in axes or len(axes) != len(given) or len(given) != len(arrays_of(call)):
+            return []
+        results = self._outputs(like, kind(**made.made), made, call, [item for item in axes if item is not None])
+        if results is None:
+            return []
+        found = [_axes(one.array, other) for one, other in zip(results[0].values(), results[2], strict=False)]
+        if None in found or len(results[0]) != len(results[2]):
+            return []
+        both = ([item for item in axes if item is not None], [item for item in found if item is not None])
+        return [
+            name for name in numbers if name in arguments and not self._agrees(inner, call, kind, made, name, *both)
+        ]
+
+    def _agrees(
+        self, inner: Any, call: Arguments, kind: Any, made: Any, name: str, axes: Axes, returned: Axes
+    ) -> bool:
+        """Returns whether a class computes what the original's computes with other values of an argument."""
+        before, tried = made.made[name], 0
+        arguments = self.torch.arguments_of(inner, made.made)
+        for value in others(before):
+            other = self.torch.made(inner, {**arguments, name: value})
+            if other is None:
+                continue
+            for given in _inputs(call, before, value):
+                try:
+                    results = self._outputs(other, kind(**{**made.made, name: value}), made, given, axes)
+                except Exception:  # whatever a source raises whose numbers do not fit
+                    return False
+                if results is None:
+                    continue
+                single, exact, ours = results
+                if len(ours) != len(returned) or any(
+                    item.ndim != len(order) for item, order in zip(ours, returned, strict=True)
+                ):
+                    return False
+                found = {
+                    key: Value(item.transpose(np.argsort(order)), "fp32")
+                    for key, item, order in zip(exact, ours, returned, strict=True)
+                }
+                if not are_close(found, single, exact):
+                    return False
+                tried += 1
+                break
+            if tried == TRIED:
+                break
+        return True
+
+    def _outputs(
+        self, other: Any, model: Any, made: Any, call: Arguments, axes: Axes
+    ) -> tuple[dict[str, Value], dict[str, Value], list[np.ndarray]] | None:
+        """Returns the outputs of an original in both precisions, and those of the port with its weights."""
+        single = original_outputs(other, call, False)
+        exact = original_outputs(other, call, True) if single else None
+        if not single or not exact:
+            return None
+        modules.from_torch(other, model)
+        arrays = [item.transpose(order) for item, order in zip(arrays_of(call), axes, strict=True)]
+        args, kwargs = with_arrays(made.called[:2], [self.load.to_array(item) for item in arrays])
+        with self.load.mode(model.eval(), False):
+            ours = [np.asarray(self.load.to_numpy(item)) for item in self.load.flat(model(*args, **kwargs))]
+        return single, exact, ours
+
+
+def _size(module: Any) -> int:
+    return sum(value.numel() for value in module.state_dict().values())
+
+
+def _at(model: Any, path: str) -> Any:
+    """Returns the module at a path of a port, None if it has none there."""
+    for part in path.split("."):
+        try:
+            model = model[int(part)] if isinstance(model, list) else model[part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return model
+
+
+def _axes(theirs: np.ndarray, ours: np.ndarray) -> tuple[int, ...] | None:
+    """Returns the axes of an array of the original in the order of the port's, None if it is another array."""
+    for axes in itertools.permutations(range(theirs.ndim)) if theirs.ndim == ours.ndim <= 5 else []:
+        turned = theirs.transpose(axes)
+        if turned.shape == ours.shape and np.allclose(turned, ours, rtol=1e-3, atol=1e-4, equal_nan=True):
+            return axes
+    return None
+
+
+def _inputs(call: Arguments, before: Any, value: Any) -> list[Arguments]:
+    """Returns the arguments of a call, and some whose sizes that are an argument have the other value."""
+    if type(value) is not int:
+        return [call]
+    shapes = [item.shape for item in arrays_of(call)]
+    places = [
+        (number, dim) for number, shape in enumerate(shapes) for dim, size in enumerate(shape) if size == before
+    ]
+    return [call, *([with_sizes(call, dict.fromkeys(places, value))] if places else [])]
