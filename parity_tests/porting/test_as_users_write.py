@@ -158,3 +158,17 @@ def test_new_arrays_of_a_port_in_half_precision_have_the_dtype_of_the_original()
     theirs = States().bfloat16()(x.bfloat16())
     ours = port.module(mx.array(x.numpy()).astype(mx.bfloat16))
     assert [str(a.dtype).rpartition(".")[2] for a in ours] == [str(b.dtype).rpartition(".")[2] for b in theirs]
+
+
+def test_a_list_of_stacked_values_is_not_the_list_of_their_parts() -> None:
+    class Boxes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = []
+            for scale in (1.0, 2.0, 3.0):
+                y = x * scale
+                found.append(torch.stack([y[:, 0] - 1, y[:, 1] + 1, y[:, 2].relu()], -1))
+            return torch.cat(found, 1)
+
+    ours, _ = ported(Boxes(), torch.randn(2, 3, 5))
+    x = torch.randn(3, 3, 4)
+    close(ours(mx.array(x.numpy())), Boxes()(x))

@@ -111,6 +111,7 @@ class Variables(Statements):
             place = next(iter(places), None)
             match = re.match(r"(\w+)\.append\(", place.code) if place is not None and len(places) == 1 else None
             is_joined = isinstance(item, Node) and item.base in ("stack", "cat") and len(names) > 2
+            is_joined = is_joined and item.place != place  # boxes.append(torch.stack([x, y, w, h], -1))
             made = [made.name for made in self.items if isinstance(made, Node) and made.name in names]
             if match and is_joined and made == names and all(self.uses[name] == 1 for name in names):
                 assert isinstance(item, Node)
