@@ -18,6 +18,7 @@ from icenet.cli import conversion, inference, information, training
 from icenet.cli.bench import bench
 from icenet.cli.options import CommandGroup, examples
 from icenet.cli.parity import parity
+from icenet.core.messages import first_line
 from icenet.core.report import streams
 
 
@@ -129,7 +130,7 @@ def _run(arguments: list[str] | None) -> int:
             return _fail("stopped by Ctrl-C", 130)
         if debug:
             raise
-        first = next(iter(str(error).splitlines()), "")
+        first = first_line(error, "")
         if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
             return _fail(f"out of memory ({first}); lower training.batch_size, data.seq_length or data.image_size", 1)
         return _fail(f"{type(error).__name__}: {first}; set ICENET_DEBUG=1 to see the traceback", 1)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_MOST_CHARACTERS = 300
+"""Of a line of an error: some libraries have whole programs in it."""
 
-def first_line(error: BaseException, limit: int = 300) -> str:
-    """Returns the first line of an error's message that is not blank, or the name of its class without one.
+
+def first_line(error: BaseException, default: str | None = None) -> str:
+    """Returns the first line of an error's message that is not blank, at most 300 characters of it.
 
     Args:
         error: Any error, such as one of a library or of a user's code.
-        limit: Largest number of characters.
+        default: What to return for an error without a message; None: the name of its class.
     """
     lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)[:limit]
+    return next(filter(None, lines), type(error).__name__ if default is None else default)[:_MOST_CHARACTERS]
 
 
 def some(names: Iterable[object], count: int = 3, separator: str = ", ") -> str:

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from icenet.core.distributed import launch, processes
+from icenet.core.messages import first_line
 from icenet.models import BaseModel
 from icenet.nn import tree
 
@@ -78,7 +79,7 @@ def join(device: str = "auto") -> ProcessGroup:
         try:
             group = mx.distributed.init(strict=True)
         except (RuntimeError, ValueError) as error:
-            raise launch.connection_error(launched, next(iter(str(error).splitlines()), "")) from error
+            raise launch.connection_error(launched, first_line(error, "")) from error
         if group.size() != launched.size:
             raise launch.connection_error(launched, f"MLX does not support {launched.launcher} here")
         _joined.append(ProcessGroup(group.rank(), group.size(), group))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from icenet.core.config.custom import is_custom
 from icenet.core.distributed import launch, processes
 from icenet.core.errors import BackendError, UsageError
+from icenet.core.messages import first_line
 from icenet_torch.models import BaseModel
 
 
@@ -119,7 +120,7 @@ def join(device: str = "auto") -> ProcessGroup:
         try:
             dist.init_process_group("nccl" if cuda else "gloo")
         except (RuntimeError, ValueError) as error:
-            raise launch.connection_error(launched, next(iter(str(error).splitlines()), "")) from error
+            raise launch.connection_error(launched, first_line(error, "")) from error
         atexit.register(_leave)
     return ProcessGroup(dist.get_rank(), dist.get_world_size())
 

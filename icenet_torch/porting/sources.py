@@ -16,6 +16,7 @@ from torch import nn
 
 from icenet.core.config import user_code
 from icenet.core.errors import UsageError, WeightsError
+from icenet.core.messages import first_line
 from icenet.core.weights import files, sharing
 from icenet_torch.nn.arrays import to_numpy
 
@@ -141,7 +142,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
                 warnings.simplefilter("ignore", UserWarning)
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            first = next(iter(str(error).splitlines()), "damaged")
+            first = first_line(error, "damaged")
             if isinstance(error, pickle.UnpicklingError):  # PyTorch's text recommends to run the code of the file
                 first = "it has other objects, or is no file of torch.save; save the state_dict() of the module"
             raise WeightsError(f"{path}: cannot be read as a file of tensors only: {first[:160]}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from typing_extensions import Self
@@ -20,7 +20,7 @@ def _mean() -> list[Pooling]:
     return ["mean"]
 
 
-_NAMES = {"enum": ["cls", "max", "mean", "mean_sqrt_length", "weighted_mean", "last"], "type": "string"}
+_NAMES = {"enum": list(get_args(Pooling)), "type": "string"}
 _Poolings = Annotated[
     list[Pooling],
     BeforeValidator(_to_list),

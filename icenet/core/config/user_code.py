@@ -27,6 +27,7 @@ from typing import Any
 
 from icenet.core.errors import IceNetError, UsageError
 from icenet.core.host import blas
+from icenet.core.messages import first_line
 
 _PREFIX = "icenet_custom_"
 """Beginning of the names of these packages in `sys.modules`."""
@@ -70,9 +71,9 @@ def run_file(file: Path, key: str = "model.type") -> ModuleType:
         raise ImportError(f"{message}{_in_brackets(error)}") from None
     except (Exception, SystemExit) as error:
         _forget(name)
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         where = "" if isinstance(error, SyntaxError) else _in_brackets(error)
-        raise UsageError(f"{key}: {file} cannot be run: {type(error).__name__}: {first_line}{where}") from None
+        raise UsageError(f"{key}: {file} cannot be run: {type(error).__name__}: {reason}{where}") from None
     return module
 
 
@@ -99,8 +100,8 @@ def call(function: Callable[[], Any], reference: str) -> Any:
     except IceNetError:
         raise
     except (Exception, SystemExit) as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        raise UsageError(f"{reference}: fails: {type(error).__name__}: {first_line}{_in_brackets(error)}") from error
+        reason = first_line(error, "")
+        raise UsageError(f"{reference}: fails: {type(error).__name__}: {reason}{_in_brackets(error)}") from error
 
 
 def hashes(module: str) -> dict[str, str]:
@@ -244,12 +245,12 @@ def explain_errors(inputs: Any, what: str = "model", remedy_of_ids: str = "") ->
         yield
     except (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError) as error:
         where = location(error)
-        first_line = next(iter(str(error).splitlines()), "")
-        if not where or isinstance(error, IceNetError) or "out of memory" in first_line.lower():
+        reason = first_line(error, "")
+        if not where or isinstance(error, IceNetError) or "out of memory" in reason.lower():
             raise
         dtype, shape = str(inputs.dtype).rpartition(".")[2], list(inputs.shape)
         remedy = ""
-        if "object is not callable" in first_line and type(inputs).__module__.startswith("mlx"):
+        if "object is not callable" in reason and type(inputs).__module__.startswith("mlx"):
             remedy = "; in MLX a module computes in its method __call__, not forward"
         elif dtype.startswith("int") and what == "model" and not isinstance(error, AttributeError | NameError):
             remedy = remedy_of_ids or (
@@ -258,5 +259,5 @@ def explain_errors(inputs: Any, what: str = "model", remedy_of_ids: str = "") ->
             )
             remedy = f"; {remedy}"
         raise UsageError(
-            f"{where}: the {what} fails on inputs {dtype} {shape}: {type(error).__name__}: {first_line}{remedy}"
+            f"{where}: the {what} fails on inputs {dtype} {shape}: {type(error).__name__}: {reason}{remedy}"
         ) from error

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from icenet.core.config import CustomDataConfig, custom, user_code
 from icenet.core.data.text.packed import Batch
 from icenet.core.errors import DataError, IceNetError
+from icenet.core.messages import first_line
 
 REQUIRED = ("inputs", "labels")
 _LAST_BATCH = ("step", "batch_size", "checksum")
@@ -184,8 +185,6 @@ def _narrow(array: NDArray[Any], wrong: Any) -> NDArray[Any]:
 
 
 def _failed(name: str, what: str, error: Exception) -> DataError:
-    first_line = next(iter(str(error).splitlines()), "")
+    reason = first_line(error, "")
     where = user_code.location(error)
-    return DataError(
-        f"data.kind {name}: {what}: {type(error).__name__}: {first_line}{f' ({where})' if where else ''}"
-    )
+    return DataError(f"data.kind {name}: {what}: {type(error).__name__}: {reason}{f' ({where})' if where else ''}")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from icenet.core.config.custom import is_custom
 from icenet.core.config.training import TrainingConfig
 from icenet.core.errors import CheckpointError, ConfigError, IceNetError
+from icenet.core.messages import first_line
 from icenet.core.weights import layout
 
 ELEMENTWISE = ("adamw", "adam", "sgd", "lion")
@@ -316,7 +317,7 @@ def explain_lost_processes(process_group: ProcessGroup, run: Path) -> Iterator[N
     except RuntimeError as error:
         if process_group.size == 1 or not any(word in str(error).lower() for word in _NETWORK_WORDS):
             raise
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = first_line(error)
         raise IceNetError(
             f"the connection to the other processes was lost ({first}); see their errors for the cause. "
             f"To continue: --resume {run}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from icenet.core import files
 from icenet.core.errors import ConfigError
+from icenet.core.messages import first_line
 from icenet.core.weights.safetensors import without_duplicates
 
 _MAX_BYTES = 1 << 24
@@ -32,7 +33,7 @@ def read(path: Path) -> Any:
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), "it is nested too deeply")
+        reason = first_line(error, "it is nested too deeply")
         raise ConfigError(f"{path}: not JSON: {reason}; copy or save it again") from None
 
 

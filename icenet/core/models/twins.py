@@ -18,7 +18,7 @@ from typing import Any
 from icenet.core import backends
 from icenet.core.config import Config, custom, user_code
 from icenet.core.errors import BackendError, CheckpointError, UsageError
-from icenet.core.messages import some
+from icenet.core.messages import first_line, some
 from icenet.core.models.build import class_of
 from icenet.core.weights import layout
 
@@ -216,8 +216,8 @@ def compare_with_twin(config: Config, model: Any) -> str | None:
         twin = backends.module(other, "engine.build").meta_model(config)
         found = differences(describe(model), describe(twin))
     except Exception as error:  # the user's code can raise anything, also because the twin has no values
-        first_line = next(iter(str(error).splitlines()), "")
-        _log.warning(f"{unchecked}{type(error).__name__}: {first_line}")
+        reason = first_line(error, "")
+        _log.warning(f"{unchecked}{type(error).__name__}: {reason}")
         return None
     return f"{family} differs from its {NAMES[other]} twin: {summarize(found)}" if found else None
 

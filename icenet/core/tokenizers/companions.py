@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from icenet.core.errors import DataError
+from icenet.core.messages import first_line
 from icenet.core.tokenizers.base import TOKENIZER_FILE
 
 CONFIG, SPECIAL, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
@@ -175,7 +176,7 @@ def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
     try:
         values = json.loads(files[name])
     except (ValueError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), "it is nested too deeply")
+        reason = first_line(error, "it is nested too deeply")
         raise DataError(f"data.tokenizer: {where}: {name} next to it is not JSON: {reason}") from None
     if not isinstance(values, dict):
         raise DataError(f"data.tokenizer: {where}: {name} next to it is not a JSON object")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from icenet.core import backends
 from icenet.core.dtypes import FLOAT_DTYPES, FloatDtype
 from icenet.core.errors import WeightsError
+from icenet.core.messages import first_line
 from icenet.core.weights.safetensors import Spec, release, spec_of
 
 Array = npt.NDArray[Any]
@@ -108,7 +109,7 @@ def to_array(name: str, value: Any) -> Array:
         backend = _backend_of(value)  # whose conversion keeps bfloat16, and copies from a GPU
         array = np.asarray(backends.module(backend, "nn.arrays").to_numpy(value) if backend else value)
     except Exception as error:  # of numpy, or of the framework of the array
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise WeightsError(f"{name}: cannot become a numpy array ({reason}); pass numpy arrays") from None
     if array.dtype != ml_dtypes.bfloat16 and (array.dtype.kind not in "biufc" or array.dtype.itemsize > 16):
         what = f"a {type(value).__name__}" if not isinstance(value, np.ndarray) else f"an array of {array.dtype}"

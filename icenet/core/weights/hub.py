@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from icenet.core.errors import CheckpointError
+from icenet.core.messages import first_line
 
 PATTERNS = (
     *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"),
@@ -80,5 +81,5 @@ def _reason(error: Exception) -> str:
         return "no repository of huggingface.co has this name, or it is private: run `hf auth login`"
     if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
         return "huggingface.co cannot be reached and the cache has no such repository; check the network"
-    line = next(iter(str(error).splitlines()), type(error).__name__)
+    line = first_line(error)
     return f"it cannot be downloaded from huggingface.co ({line[:200]})"

@@ -32,6 +32,7 @@ from icenet.core.data.text.packed import Batch
 from icenet.core.data.text.reading import MAX_LINE_BYTES
 from icenet.core.data.text.sources import Document, Source, find_source, reason
 from icenet.core.errors import ChatTemplateError, DataError, IceNetError
+from icenet.core.messages import first_line
 from icenet.core.tokenizers import chat
 from icenet.core.tokenizers.base import Tokenizer, encode_prompt
 
@@ -343,7 +344,7 @@ def _object(line: bytes) -> Mapping[str, Any]:
     try:
         value = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"is not JSON: {next(iter(str(error).splitlines()), 'nested too deeply')}") from None
+        raise DataError(f"is not JSON: {first_line(error, 'nested too deeply')}") from None
     if not isinstance(value, dict):
         raise DataError(f"is a {type(value).__name__}, not an object")
     return value
@@ -380,6 +381,6 @@ def _items(path: Path, content: bytes) -> Iterator[tuple[int, bytes]]:
     try:
         values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"data.source: {path} is not JSON: {next(iter(str(error).splitlines()), '')}") from None
+        raise DataError(f"data.source: {path} is not JSON: {first_line(error, '')}") from None
     for index, value in enumerate(values):
         yield index + 1, json.dumps(value).encode()

@@ -13,6 +13,7 @@ from icenet.core.config import Config, custom
 from icenet.core.data.datasets import Dataset
 from icenet.core.engine import Batch, Engine
 from icenet.core.errors import IceNetError
+from icenet.core.messages import first_line
 
 TOLERANCE = 1e-3
 """Relative difference beyond rounding. `icenet parity` judges the losses with its yardstick."""
@@ -37,9 +38,9 @@ def compare(config: Config, engine: Engine, dataset: Dataset) -> str | None:
     except IceNetError as error:
         return f"training.loss: the functions of the two backends were not compared: {error}"
     except Exception as error:
-        first_line = next(iter(str(error).splitlines()), "")
+        reason = first_line(error, "")
         return (
-            f"training.loss: {reference} fails on arrays of {other}: {type(error).__name__}: {first_line}; write the "
+            f"training.loss: {reference} fails on arrays of {other}: {type(error).__name__}: {reason}; write the "
             f"function for it in {custom.split(reference)[0].stem}_{other}.py"
         )
     one, two = values.values()
