@@ -180,7 +180,7 @@ class SizeVariables(Variables):
         """
         length, words = tensor.shape[1:2], {word for line in self.lines for word in re.findall(r"\w+", line.code)}
         is_fixed = tensor.ndim == 3 and isinstance(length[0], int) and length[0] not in (1, tensor.shape[2])
-        if not is_fixed or names[0] == "_" or "T" in words:
+        if not is_fixed or names[0] == "_" or names[1] != "_" or "T" in words:
             return
         reshape = re.compile(rf"(\.reshape\({names[0]}, ){length[0]}(?=, )")
         if not any(reshape.search(line.code) for line in self.lines):
