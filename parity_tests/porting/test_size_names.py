@@ -46,7 +46,7 @@ def test_sizes_have_the_names_of_attributes_and_axes() -> None:
         ours, source = ported(theirs, x)
         close(ours(mx.array(x.numpy())), theirs(x))
         assert source.count("class Attention") == 1, source  # for both lengths
-        assert "B, T, _ = x.shape" in source and "scale=self.scaling" in source
+        assert "B, T, D = x.shape" in source and ".reshape(B, T, D)" in source and "scale=self.scaling" in source
         assert "reshape(B, T, 3, self.num_heads, self.head_dim)" in source  # 3 is also q, k and v
         assert "self.head_dim = dim // num_heads" in source
         assert "for layer in self.layers:\n            x = layer(x)" in source

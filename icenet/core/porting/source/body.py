@@ -17,7 +17,7 @@ from icenet.core.porting.kinds import Helpers
 from icenet.core.porting.record import WHOLE, Argument, Node, Place, Ref, Tensor, refs
 from icenet.core.porting.source import simplify, sizes
 from icenet.core.porting.source.inlining import Inlining
-from icenet.core.porting.source.lines import Body, Line, tuples
+from icenet.core.porting.source.lines import Body, Line, returned, tuples
 from icenet.core.porting.source.loops import RANGE, roll
 from icenet.core.porting.source.structure import Structure
 from icenet.core.porting.source.values import MODULE, Values
@@ -98,13 +98,15 @@ class Frame(Inlining):
         if is_root:
             self.lines.append(Line(f"return {self.output(graph.graph.output_tree)}"))
         elif results:
-            self.lines.append(Line("return " + ", ".join(self.expression(Ref(name)) for name in results)))
+            texts = [self.expression(Ref(name)) for name in results]
+            self.structure.returned[self.call.path] = texts
+            self.lines.append(Line("return " + ", ".join(texts)))
         self.unpack_sizes()
         places = [item.place for item in self.items if item.place is not None]
         if places and self.lines and self.lines[-1].code.startswith("return "):
             self.lines[-1].origin = places[-1].chain  # that of the last operation, which is often in it
         rolled = self.with_open_loops(roll(self.lines, self.list_names))
-        lines = tuples(rolled, {place.chain: place.targets for place in places})
+        lines = returned(tuples(rolled, {place.chain: place.targets for place in places}))
         for line in lines:
             line.code = RANGE.sub(self.elements, line.code)
         return Body(signature, lines, results)
@@ -245,7 +247,7 @@ class Frame(Inlining):
             function = "stack" if node.base == "stack" else "concatenate"
             text = f"mx.{function}({self.lists[node.name]}, axis={node.args['dim']})"
         else:
-            text = self.operation(node)
+            text = self.with_written_sizes(node, self.operation(node))
             if node.base in ("stack", "cat") and node.place is not None:
                 joined = _JOIN.findall(node.place.code)  # the statement may join several lists
                 number = sum(place == node.place for place in self.joined.values())
@@ -355,7 +357,7 @@ class Frame(Inlining):
             return
         given = ", ".join(self.expression(Ref(name)) for _, name in self.graph.parameters(call))
         method = self.structure.method(call)
-        text = f"{self.module(call.path)}{method}({given})"
+        text = f"{self.called(call)}{method}({given})"
         self.give(text)
         if not results:
             self.lines.append(Line(text))
@@ -390,7 +392,9 @@ class Frame(Inlining):
                 hint = self.graph.part_names[name]
             elif not hint or hint == "_" or not (self.is_final(call, name) or self.is_turn(call)):
                 leaf = [part for part in call.path.split(".") if not part.isdigit()]
-                hint = (leaf[-1] if leaf else "y") if position == 0 else "extra"
+                own = self.structure.returned.get(call.path, [])[position : position + 1]
+                further = re.sub(r"_\d+$", "", own[0]) if own and own[0].isidentifier() else "extra"
+                hint = (leaf[-1] if leaf else "y") if position == 0 else further
                 first = self.graph.parameters(call)[:1]
                 if (
                     call.path.rpartition(".")[2].isdigit()
@@ -401,6 +405,15 @@ class Frame(Inlining):
             variables.append(self.variable(hint, name))
             self.text[name] = variables[-1]
         self.assign(", ".join(variables), text, self.graph.tensors.get(results[0]) if len(results) == 1 else None)
+
+    def called(self, call: Call) -> str:
+        """Returns the source of the module of a call: `self.layer[-1]` where the original calls the last one so."""
+        text, (holder, _, name) = self.module(call.path), call.path.rpartition(".")
+        is_last = name.isdigit() and self.structure.length(holder) == int(name) + 1 and text.endswith(f"[{name}]")
+        leaf = holder.rpartition(".")[2]
+        if is_last and call.place is not None and f".{leaf}[-1](" in call.place.code:
+            return f"{text.removesuffix(f'[{name}]')}[-1]"
+        return text
 
     def assign(self, variable: str, text: str, out: Any) -> None:
         comment = ""

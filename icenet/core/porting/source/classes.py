@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import graphlib
 import re
 from collections.abc import Iterable, Iterator
@@ -10,10 +11,10 @@ from icenet.core.porting.layers.mlx_layers import NAMES
 from icenet.core.porting.record import Constructor
 from icenet.core.porting.source import helpers
 from icenet.core.porting.source.constructors import Constructors
-from icenet.core.porting.source.instances import NUMBER, Class, Instance
+from icenet.core.porting.source.instances import CAUSAL, NUMBER, Class, Instance
+from icenet.core.porting.source.joined_variants import Variants
 from icenet.core.porting.source.lines import WIDTH, lists, wrapped
 from icenet.core.porting.source.unification import Unification
-from icenet.core.porting.source.variants import OPEN, union
 
 MARK = re.compile(r"@(\d+)@")
 """The mark of an inner instance, which is its number."""
@@ -36,11 +37,15 @@ def resolve(
     sources: dict[int, str] = {}
     heights = _heights(instances)
     for height in sorted(set(heights)):
+        present = [item for index, item in enumerate(instances) if heights[index] == height]
+        causal = {item.name for item in present if any(f"mask={CAUSAL}" in body.key() for body in item.bodies)}
         groups: dict[tuple[str, str], list[int]] = {}
         for index, item in enumerate(instances):
             if heights[index] == height:
                 item.init = [lists(MARK.sub(lambda m: sources[int(m[1])], line)) for line in item.init]
-                item.text = _text(item)
+                if item.name in causal:
+                    item.open_masks()
+                item.note_text()
                 groups.setdefault((item.name, NUMBER.sub("#", item.text)), []).append(index)
         for name, members in _with_variants(instances, groups):
             unique, number = name, 1
@@ -55,11 +60,35 @@ def resolve(
             classes.append(made)
             for index, values in zip(members, arguments, strict=True):
                 sources[index] = f"{unique}({', '.join(values)})"
+    _leave_out_defaults(classes)
     return classes
 
 
-def _text(item: Instance) -> str:
-    return "\n".join([*item.init, "-" * 8, *(body.key() for body in item.bodies)])
+def _leave_out_defaults(classes: list[Class]) -> None:
+    """Removes flags that are False, and masks that are None, from the instances in constructors."""
+    flags = {item.name: item.flags for item in classes if item.flags}
+    for item in classes:
+        for row, line in enumerate(item.init):
+            bare = line.lstrip()
+            if re.search("=(?:False|None)", line) and not line.endswith(":"):
+                item.init[row] = line[: len(line) - len(bare)] + ast.unparse(_Given(flags).visit(ast.parse(bare)))
+
+
+class _Given(ast.NodeTransformer):
+    """Removes keywords that are the default."""
+
+    def __init__(self, flags: dict[str, set[str]]) -> None:
+        self.flags = flags
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        flags = self.flags.get(node.func.id, set()) if isinstance(node.func, ast.Name) else set()
+        node.keywords = [
+            item
+            for item in node.keywords
+            if item.arg not in flags or ast.unparse(item.value) not in ("False", "None")
+        ]
+        return node
 
 
 def _heights(instances: list[Instance]) -> list[int]:
@@ -78,48 +107,13 @@ def _heights(instances: list[Instance]) -> list[int]:
 def _with_variants(
     instances: list[Instance], groups: dict[tuple[str, str], list[int]]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Yields the instances of each class. A class of which some instances have further layers is one."""
+    """Yields the instances of each class. Variants of one class are one where a condition distinguishes them."""
     variants: dict[str, list[list[int]]] = {}
     for (name, _), members in groups.items():
         variants.setdefault(name, []).append(members)
     for name, parts in variants.items():
-        if len(parts) == 2:
-            first, second = (instances[members[0]] for members in parts)
-            identities = _identities(first, second)
-            inits = [[line for line in item.init if line not in identities] for item in (first, second)]
-            found = union((inits[0], first.bodies), (inits[1], second.bodies), _masked)
-            if found is not None:
-                made, is_first_large = found
-                for index in (index for members in parts for index in members):
-                    instances[index].init = [line for line in instances[index].init if line not in identities]
-                for members, is_large in zip(parts, (is_first_large, not is_first_large), strict=True):
-                    for index in members:
-                        item = instances[index]
-                        item.init, item.bodies = made.written(item.init, item.bodies, is_large, _masked)
-                        item.text = _text(item)
-                parts = [sorted(index for members in parts for index in members)]
-        for members in parts:
+        for members in Variants(instances, parts).joined():
             yield name, members
-
-
-def _identities(first: Instance, second: Instance) -> set[str]:
-    """Returns the statements that set an identity in one of two instances where the other has a layer.
-
-    Its class can lack the layer: an identity is not called.
-    """
-    found = set()
-    for one, other in ((first, second), (second, first)):
-        targets = {line.partition(" = ")[0] for line in other.init if not line.endswith(" = nn.Identity()")}
-        code = "\n".join(body.key() for body in one.bodies)
-        for line in one.init:
-            target, _, value = line.partition(" = ")
-            if value == "nn.Identity()" and target in targets and f"{target}(" not in code:
-                found.add(line)
-    return found
-
-
-def _masked(text: str) -> str:
-    return NUMBER.sub(OPEN, text)
 
 
 def class_source(item: Class) -> str:

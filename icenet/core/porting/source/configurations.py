@@ -45,6 +45,10 @@ def with_configuration(classes: list[Any], taken: set[str]) -> str:
         for row, line in enumerate(item.init)
         if not line.endswith(":")
     }
+    for tree in trees.values():
+        for name, argument in _own_flags(tree, readers):
+            readers[name].read.pop(argument, None)
+    readers = {name: reader for name, reader in readers.items() if reader.read}
     while True:
         wrong = {name for (owner, _), tree in trees.items() for name in _refused(tree, readers, readers.get(owner))}
         if not wrong:
@@ -68,6 +72,20 @@ def with_configuration(classes: list[Any], taken: set[str]) -> str:
         rest = [parameter for parameter in item.parameters if parameter.partition("=")[0] not in reader.read]
         item.parameters = [f"config={name}()" if item is whole else "config", *rest]
     return "\n".join([f"@dataclass\nclass {name}:", *fields])
+
+
+def _own_flags(tree: ast.AST, readers: dict[str, _Reader]) -> list[tuple[str, str]]:
+    """Returns the arguments for which a statement gives a boolean: those of an encoder and a decoder differ."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in readers:
+            pairs = zip(readers[node.func.id].required, node.args, strict=False)
+            found += [
+                (node.func.id, name)
+                for name, value in pairs
+                if isinstance(value, ast.Constant) and type(value.value) is bool
+            ]
+    return found
 
 
 def _refused(tree: ast.AST, readers: dict[str, _Reader], owner: _Reader | None) -> list[str]:

@@ -8,7 +8,7 @@ from icenet.core.porting.graph.calls import Call, Item
 from icenet.core.porting.kinds import Helpers
 from icenet.core.porting.record import WHOLE, Node, Ref, Tensor
 from icenet.core.porting.source.loops import ELEMENT
-from icenet.core.porting.source.size_variables import SizeVariables
+from icenet.core.porting.source.written_sizes import WrittenSizes
 from icenet.core.porting.table import TABLE
 from icenet.core.porting.table.base import Operation
 
@@ -24,7 +24,7 @@ _DEFAULT = re.compile(r", (?:stride=1|padding=0|dilation=1|output_padding=0|grou
 _SHAPES = ("transpose", "permute", "swapaxes", "reshape", "view", "flatten", "squeeze", "unsqueeze")
 
 
-class Inlining(SizeVariables):
+class Inlining(WrittenSizes):
     """Decides for each value of a call whether it has a variable.
 
     Attributes:

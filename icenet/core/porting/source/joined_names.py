@@ -20,11 +20,11 @@ def join_names(body: Body, trees: dict[int, ast.stmt]) -> None:
     lines = ["    " * line.depth + (text(trees[id(line)]) if id(line) in trees else line.code) for line in body.lines]
     statements = ast.parse("\n".join(lines)).body
     conflicts = _Conflicts(statements)
-    names = {*conflicts.variables, *body.parameters}
+    names = {*conflicts.variables, *body.names}
     new: dict[str, str] = {}
     for name in conflicts.variables:
         match = re.fullmatch(r"(.+?)_\d+", name)
-        if match is None or name in body.parameters:
+        if match is None or name in body.names:
             continue
         alike = [other for other in names if other == match[1] or re.fullmatch(rf"{match[1]}_\d+", other)]
         for other in sorted({new.get(other, other) for other in alike if other != name}, key=lambda x: (len(x), x)):

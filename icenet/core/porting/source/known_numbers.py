@@ -6,12 +6,14 @@ import ast
 import functools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from icenet.core.porting.source.instances import NUMBER
 from icenet.core.porting.source.lines import split
+from icenet.core.porting.source.variants import OPEN
 from icenet.core.porting.statements import place_at, syntax_tree
 
 _SIZE = re.compile(
@@ -237,13 +239,15 @@ def _all_shapes(file: str) -> tuple[tuple[int, int, tuple[str, ...]], ...]:
     return tuple(found)
 
 
+def _fits(column: tuple[str, ...], values: Iterable[Any]) -> bool:
+    """Returns whether the instances have some numbers; one that lacks the place may have any."""
+    is_float = any("." in text for text in column)
+    return all(text == repr(value) or (is_float and text == OPEN) for text, value in zip(column, values, strict=True))
+
+
 def attribute_of(column: tuple[str, ...], settings: list[dict[str, Any]], taken: set[str]) -> str:
     """Returns the only attribute of the original that has the numbers of a column, empty without one."""
-    found = [
-        name
-        for name in settings[0]
-        if all(repr(item.get(name)) == value for item, value in zip(settings, column, strict=True))
-    ]
+    found = [name for name in settings[0] if _fits(column, [item.get(name) for item in settings])]
     return found[0] if len(found) == 1 and found[0] not in taken and not found[0].startswith("_") else ""
 
 
@@ -260,6 +264,6 @@ def formula_of(column: tuple[str, ...], settings: list[dict[str, Any]]) -> tuple
             continue
         rests = [1 - value if type(value) is float else None for value in values]
         for form, numbers in (("-{}", [-value for value in values]), ("(1 - {})", rests)):
-            if tuple(map(repr, numbers)) == column:
+            if _fits(column, numbers):
                 found.append((name, tuple(map(repr, values)), form))
     return found[0] if len(found) == 1 else None

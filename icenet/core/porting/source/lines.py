@@ -51,6 +51,11 @@ class Body:
     returns: list[str]
     """The names of the values that it returns."""
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the parameters, without defaults."""
+        return [text.partition("=")[0] for text in self.parameters]
+
     def key(self) -> str:
         """Returns the text without comments, by which equal bodies are found."""
         return "\n".join([", ".join(self.parameters), *("    " * line.depth + line.code for line in self.lines)])
@@ -89,12 +94,24 @@ def tuples(lines: list[Line], targets: dict[Any, tuple[str, ...]]) -> list[Line]
     return found
 
 
+def returned(lines: list[Line]) -> list[Line]:
+    """Returns several values of a call as they are: `return self.decoder(x)` for `a, b = self.decoder(x)`."""
+    if len(lines) < 2 or lines[-1].depth != lines[-2].depth:
+        return lines
+    names, found, value = lines[-2].code.partition(" = ")
+    is_whole = lines[-1].code == f"return {names}" and found and re.fullmatch(r"\w+(, \w+)+", names)
+    is_call = value.startswith("self.") and value.endswith(")") and len(split(value)) == 1
+    if not is_whole or not is_call:
+        return lines
+    return [*lines[:-2], replace(lines[-1], code=f"return {value}")]
+
+
 def lists(line: str) -> str:
-    """Writes a list of equal constructors with `range`, also within a dict."""
-    found = re.fullmatch(r"([^\[\]{}]* = )?\{(.*)\}", line)
+    """Writes a list of equal constructors with `range`, also within a dict, and a dict with numbered names."""
+    found = re.fullmatch(r"((?:[^\[\]{}]* = )?(?:\w+\()?)\{(.*)\}(\)?)", line)
     if found is not None:
         pairs = [part.partition(": ") for part in split(found[2])]
-        return f"{found[1] or ''}{{{', '.join(f'{key}: {lists(value)}' for key, _, value in pairs)}}}"
+        return f"{found[1]}{{{_numbered([(key, lists(value)) for key, _, value in pairs])}}}{found[3]}"
     match = re.fullmatch(r"([^\[\]]* = )?([A-Z]\w*\()?\[(.*)\](?(2)\))", line)
     if match is None:
         return line
@@ -114,6 +131,17 @@ def lists(line: str) -> str:
     for part, count in runs:
         texts += [f"*({part} for _ in range({count}))"] if count > 2 else [part] * count
     return f"{target}{sequence}[{', '.join(texts)}]{')' * bool(sequence)}"
+
+
+def _numbered(pairs: list[tuple[str, str]]) -> str:
+    """Returns the elements of a dict: `f"layer_{i}": Layer(8) for i in range(4)` where they are equal."""
+    name = re.fullmatch(r"'(\w*?)0'", pairs[0][0]) if pairs else None
+    values = {value for _, value in pairs}
+    if name is None or len(pairs) < 3 or len(values) > 1:
+        return ", ".join(f"{key}: {value}" for key, value in pairs)
+    if [key for key, _ in pairs] != [f"'{name[1]}{index}'" for index in range(len(pairs))]:
+        return ", ".join(f"{key}: {value}" for key, value in pairs)
+    return f'f"{name[1]}{{i}}": {values.pop()} for i in range({len(pairs)})'
 
 
 def _outside_strings(text: str) -> Iterator[tuple[int, str, int]]:

@@ -17,9 +17,9 @@ def free_names(body: Body, trees: list[ast.stmt], functions: set[str]) -> None:
         functions: The names of the functions of the source.
     """
     found = [item for tree in trees for item in ast.walk(tree) if isinstance(item, ast.Name)]
-    names = {item.id for item in found} | {*body.parameters}
+    names = {item.id for item in found} | {*body.names}
     free = {name for name in names if name.endswith("_") and helpers.exists(name[:-1])}
-    free = {name for name in free if name[:-1] not in functions | names and name not in body.parameters}
+    free = {name for name in free if name[:-1] not in functions | names and name not in body.names}
     for item in found:
         if item.id in free:
             item.id = item.id[:-1]
@@ -33,7 +33,7 @@ def free_arguments(body: Body, trees: list[ast.stmt], arguments: list[str]) -> N
         trees: Its statements, which are changed.
         arguments: The parameters of the original's forward.
     """
-    parameters = [text.partition("=")[0] for text in body.parameters if text != "*"]
+    parameters = [name for name in body.names if name != "*"]
     if [name.rstrip("_") for name in parameters] != [name.rstrip("_") for name in arguments]:
         return
     found = [item for tree in trees for item in ast.walk(tree) if isinstance(item, ast.Name)]

@@ -93,11 +93,13 @@ def _double_quotes(code: str) -> str:
     except (tokenize.TokenError, IndentationError):
         return code
     for token in reversed(tokens):
-        if token.type == tokenize.STRING and token.string.startswith("'") and '"' not in token.string:
+        prefix = "f" * token.string.startswith("f")
+        text = token.string.removeprefix(prefix)
+        if token.type == tokenize.STRING and text.startswith("'") and '"' not in text:
             (row, start), (_, end) = token.start, token.end
-            if token.start[0] == token.end[0] and "\\" not in token.string:
+            if token.start[0] == token.end[0] and "\\" not in text:
                 line = lines[row - 1]
-                lines[row - 1] = f'{line[:start]}"{token.string[1:-1]}"{line[end:]}'
+                lines[row - 1] = f'{line[:start]}{prefix}"{text[1:-1]}"{line[end:]}'
     return "".join(lines)
 
 
@@ -130,6 +132,8 @@ class _Simplify(ast.NodeTransformer):
             condition = node.args[0]
             if isinstance(condition, ast.Call) and _dotted(condition.func) == "mx.logical_not":
                 node.args = [condition.args[0], node.args[2], node.args[1]]
+        if name == "mx.fast.scaled_dot_product_attention":
+            node.keywords = [item for item in node.keywords if ast.unparse(item) != "mask=None"]
         if name.startswith("mx.conv"):
             node.keywords = [item for item in node.keywords if not _is_default(item)]
         if name == "mx.full" and len(node.args) == 3 and _is_integer(node.args[1]):

@@ -102,6 +102,8 @@ class Structure:
             str(node.args["path"]) for source in (graph, train) if source for node in source.nodes if node.op in WHOLE
         }
         self.methods: dict[str, str] = {}
+        self.returned: dict[str, list[str]] = {}
+        """What the class of each module returns, by its path."""
         recurrent = [layer for layer in layers.values() if isinstance(layer, Recurrent)]
         self.is_time_first = bool(recurrent) and not any(
             layer.options & {"batch_first", "unbatched"} for layer in recurrent
@@ -128,7 +130,12 @@ class Structure:
     def find_sequences(self, graphs: list[Graph]) -> set[str]:
         """Returns the paths of `nn.Sequential` whose calls are those of their layers, one after another."""
         found = {path for path, module in self.modules.items() if path and module.class_name == "Sequential"}
-        found = {path for path in found if not self.arrays_by_owner.get(path) and self.is_dense(path)}
+        shared = {alias.rpartition(".")[0] for alias in self.shared_modules}
+        found = {
+            path
+            for path in found
+            if not self.arrays_by_owner.get(path) and (self.is_dense(path) or path not in shared)
+        }
         called = set()
         for graph in graphs:
             for call in tree(graph).calls():
@@ -152,7 +159,9 @@ class Structure:
 
     def is_chain(self, call: Call) -> bool:
         """Returns whether each layer of a call takes the result of the one before."""
-        names = [self.element(f"{call.path}.{index}") for index in range(self.length(call.path))]
+        names = [f"{call.path}.{name}" for name in self.modules[call.path].children]
+        if self.is_dense(call.path):
+            names = [self.element(f"{call.path}.{index}") for index in range(self.length(call.path))]
         given, results = list(refs(call.given)), list(refs(call.results))
         items = [item for item in call.items if not (isinstance(item, Node) and item.op.startswith("sym."))]
         if len(given) != 1 or len(results) != 1 or len(names) != len(items) or not names:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from icenet.core.porting.source.constructors import Constructors, Solution
-from icenet.core.porting.source.instances import NUMBER, Class, Instance
+from icenet.core.porting.source.instances import CAUSAL, NUMBER, Class, Instance
 from icenet.core.porting.source.known_numbers import attribute_of, formula_of, is_size, known_formulas, known_numbers
 from icenet.core.porting.source.lines import Body, Line
 from icenet.core.porting.source.structure import METHODS
@@ -15,6 +15,9 @@ from icenet.core.porting.source.variants import OPEN
 
 Column = tuple[str, ...]
 """The numbers that the instances have at one place of their texts."""
+
+_NUMBER_SET = re.compile(rf"self\.(\w+) = (?:{NUMBER.pattern})")
+"""A statement that sets an attribute to a number of the original."""
 
 
 class Unification:
@@ -43,12 +46,15 @@ class Unification:
         self.name, self.members, self.first = name, members, members[0]
         self.columns: list[Column] = list(zip(*(NUMBER.findall(item.text) for item in members), strict=True))
         self.in_init = len(NUMBER.findall("\n".join(self.first.init)))
-        self.taken = {*re.findall(r"self\.(\w+)", self.first.text), *METHODS}
+        self.read = attributes_read(members)
+        """The numbers of the original that the methods read as attributes, with those of each instance."""
+        self.taken = {*re.findall(r"self\.(\w+)", self.first.text), *METHODS} - self.read.keys()
         self.existing = set(self.taken)
         """What the class has as attributes."""
         self.suggested = hints(self.first.text, names)
         self.parameters: dict[Column, str] = {}
         """The parameters of the constructor by the numbers that the instances give to them."""
+        self.keywords = {*re.findall(r"(\w+)=(?:True|False)\b", "\n".join(self.first.init))}
         self.flags: set[str] = set()
         """The parameters that say whether an instance has a layer."""
         self.attributes: dict[str, str] = {}
@@ -58,40 +64,66 @@ class Unification:
 
     def result(self) -> tuple[Class, list[list[str]]]:
         """Returns the class, and the arguments of each instance."""
-        varying = [index for index, column in enumerate(self.columns) if len(set(column)) > 1]
+        varying = [index for index, column in enumerate(self.columns) if len({*column}) > 1]
         # numbers that some instances lack come last: they are those of other parameters
         varying.sort(key=lambda index: OPEN in self.columns[index])
         origins = self._origins()
-        numbers = known_numbers(self.first.text, self.in_init, self.settings, self.taken, origins)
-        formulas = known_formulas(self.first.text, self.in_init, self.columns, self.settings, origins)
-        known = {index: key for index, key in numbers.items() if index not in varying}
+        text = self._text()
+        numbers = known_numbers(text, self.in_init, self.settings, self.taken, origins)
+        formulas = known_formulas(text, self.in_init, self.columns, self.settings, origins)
+        known = {index: key for index, key in numbers.items() if len({*self.columns[index]} - {OPEN}) == 1}
         in_methods = [
             attribute_of(self.columns[index], self.settings, self.existing)
             for index in varying
             if index >= self.in_init
         ]
         in_formulas = [key for index, (_, keys) in formulas.items() if index not in known for key in keys]
-        self._solve([key for key in dict.fromkeys([*known.values(), *in_methods, *in_formulas]) if key])
+        wanted = [*self.read, *known.values(), *in_methods, *in_formulas]
+        self._solve([key for key in dict.fromkeys(wanted) if key])
         attributes_of = self.solution.attributes
         known = {index: key for index, key in known.items() if is_size(key) or key in attributes_of}
-        if not varying and not known and not self.solution.arguments:
+        if not varying and not known and not self.read and not self.solution.arguments:
             return Class(self.name, self.first.init, _common_comments(self.members)), [[] for _ in self.members]
         self.replacement |= {
             index: formula
             for index, (formula, keys) in formulas.items()
             if index not in known and all(key in attributes_of for key in keys)
         }
+        for index, formula in _widths_of_queries(text).items():
+            if index in varying:
+                self.replacement.setdefault(index, formula)
         for index in varying:
-            if index not in self.replacement:
+            if index not in self.replacement and index not in known:
                 self._replace(index)
         is_free = {key: key in attributes_of or key not in self.taken for key in known.values()}
-        values = {key: self.columns[index][0] for index, key in known.items() if is_free[key]}
+        numbers_of = {index: next(value for value in self.columns[index] if value != OPEN) for index in known}
+        values = {key: numbers_of[index] for index, key in known.items() if is_free[key]}
         self.replacement |= {index: f"self.{key}" for index, key in known.items() if key in values}
+        self._add_attributes()
         init, bodies = self._written()
         further = {name: value for name, value in {**self.attributes, **values}.items() if name not in attributes_of}
         attributes = [*self.solution.statements, *(f"self.{name} = {value}" for name, value in further.items())]
         parameters, arguments = self._parameters_and_arguments()
-        return Class(self.name, [*attributes, *init], bodies, parameters, self.solution.keys), arguments
+        masks = {name for column, name in self.parameters.items() if CAUSAL in column}
+        made = Class(self.name, [*attributes, *init], bodies, parameters, self.solution.keys, self.flags | masks)
+        return made, arguments
+
+    def _text(self) -> str:
+        """Returns the text of the first instance, with the numbers of others where it lacks a line."""
+        others = [{*column} - {OPEN} for column in self.columns]
+        values = (values.pop() if len(values) == 1 else OPEN for values in others)
+        pairs = zip(self.columns, values, strict=True)
+        numbers = (value if column[0] == OPEN else column[0] for column, value in pairs)
+        return NUMBER.sub(lambda _: next(numbers), self.first.text)
+
+    def _add_attributes(self) -> None:
+        """Adds parameters for attributes that methods read and of which the original's constructor says no more."""
+        for name, column in self.read.items():
+            if name in self.solution.attributes or name in self.attributes:
+                continue
+            if len({*column}) > 1 and column not in self.parameters:
+                self._add_parameter(column, name, name)
+            self.attributes[name] = self.parameters.get(column, column[0])
 
     def _origins(self) -> list[Any]:
         """Returns the statements of the original that led to each line of the text, None if they are not known."""
@@ -134,9 +166,7 @@ class Unification:
     def _replace(self, index: int) -> None:
         """Replaces the number at a place by a parameter."""
         column, form = self.columns[index], "{}"
-        attribute = attribute_of(column, self.settings, self.existing)
-        if index >= self.in_init and attribute in self.solution.attributes:
-            self.replacement[index] = f"self.{attribute}"
+        if index >= self.in_init and self._replace_by_attribute(index):
             return
         equal = self._solved_like(column) if index < self.in_init and column not in self.parameters else ""
         if equal:
@@ -163,9 +193,22 @@ class Unification:
             self.attributes[attribute] = parameter
             self.replacement[index] = form.format(f"self.{attribute}")
 
+    def _replace_by_attribute(self, index: int) -> bool:
+        """Replaces a number by an attribute that the constructor sets. Returns whether there is one."""
+        column = self.columns[index]
+        set_here = {match[1] for line in self.first.init if (match := _NUMBER_SET.fullmatch(line))}
+        attribute, form = attribute_of(column, self.settings, self.existing - set_here), "{}"
+        formula = formula_of(column, self.settings) if not attribute and OPEN in column else None
+        if formula is not None:
+            attribute, _, form = formula
+        is_set = attribute in set_here or attribute in self.solution.attributes
+        if is_set:
+            self.replacement[index] = form.format(f"self.{attribute}")
+        return is_set
+
     def _add_parameter(self, column: Column, attribute: str, suggested: str) -> None:
         """Adds a parameter with the name of an attribute of the original, or with the one that is suggested."""
-        is_flag = suggested.endswith("?")
+        is_flag = suggested.endswith("?") or ({*column} <= {"True", "False"} and suggested in self.keywords)
         hint = attribute if attribute and attribute not in self.taken else suggested.removesuffix("?")
         name, number = hint, 1
         while name in self.taken and not is_flag:
@@ -185,7 +228,7 @@ class Unification:
 
         init = [NUMBER.sub(put, line) for line in self.first.init]
         bodies = []
-        for body in _common_comments(self.members):
+        for body in _common_comments(self.members, self.parameters):
             for text in body.parameters:
                 NUMBER.sub(put, text)  # the defaults stay, but have places: `use_cache=False`
             lines = [Line(NUMBER.sub(put, line.code), line.comment, line.depth) for line in body.lines]
@@ -206,12 +249,29 @@ class Unification:
         arguments = [
             [
                 *(column[row] for column in required.values()),
-                *(f"{name}={column[row]}" for name, column in optional.items() if column[row] != "None"),
-                *(f"{name}=True" for name, column in flags.items() if column[row] == "True"),
+                *(
+                    f"{name}={column[row]}"
+                    for name, column in optional.items()
+                    if column[row] != "None" or CAUSAL in column
+                ),
+                *(f"{name}={column[row]}" for name, column in flags.items()),
             ]
             for row in range(len(self.members))
         ]
         return parameters, arguments
+
+
+def attributes_read(members: list[Instance]) -> dict[str, Column]:
+    """Returns the numbers of the original that methods read and no constructor sets, with those of each instance."""
+    methods = "\n".join(body.key() for body in members[0].bodies)
+    set_here = {name for line in members[0].init for name in re.findall(r"self\.(\w+) = ", line)}
+    set_here |= {*re.findall(r"self\.(\w+)(?:\[[^\]]*\])? = ", methods)}
+    names = dict.fromkeys(re.findall(r"\bself\.(\w+)\b(?!\()", methods))
+    return {
+        name: tuple(repr(item.settings[name]) for item in members)
+        for name in names
+        if name not in set_here and all(type(item.settings.get(name)) in (int, float) for item in members)
+    }
 
 
 def _compatible(column: tuple[str, ...], hint: str, parameters: dict[tuple[str, ...], str]) -> tuple[str, ...] | None:
@@ -223,21 +283,40 @@ def _compatible(column: tuple[str, ...], hint: str, parameters: dict[tuple[str, 
     return named[0] if named else found[0] if found and len({*column} - {OPEN}) > 1 else None
 
 
-def _common_comments(members: list[Instance]) -> list[Body]:
-    """Returns the bodies of the first instance with the comments that all instances have."""
+def _common_comments(members: list[Instance], parameters: dict[Column, str] | None = None) -> list[Body]:
+    """Returns the bodies of the first instance with the comments that all instances have.
+
+    Args:
+        members: The instances.
+        parameters: The names of sizes that differ, by those of the instances.
+    """
     bodies = []
     for number, body in enumerate(members[0].bodies):
         others = [item.bodies[number].lines for item in members[1:]]
         lines = [
             Line(
-                line.code,
-                line.comment if all(other[row].comment == line.comment for other in others) else "",
-                line.depth,
+                line.code, _common([line.comment, *(other[row].comment for other in others)], parameters), line.depth
             )
             for row, line in enumerate(body.lines)
         ]
         bodies.append(Body(body.parameters, lines, body.returns))
     return bodies
+
+
+def _widths_of_queries(text: str) -> dict[int, str]:
+    """Returns the width of the queries for each number in the scale of a fused attention: `q.shape[-1]**-0.5`."""
+    found = re.finditer(r"\bscaled_dot_product_attention\((\w+), [^\n]*?\bscale=(\S+?) ?\*\* ?-0\.5", text)
+    starts = {match.start(2): f"{match[1]}.shape[-1]" for match in found}
+    places = enumerate(NUMBER.finditer(text))
+    return {index: starts[match.start()] for index, match in places if match.start() in starts}
+
+
+def _common(comments: list[str], parameters: dict[Column, str] | None) -> str:
+    """Returns the comment that all instances have, with names of sizes that differ; empty if there is none."""
+    sizes = [*zip(*(comment.strip("[]").split(", ") for comment in comments), strict=False)]
+    names = [column[0] if len({*column}) == 1 else (parameters or {}).get(column, "") for column in sizes]
+    is_same = len({comment.count(",") for comment in comments}) == 1 and all(comments)
+    return f"[{', '.join(names)}]" if is_same and all(names) else ""
 
 
 def hints(text: str, known: dict[str, list[str]]) -> list[str]:
@@ -262,7 +341,10 @@ def hints(text: str, known: dict[str, list[str]]) -> list[str]:
             elif opened and opened[1] == "range":
                 hint = "num_layers"
             elif attribute:
-                hint = "dims" if attribute[1] in ("weight", "bias") else f"{attribute[1]}_size"
+                is_flag = match[0] in ("True", "False")
+                hint = (
+                    "dims" if attribute[1] in ("weight", "bias") else f"{attribute[1]}{'?' if is_flag else '_size'}"
+                )
         if not hint and "reshape(" in before:
             hint = "size"
         hint = hint or "value"

@@ -54,6 +54,14 @@ _SEQUENTIAL = '''class Sequential(list):
         for layer in self:
             x = layer(x)
         return x'''
+_NAMED = "NamedSequential"
+_NAMED_SEQUENTIAL = f'''class {_NAMED}(dict):
+    """Layers with names that run one after another."""
+
+    def __call__(self, x):
+        for layer in self.values():
+            x = layer(x)
+        return x'''
 
 
 def _constructed(code: str) -> str:
@@ -123,7 +131,7 @@ class _Writer:
         classes = resolve(self.instances, taken, own)
         configuration = with_configuration(classes, taken | {item.name for item in classes})
         repeated = sequences.functions(classes, self.sequence_kinds, taken)
-        functions = [*self.finished(classes), *([_SEQUENTIAL] if self.sequence_kinds else []), *repeated]
+        functions = [*self.finished(classes), *self.sequence_classes(), *repeated]
         lines = ['"""' + self.title, "", "Written by icenet.port. It depends on mlx only.", '"""', ""]
         code = "\n\n\n".join(
             [
@@ -140,6 +148,11 @@ class _Writer:
             imports += ["import numpy as np"]
         imports += ["import mlx.core as mx", "import mlx.nn as nn"]
         return "\n".join([*lines, *imports, "", "", code, ""])
+
+    def sequence_classes(self) -> list[str]:
+        """Returns the classes of the sequences of layers that the source has."""
+        is_named = _NAMED in self.sequence_kinds
+        return [_SEQUENTIAL] * bool(self.sequence_kinds - {_NAMED}) + [_NAMED_SEQUENTIAL] * is_named
 
     def finished(self, classes: list[Class]) -> list[str]:
         """Simplifies the statements of classes, and returns the functions that they call."""
@@ -314,7 +327,11 @@ class _Writer:
         parts = {array.path.rpartition(".")[2]: self.structure.initial(array) for array in arrays}
         parts = parts or {name: self.build(f"{path}.{name}", bodies) for name in module.children}
         if not self.structure.is_dense(path):
-            return "{" + ", ".join(f"{name!r}: {part}" for name, part in parts.items()) + "}"
+            listed = "{" + ", ".join(f"{name!r}: {part}" for name, part in parts.items()) + "}"
+            if path not in self.structure.sequences:
+                return listed
+            self.sequence_kinds.add(_NAMED)
+            return f"{_NAMED}({listed})"
         elements = [
             parts.get(str(index)) or self.shared_layer(f"{path}.{index}", bodies)
             for index in range(self.structure.length(path))
