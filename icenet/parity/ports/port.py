@@ -107,7 +107,7 @@ def port(
     dtype: str = "fp32",
     layout: str = "nchw",
     example_kwargs: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Callable[[str], None] | None = None,
 ) -> Port:
     """Ports a PyTorch module to MLX, as source and as a module, and proves that both compute the same.
 
@@ -137,7 +137,7 @@ def port(
         raise UsageError(f"layout {layout!r}: give nchw or nhwc")
     is_nhwc = layout == "nhwc"
     original = Original(torch_module, example_inputs, example_kwargs, dynamic)
-    attempts = Attempts(original, is_nhwc, progress)
+    attempts = Attempts(original, is_nhwc, progress or (lambda stage: None))
     found = attempts.find()
     plan, model, report = found.plan, found.model, found.report
     report.notes += optimizer_notes(plan.graph, plan.train)
