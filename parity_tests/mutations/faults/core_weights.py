@@ -22,8 +22,8 @@ FAULTS: dict[str, list[Fault]] = {
     "icenet/core/weights/convert.py": [
         Fault(
             "the MLX form of a container has PyTorch's names",
-            "RenamedWeights(result, {canonical: name for name, canonical in names.items()}, aliases)",
-            "RenamedWeights(result, {}, aliases)",
+            "{canonical: name for name, canonical in facts.names.items()}, facts.aliases)",
+            "{}, facts.aliases)",
             ["core/weights/test_convert.py::test_files_of_any_module_are_converted"],
         ),
         Fault(
