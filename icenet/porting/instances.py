@@ -61,3 +61,9 @@ def _record(kind: Any, found: dict[int, Instance]) -> None:
         return result
 
     kind.__init__, kind.__call__ = made, called
+
+
+def dropout_rates(model: nn.Module) -> set[float]:
+    """Returns the rates of the dropout of the layers of a model."""
+    kinds = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
+    return {round(1 - item._p_1, 6) for item in model.modules() if isinstance(item, kinds)}

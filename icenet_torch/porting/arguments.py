@@ -92,3 +92,12 @@ def first_calls(module: nn.Module, args: Any, kwargs: Any) -> dict[str, tuple[An
         for item, training in modes:
             item.training = training
     return found
+
+
+def dropout_rates(module: nn.Module) -> set[float]:
+    """Returns the rates of the dropout of the layers of a module."""
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+    found = {item.p for item in module.modules() if isinstance(item, kinds)}
+    return found | {
+        item.dropout for item in module.modules() if isinstance(item, (nn.MultiheadAttention, nn.RNNBase))
+    }

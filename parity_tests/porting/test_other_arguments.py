@@ -121,3 +121,37 @@ def test_a_class_within_a_port_is_right_or_an_error_with_other_arguments(tmp_pat
             assert "the port was made for" in str(error) or "takes" in str(error)
         else:
             close(ours(mx.array(x.numpy())), theirs(x))
+
+
+class Positions(nn.Module):
+    """A table of numbers that the original computes and does not save, next to its weights."""
+
+    def __init__(self, dim: int, length: int) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.arange(length), persistent=False)
+        self.table = nn.Embedding(length, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.table(self.ids[: x.shape[1]])
+
+
+def test_a_class_with_arrays_that_the_original_does_not_save_is_not_tried() -> None:
+    module = nn.Sequential(Positions(8, 6), nn.Linear(8, 8)).eval()
+    x = torch.randn(2, 5, 8)
+    close(icenet.port(module, x).module(mx.array(x.numpy())), module(x))
+
+
+class Rates(nn.Module):
+    def __init__(self, dropout: float = 0.25) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 1, 4, dropout, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.layer(x))
+
+
+def test_a_rate_of_dropout_that_some_layers_do_not_take_is_an_error(tmp_path: Any) -> None:
+    kind = saved_class(icenet.port(Rates(), torch.randn(2, 3, 4)), tmp_path)
+    with pytest.raises((TypeError, ValueError), match=r"the port was made for 0\.25|unexpected keyword"):
+        kind(dropout=0.5)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from icenet.core import backends
+from icenet.core.errors import WeightsError
 from icenet.core.models import modules
 from icenet.core.porting.build import Plan
 from icenet.core.porting.names import native, new_names
 from icenet.parity.ports.inputs import Arguments, arrays_of, with_arrays, with_sizes
-from icenet.parity.ports.other_arguments import TRIED, are_close, original_outputs, others
+from icenet.parity.ports.other_arguments import TRIED, are_close, has_old_rates, original_outputs, others
 from icenet.parity.trace import Value
 
 _LARGEST = 2**22
@@ -78,7 +79,10 @@ class InnerArguments:
         axes = [_axes(theirs, ours) for theirs, ours in zip(arrays_of(call), given, strict=False)]
         if None in axes or len(axes) != len(given) or len(given) != len(arrays_of(call)):
             return []
-        results = self._outputs(like, kind(**made.made), made, call, [item for item in axes if item is not None])
+        try:
+            results = self._outputs(like, kind(**made.made), made, call, [item for item in axes if item is not None])
+        except WeightsError:  # buffers that the original does not save, such as its tables of positions
+            return []
         if results is None:
             return []
         found = [_axes(one.array, other) for one, other in zip(results[0].values(), results[2], strict=False)]
@@ -101,7 +105,10 @@ class InnerArguments:
                 continue
             for given in _inputs(call, before, value):
                 try:
-                    results = self._outputs(other, kind(**{**made.made, name: value}), made, given, axes)
+                    model = kind(**{**made.made, name: value})
+                    if has_old_rates(inner, other, model):
+                        return False
+                    results = self._outputs(other, model, made, given, axes)
                 except Exception:  # whatever a source raises whose numbers do not fit
                     return False
                 if results is None:

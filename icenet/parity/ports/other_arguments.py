@@ -96,6 +96,8 @@ class OtherArguments:
                 continue
             try:
                 model = kind(**{name: value})
+                if has_old_rates(self.module, other, model):
+                    return False
                 self._copy(other, model)
                 arrays = [_single(array) for array in arrays_of(given)]
                 with self.load.mode(model, False):
@@ -135,6 +137,13 @@ class OtherArguments:
                 "that you make with them"
             )
         return found
+
+
+def has_old_rates(module: Any, other: Any, model: Any) -> bool:
+    """Returns whether a port has rates of dropout that the original has, but not with other arguments."""
+    rates = backends.module("torch", "porting.arguments").dropout_rates
+    old = {round(rate, 6) for rate in rates(module)} - {round(rate, 6) for rate in rates(other)}
+    return bool(old & backends.module("mlx", "porting.instances").dropout_rates(model))
 
 
 def refusing(source: str, kind: str, wrong: dict[str, list[Any]]) -> str:
