@@ -24,6 +24,12 @@ def written(h: torch.Tensor, e: nn.Embedding) -> torch.Tensor:
     return y * h
 
 
+def rows_written(h: torch.Tensor, e: nn.Embedding) -> torch.Tensor:
+    y = h.clone()
+    y[h[:, 0] > 0] = e.weight[0]
+    return y
+
+
 def masked(h: torch.Tensor, e: nn.Embedding) -> torch.Tensor:
     y = h.clone()
     y[y < 0] *= 0.1
@@ -49,6 +55,7 @@ FUNCTIONS = {
     "buckets": lambda h, e: h + e(torch.bucketize(h, torch.tensor([-0.5, 0.0, 0.5]))).sum(-1),
     "target": lambda h, e: nn.functional.cross_entropy(h, steps(h)[:, 0]),
     "written": written,
+    "rows written": rows_written,
     "masked": masked,
 }
 
