@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from icenet.core import backends
-from icenet.core.errors import WeightsError
 from icenet.core.models import modules
 from icenet.core.porting.build import Plan
 from icenet.core.porting.names import native, new_names
@@ -80,11 +79,8 @@ class InnerArguments:
         if None in axes or len(axes) != len(given) or len(given) != len(arrays_of(call)):
             return []
         try:
-            try:
             results = self._outputs(like, kind(**made.made), made, call, [item for item in axes if item is not None])
-        except Exception:  # such as a layer that is a function in the port, whose weights have other axes
-            return []
-        except WeightsError:  # buffers that the original does not save, such as its tables of positions
+        except Exception:  # weights with other axes in a port by itself, or buffers that the original does not save
             return []
         if results is None:
             return []
