@@ -58,13 +58,6 @@ Causes of the differences above and of those of layers:
 """.splitlines()
 
 
-CAUSES = {
-    "video.s3d": "one of its 128 rows, by 1e-5 of the largest value. The two largest values of a window of the max "
-    "pooling behind it are equal to 2e-6, and the rounding of MLX probably makes the other one the maximum",
-}
-"""Why a model differs."""
-
-
 def page(results: dict[str, Any]) -> str:
     """Returns the page as Markdown."""
     lines = [HEAD, "| | tried | passed | share |", "|---|---|---|---|"]
@@ -101,7 +94,6 @@ def page(results: dict[str, Any]) -> str:
             continue
         for name, item in bad.items():
             text = phrase(item["problems"][0])
-            text = f"{text}; {CAUSES[name]}" if name in CAUSES else text
             lines.append(f"- {text}" if text.startswith(f"`{name}(") else f"- {name}: {text}")
         lines.append("")
     for group in ("torchvision", "timm", "transformers"):
