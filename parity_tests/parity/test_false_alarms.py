@@ -88,6 +88,20 @@ def test_a_causal_convolution_may_pad_its_input_itself(padding: int) -> None:
     assert padding or (report.culprit, report.where) == ("", "between inner and out"), report
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_convolution_may_get_an_input_that_is_padded_as_the_other_pads_it(first: int) -> None:
+    theirs = net(
+        lambda m, x: m.out(m.conv(mx.pad(m.inner(x), [(0, 0), (first, 2 - first), (0, 0)]))),
+        lambda m, x: m.out(m.conv(m.inner(x).transpose(1, 2)).transpose(1, 2)),
+        inner=linear(5, 8),
+        conv=Pair(M.Conv1d(8, 8, 3), T.Conv1d(8, 8, 3, padding=1)),
+        out=linear(8, 3),
+    )
+    report = compare(*with_equal_weights(*theirs), draw(2, 9, 5))
+    assert report.passed == (first == 1), report
+    assert report.passed or report.verdict.endswith("cause: conv: padding is 0 in a, 1 in b"), report
+
+
 def test_a_sigmoid_whose_exponential_overflows_is_no_difference() -> None:
     """In fp16, MLX's is 0 below -11.1."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from icenet.core.messages import some
 from icenet.parity import align
@@ -17,6 +18,8 @@ from icenet.parity.calls.repeated import calls_in_order, repeated_calls
 from icenet.parity.calls.sides import Side
 from icenet.parity.calls.structures import numbers_by_name
 from icenet.parity.trace import Value
+
+Array = npt.NDArray[Any]
 
 _SAMPLES = 16
 """Number of rows that are searched for in the argument of the other side."""
@@ -98,19 +101,25 @@ def _without_other_padding(
     """Leaves out convolutions that pad themselves on one side, and get what is padded on the other.
 
     An example is a causal convolution: one side pads the past, the other pads both ends and cuts off the last values.
-    Such a call is computed within the call around it. Returns the rest, and notes.
+    Such a call is computed within the call around it. Results of equal length have the same padding on both sides, or
+    the call stays and differs. Returns the rest, and notes.
     """
     found: dict[str, Pair] = {}
     for pair in pairs:
         if "conv" not in (pair.kind or "") or not argument_mismatch(pair):
             continue
-        x, y = pair.a.arguments[0], pair.b.arguments[0]
-        shapes = x.array.shape, align.to_mlx(align.KINDS[pair.kind or ""], y.array).shape
-        paddings = [_padding(side, event.path, x.array.ndim - 2) for side, event in ((a, pair.a), (b, pair.b))]
+        kind = align.KINDS[pair.kind or ""]
+        (x, y), outputs = (
+            (ours.array, align.to_mlx(kind, theirs.array))
+            for ours, theirs in ((pair.a.arguments[0], pair.b.arguments[0]), (pair.a.outputs[0], pair.b.outputs[0]))
+        )
+        paddings = [_padding(side, event.path, x.ndim - 2) for side, event in ((a, pair.a), (b, pair.b))]
         outer = pair.b.parent
         while outer is not None and id(outer) not in by_event:
             outer = outer.parent
-        is_padded = shapes[0][:1] + shapes[0][-1:] == shapes[1][:1] + shapes[1][-1:] and paddings[0] != paddings[1]
+        is_padded = x.shape[:1] + x.shape[-1:] == y.shape[:1] + y.shape[-1:] and paddings[0] != paddings[1]
+        if outputs[0].shape == outputs[1].shape:
+            is_padded &= _has_zeros_around(x, y) and _has_zeros_around(y, x)
         if is_padded and outer is not None and not argument_mismatch(by_event[id(outer)]):
             found.setdefault(pair.path, by_event[id(outer)])
     left_out = {id(event) for pair in pairs if pair.path in found for event in (pair.a, pair.b)}
@@ -122,6 +131,17 @@ def _without_other_padding(
         for path, outer in found.items()
     ]
     return [pair for pair in pairs if pair.path not in found], notes
+
+
+def _has_zeros_around(longer: Array, shorter: Array) -> bool:
+    """Returns whether an array has zeros at both ends of each axis in which it is longer, as layers pad."""
+    for axis in range(1, longer.ndim - 1):
+        more = longer.shape[axis] - shorter.shape[axis]
+        if more > 0:
+            first, _, last = np.split(longer, [more // 2, longer.shape[axis] - (more - more // 2)], axis)
+            if first.any() or last.any():
+                return False
+    return True
 
 
 def _padding(side: Side, path: str, axes: int) -> tuple[Any, ...]:
