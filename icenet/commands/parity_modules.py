@@ -181,7 +181,7 @@ def read_inputs(file: Path) -> Any:
     """Returns the arguments that a .npz file holds: keyword arguments, or a tuple if they are named arr_0, arr_1, ...
 
     Raises:
-        DataError: The file cannot be read.
+        DataError: The file cannot be read, or an array has no numbers, such as one of strings.
     """
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -191,6 +191,9 @@ def read_inputs(file: Path) -> Any:
         raise DataError(f"{file}: cannot be read ({reason}); write it with numpy.savez({str(file)!r}, x=x)") from None
     if not found:
         raise DataError(f"{file}: has no arrays")
+    for name, array in found.items():
+        if array.dtype.kind in "USMm":  # not "V": numpy writes bfloat16 so
+            raise DataError(f"{file}: {name} is an array of {array.dtype}, not of numbers; leave it out of the file")
     positional = [f"arr_{i}" for i in range(len(found))]
     return tuple(found[name] for name in positional) if set(found) == set(positional) else found
 

@@ -98,6 +98,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "wrong_name.npz", y=x)
     np.savez(folder / "wrong_shape.npz", np.ones((3, 7), np.float32))
     np.savez(folder / "objects.npz", np.array([Hostile()], dtype=object))
+    np.savez(folder / "strings.npz", x=x, texts=np.array(["a", "b"]))
     np.savez(folder / "nothing.npz")
     (folder / "pickled.npz").write_bytes(pickle.dumps(Hostile()))
     (folder / "text.npz").write_text("1, 2, 3")
@@ -185,6 +186,7 @@ ERRORS = [
     ("parity mine.py:Net ref.py:Net --input short.npz", USAGE, ["short.npz", "no .npz file"]),
     ("parity mine.py:Net ref.py:Net --input pickled.npz", USAGE, ["pickled.npz", "no .npz file"]),
     ("parity mine.py:Net ref.py:Net --input objects.npz", USAGE, ["objects.npz"]),
+    ("parity mine.py:Net ref.py:Net --input strings.npz", USAGE, ["strings.npz: texts", "not of numbers"]),
     ("parity mine.py:Net ref.py:Net --input nothing.npz", USAGE, ["nothing.npz", "no arrays"]),
     ("parity mine.py:Net ref.py:Net --input wrong_shape.npz --copy-weights", USAGE, ["fails on the inputs", "fc1"]),
     ("parity mine.py:Net ref.py:Net --input wrong_name.npz --copy-weights", USAGE, ["'y'"]),

@@ -55,7 +55,7 @@ def copy_weights(c: Comparison, stage: Stage) -> None:
         c.a.assign({ours: values[theirs] for ours, theirs in c.parameter_names.items()})
         c.report.notes.append(
             "the weights were not equal: those of b were used in a copy of a; icenet.from_torch copies them, "
-            "copy_weights=False compares with those that a has"
+            "copy_weights=False (icenet parity --keep-weights) compares with those that a has"
             if c.report.copied_weights
             else "the weights of b are copied into a"
         )
