@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from icenet.core.config import Config, CustomConfig, GenerationConfig, ModelConfig, TrainingConfig, custom
+from icenet.core.config import FAMILIES, Config, CustomConfig, GenerationConfig, ModelConfig, TrainingConfig, custom
 from icenet.core.config.written import is_written
 from icenet.core.data.datasets import Dataset
 from icenet.core.data.images.dataset import ImageDataset
@@ -69,6 +69,7 @@ def notices(config: Config, dataset: Dataset, circumstances: Circumstances) -> l
     for key, reason in (
         *_of_run(config, circumstances),
         *_of_images(dataset),
+        *_of_port(config.model),
         *_of_training(config.training, config.model),
         *_of_groups(config.training, circumstances.parameters),
         *(_without_validation(config.training, dataset) if not has_validation else ()),
@@ -124,6 +125,15 @@ def _of_images(dataset: Dataset) -> Reasons:
         yield "data.validation_fraction", f"{dataset.description} has a validation set of its own"
     if dataset.source.is_transparent is False:
         yield "data.background", f"{dataset.description} has no transparent images"
+
+
+def _of_port(model: ModelConfig) -> Reasons:
+    if not isinstance(model, CustomConfig) or model.port is None:
+        return
+    known = {name for family in FAMILIES.values() for name in family.model_fields}  # IceNet may read these
+    others = [key for key in model.model_extra or {} if key not in known]
+    for key in ("hidden_size", "num_layers", "dropout", *others):
+        yield f"model.{key}", "a port has the sizes and layers of its PyTorch module, which gets no options"
 
 
 def _of_training(training: TrainingConfig, model: ModelConfig) -> Reasons:

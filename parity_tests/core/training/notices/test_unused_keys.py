@@ -50,6 +50,22 @@ def test_a_key_without_effect_is_named(overrides: list[str], key: str, tmp_path:
     assert key in found(complete), "a value other than the default counts in a complete file"
 
 
+def test_options_of_the_model_have_no_effect_on_a_port(tmp_path: Path) -> None:
+    model = {
+        "type": "mine.py:Net",
+        "vocab_size": 257,
+        "hidden_size": 64,
+        "dropout": 0.3,
+        "width": 3,
+        "max_seq_length": 16,
+    }
+    run = {name: value for name, value in tiny(tmp_path).to_dict().items() if name != "model"}
+    assert "model." not in found(Config.from_dict({**run, "model": model}))
+    text = found(Config.from_dict({**run, "model": {**model, "port": "ported"}}))
+    assert "no effect: model.hidden_size, model.dropout, model.width: a port" in text
+    assert "max_seq_length" not in text and "vocab_size" not in text
+
+
 def test_defaults_and_keys_with_an_effect_are_silent(tmp_path: Path) -> None:
     off = found(tiny(tmp_path, "data.validation_fraction=0", "training.eval_every=null"))
     assert "no effect: training.eval_every" not in off
