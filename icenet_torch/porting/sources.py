@@ -78,11 +78,18 @@ def transformers(folder: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     library = package("transformers")
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
-        raise UsageError(f"transformers:{folder}: {path} has no config.json")
-    config = library.AutoConfig.from_pretrained(path, local_files_only=True)
-    names = getattr(config, "architectures", None) or []
-    kind = next((getattr(library, name) for name in names if hasattr(library, name)), library.AutoModel)
-    model = kind.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+        what = "it has no config.json" if path.is_dir() else "no such folder"
+        raise UsageError(f"transformers:{folder}: {what}; give a folder of Hugging Face on your disk")
+    try:
+        config = library.AutoConfig.from_pretrained(path, local_files_only=True)
+        names = getattr(config, "architectures", None) or []
+        kind = next((getattr(library, name) for name in names if hasattr(library, name)), library.AutoModel)
+        model = kind.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+    except Exception as error:  # of transformers, and of the readers of weights
+        reason = first_line(error).rstrip(".")
+        raise WeightsError(
+            f"transformers:{folder}: transformers cannot read it ({reason}); download or save it again"
+        ) from None
     return model, example_of(model)
 
 

@@ -14,6 +14,10 @@ import torch
 from made_ports import close, ported
 from torch import nn
 
+from icenet.core.porting import build
+from icenet.parity.ports.model_file import model_file
+from icenet.parity.ports.original import Original
+
 
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int = 4, bias: bool = False) -> None:
@@ -126,7 +130,10 @@ def test_numbers_of_a_configuration_are_one_argument() -> None:
     config = SimpleNamespace(eps=1e-6, drop=0.1, embed_drop=0.2, **sizes)
     module, ids = Configured(config).eval(), torch.randint(0, 20, (2, 5))
     model, source = ported(module, ids)
-    assert "from dataclasses import dataclass" in source
+    export = Original(module, (ids,)).export(open_loops=True)
+    plan = build.plan(export.graph, export.train, False, "A port.")
+    written = model_file(plan.source, plan, [ids.numpy()], is_nhwc=False)
+    assert "\n\nfrom dataclasses import dataclass\nfrom pathlib import Path\n\nimport mlx" in written
     assert (
         "    vocab_size: int = 20\n    hidden_size: int = 12\n    embed_drop: float = 0.2\n    eps: float = 1e-6"
         in source

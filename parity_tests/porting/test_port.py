@@ -329,3 +329,19 @@ def test_a_constant_of_the_example_is_the_default_of_the_port() -> None:
         np.testing.assert_allclose(port.module(mx.array(x.numpy()), **options), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="the port was made for use_cache=False"):
         port.module(mx.array(x.numpy()), use_cache=None)
+
+
+def test_a_folder_of_transformers_that_cannot_be_read_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    for name, code, words in (
+        ("absent", 2, "no such folder; give a folder"),
+        ("empty", 2, "it has no config.json; give a folder"),
+        ("damaged", 1, "transformers cannot read it"),
+    ):
+        assert main(["port", f"transformers:{tmp_path / name}", "--out", str(tmp_path / "out")]) == code
+        assert is_one_line(capsys.readouterr().err.strip(), name, words)
+    assert not (tmp_path / "out").exists()

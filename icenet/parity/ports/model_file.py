@@ -56,6 +56,7 @@ if __name__ == "__main__":
 
 def _with_imports(source: str) -> str:
     """Returns a source with the imports of the functions that model.py has in addition, in the usual order."""
+    source = source.replace("import dataclass\n\n", "import dataclass\n", 1)
     without_math = source.replace("import math\n\n", "", 1)
     standard = "from pathlib import Path\n\n"
     if without_math != source:
