@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -37,13 +41,32 @@ def arguments_of(module: nn.Module, known: Mapping[str, Any]) -> dict[str, Any] 
     return found
 
 
-def made(module: nn.Module, arguments: Mapping[str, Any]) -> nn.Module | None:
-    """Returns a new module of the class of another one; None if its constructor raises an error.
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Restores the state of the random numbers of numpy and of Python."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
 
+
+def made(module: nn.Module, arguments: Mapping[str, Any]) -> nn.Module | None:
+    """Returns a new module of the class of another one; None if its constructor raises an error or ends the process.
+
+    What a constructor prints is not shown, and the random numbers of torch, numpy and Python stay as they are.
     Weights that are constant, such as those of a layer that begins with zeros, get random numbers: they would hide
     what is before the layer.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+    with (
+        torch.random.fork_rng(devices=[]),
+        _same_random_numbers(),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:
@@ -51,7 +74,7 @@ def made(module: nn.Module, arguments: Mapping[str, Any]) -> nn.Module | None:
             for value in found.parameters():
                 if value.is_floating_point() and value.numel() > 1 and bool((value == value.flatten()[0]).all()):
                     value.add_(0.2 * torch.randn_like(value))
-        except Exception:  # whatever the code of a user raises
+        except (Exception, SystemExit):  # whatever the code of a user raises
             return None
     return found.eval()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import runpy
 from typing import Any
 
 import icenet.blas  # (before mlx)
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import torch
 from made_ports import close
@@ -155,3 +157,27 @@ def test_a_rate_of_dropout_that_some_layers_do_not_take_is_an_error(tmp_path: An
     kind = saved_class(icenet.port(Rates(), torch.randn(2, 3, 4)), tmp_path)
     with pytest.raises((TypeError, ValueError), match=r"the port was made for 0\.25|unexpected keyword"):
         kind(dropout=0.5)
+
+
+class Careless(nn.Module):
+    """A module whose constructor prints, draws random numbers, and ends the process with some arguments."""
+
+    def __init__(self, dim: int = 4, width: int = 6) -> None:
+        super().__init__()
+        print("a new module", random.random(), np.random.rand())
+        if dim != 4:
+            raise SystemExit(f"dim is {dim}")
+        self.fc = nn.Linear(dim, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+def test_effects_of_a_constructor_are_not_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    module = Careless()
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    capsys.readouterr()
+    port = icenet.port(module, torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
+    assert "a new module" not in "".join(capsys.readouterr())
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert any("not tried with other values of dim" in note for note in port.report.notes)
