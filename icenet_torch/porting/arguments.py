@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from icenet_torch.porting import inputs
+from icenet_torch.porting.export import same_attributes
 from icenet_torch.porting.run import to_torch
 
 
@@ -107,7 +108,7 @@ def first_calls(module: nn.Module, args: Any, kwargs: Any) -> dict[str, tuple[An
     modes = [(item, item.training) for item in module.modules()]
     handles = [item.register_forward_pre_hook(hook(path), with_kwargs=True) for path, item in inner]
     try:
-        with torch.no_grad(), inputs.unchanged([*module.parameters(), *module.buffers()]):
+        with same_attributes(module), torch.no_grad(), inputs.unchanged([*module.parameters(), *module.buffers()]):
             module.eval()(*to_torch(args), **to_torch(kwargs))
     finally:
         for handle in handles:

@@ -13,6 +13,7 @@ import inspect
 import json
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -95,9 +96,9 @@ _OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Returns the lists and dicts that are attributes of a module, with a copy of each."""
-    own = vars(module).items()
-    return [(value, value.copy()) for name, value in own if type(value) in (list, dict) and name not in _OF_TORCH]
+    """Returns the lists and dicts that are attributes of a module, and its hooks, with a copy of each."""
+    own = [(name, value) for name, value in vars(module).items() if name not in _OF_TORCH or "_hooks" in name]
+    return [(value, value.copy()) for _, value in own if type(value) in (list, dict, OrderedDict)]
 
 
 BUDGET = 30.0

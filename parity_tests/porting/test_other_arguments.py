@@ -181,3 +181,24 @@ def test_effects_of_a_constructor_are_not_seen(capsys: pytest.CaptureFixture[str
     assert "a new module" not in "".join(capsys.readouterr())
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert any("not tried with other values of dim" in note for note in port.report.notes)
+
+
+class Hooked(nn.Module):
+    """A module that registers a hook in its first call, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.is_hooked = nn.Linear(4, 6), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_hooked:
+            self.fc.register_forward_hook(lambda layer, args, output: output * 2)
+            self.is_hooked = True
+        return self.fc(x)
+
+
+def test_hooks_of_the_first_call(tmp_path: Any) -> None:
+    x, module = torch.randn(2, 4), Hooked()
+    kind = saved_class(icenet.port(module, x), tmp_path)
+    assert not module.is_hooked and not module.fc._forward_hooks
+    close(icenet.from_torch(module, kind())(mx.array(x.numpy())), module(x))
