@@ -139,7 +139,7 @@ def test_sizes_have_the_names_of_their_axes() -> None:
     module, x = Window().eval(), torch.randn(2, 4, 3, 5)
     model, source = ported(module, x)
     close(model(mx.array(x.numpy())), module(x))
-    assert "B, H, W, _ = x.shape" in source and ".reshape(B, H * W, 5)" in source and "[:, None, None]" in source
+    assert "B, H, W, C = x.shape" in source and ".reshape(B, H * W, C)" in source and "[:, None, None]" in source
 
 
 def test_squeeze_and_excitation_needs_no_transpose() -> None:
