@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
@@ -173,15 +173,19 @@ def set_running_statistics(model: nn.Module, values: Mapping[str, Array]) -> Non
 
 
 @contextlib.contextmanager
-def keep_buffers(model: nn.Module) -> Iterator[None]:
+def keep_buffers(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Restores the running statistics and the other frozen arrays of `model` on exit; a user's model may change them.
 
     Some changes, such as `self.count += 1`, are to the array itself, so copies take the place of the arrays
     meanwhile. An array that several modules share has one copy.
+
+    Args:
+        model: The model.
+        modules: All of its modules, if they are known: to find those of a large model takes long. Default: found.
     """
     before = [
         (module, name, value)
-        for _, module in model.named_modules()
+        for module in (model.modules() if modules is None else modules)
         for name, value in module.items()
         if isinstance(value, mx.array) and (name in module._no_grad or name in STATISTICS)
     ]

@@ -84,7 +84,7 @@ def alignment(kind: str | None, ours: Array, theirs: Array, shapes: Shapes) -> s
     if ours.ndim < 3 or determined == SAME:
         return SAME if ours.shape == theirs.shape else None
     candidates = [determined] if determined else [MOVED, SAME]
-    fitting = [name for name in candidates if to_torch(name, ours).shape == theirs.shape]
+    fitting = [name for name in candidates if to_torch(name, ours, copy=False).shape == theirs.shape]
     if len(fitting) < 2:
         return fitting[0] if fitting else None
     return nearer(ours, theirs) or shapes.get(theirs.shape) or _default(ours.ndim)
@@ -92,7 +92,7 @@ def alignment(kind: str | None, ours: Array, theirs: Array, shapes: Shapes) -> s
 
 def nearer(ours: Array, theirs: Array) -> str | None:
     """Returns the alignment that is much nearer in value; None if neither is."""
-    moved, same = _distance(to_torch(MOVED, ours), theirs), _distance(ours, theirs)
+    moved, same = _distance(to_torch(MOVED, ours, copy=False), theirs), _distance(ours, theirs)
     return MOVED if moved < same / 2 else SAME if same < moved / 2 else None
 
 
@@ -139,22 +139,23 @@ def is_near(ours: Array, theirs: Array) -> bool:
     return ours.shape == theirs.shape and _distance(ours, theirs) < 10 * _EQUAL
 
 
-def to_torch(name: str, array: Array) -> Array:
-    """Returns an MLX array with PyTorch's axes."""
-    if name.startswith(_ROWS):
-        return array.reshape(_shape_of(name, 1))
-    if name in _AXES:
-        return np.ascontiguousarray(array.swapaxes(*_AXES[name]))
-    return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if name == MOVED and array.ndim > 2 else array
+def to_torch(name: str, array: Array, copy: bool = True) -> Array:
+    """Returns an MLX array with PyTorch's axes: in their order in memory, or without `copy` as a view."""
+    return _with_axes(name, array, (-1, 1), 1, copy)
 
 
-def to_mlx(name: str, array: Array) -> Array:
-    """Returns a PyTorch array with MLX's axes."""
+def to_mlx(name: str, array: Array, copy: bool = True) -> Array:
+    """Returns a PyTorch array with MLX's axes: in their order in memory, or without `copy` as a view."""
+    return _with_axes(name, array, (1, -1), 0, copy)
+
+
+def _with_axes(name: str, array: Array, moved: tuple[int, int], index: int, copy: bool) -> Array:
     if name.startswith(_ROWS):
-        return array.reshape(_shape_of(name, 0))
-    if name in _AXES:
-        return np.ascontiguousarray(array.swapaxes(*_AXES[name]))
-    return np.ascontiguousarray(np.moveaxis(array, 1, -1)) if name == MOVED and array.ndim > 2 else array
+        return array.reshape(_shape_of(name, index))
+    if name not in _AXES and (name != MOVED or array.ndim < 3):
+        return array
+    view = array.swapaxes(*_AXES[name]) if name in _AXES else np.moveaxis(array, *moved)
+    return np.ascontiguousarray(view) if copy else view
 
 
 def masked(array: Array) -> npt.NDArray[np.bool_] | None:
@@ -251,7 +252,7 @@ def known_shapes(mlx: Trace, torch: Trace) -> dict[tuple[int, ...], str]:
         if name.startswith("module:") and name in torch.values and value.array.ndim > 2:
             ours, theirs = value.array, torch.values[name].array
             known = KINDS.get(_common_kind(mlx, torch, name) or "")
-            if known is None and ours.shape == theirs.shape == to_torch(MOVED, ours).shape:
+            if known is None and ours.shape == theirs.shape == to_torch(MOVED, ours, copy=False).shape:
                 known = nearer(ours, theirs)
             if known is not None:
                 found.setdefault(theirs.shape, known)

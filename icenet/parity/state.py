@@ -50,6 +50,7 @@ class Comparison(ABC):
         opaque: Paths in `b` of layers of both frameworks that are compared as one layer.
         different: Paths in `b` of layers whose parameters differ between the frameworks.
         parameter_names: The name in `b` of each array of `a` that both sides have.
+        weights_are_equal: Whether all weights of `a` are known to be those of `b`, bit by bit.
         modules: The modules of the report by path.
         inputs_a, inputs_b: The inputs of the current draw, in the axes of each side.
         targets_a, targets_b: The targets of the default loss.
@@ -100,6 +101,7 @@ class Comparison(ABC):
         self.inputs_b: list[Value] = []
         self.trains = True
         self.loss_noise = 0.0
+        self.weights_are_equal = False
         self.parameter_names: dict[str, str] = {}
         self.different: set[str] = set()
         self.ties: set[str] = set()

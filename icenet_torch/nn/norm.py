@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -131,16 +131,21 @@ def _statistics(model: nn.Module) -> dict[str, Array]:
 
 
 @contextlib.contextmanager
-def keep_buffers(model: nn.Module) -> Iterator[None]:
+def keep_buffers(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Restores the running statistics and the other buffers of `model` on exit; a user's model may change them.
 
     Some changes, such as `self.count += 1`, are to the tensor itself, so copies take the place of the buffers
     meanwhile. What is shared stays shared. The buffers are not written to, because autograd may have saved them.
+
+    Args:
+        model: The model.
+        modules: All of its modules, if they are known: to find those of a large model takes long. Default: found.
     """
     before = [
         (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        for module in (model.modules() if modules is None else modules)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
     ]
     copies = {id(buffer): buffer.clone() for _, _, buffer in before}
     for module, name, buffer in before:

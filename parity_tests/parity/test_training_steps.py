@@ -56,7 +56,9 @@ def test_gradients_at_ties_change_the_training_and_are_no_difference(steps: int)
     stage = report.stages[-1]
     assert report.passed and stage.name == "training" and "ties of pool" in stage.note, report
     assert "in each step" in stage.note
-    assert abs(report.losses["a"][1] - report.losses["b"][1]) > 1e-6  # far above the rounding of the losses
+    distance = abs(report.losses["a"][1] - report.losses["b"][1])
+    # far above the rounding of the losses, but for a single step, which `b` takes with the gradients of `a` alone
+    assert distance > 1e-6 if steps > 1 else distance < 1e-6
     assert all(row.status == "passed" and row.ratio < 8 for row in stage.rows)
     gaps = [abs(a - b) for a, b in zip(report.losses["a"], report.losses["b"], strict=True)]
     assert [row.error for row in stage.rows] == pytest.approx(gaps, rel=1e-6, abs=1e-12)

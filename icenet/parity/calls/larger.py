@@ -21,6 +21,7 @@ import numpy.typing as npt
 from icenet.core import backends
 from icenet.core.weights import layout
 from icenet.parity import align
+from icenet.parity.calls.own_code import code_of
 from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair
 from icenet.parity.calls.replays import judge_replay, replay
 from icenet.parity.measures import rms
@@ -47,13 +48,17 @@ _SUMS = {"sum", "max", "amax", "scatter_add", "index_add", "scatter_reduce"}
 def replay_larger(c: Comparison, pairs: list[Pair]) -> dict[int, dict[str, Judgement]]:
     """Returns the judgements that are over the tolerance on larger inputs, by the number of the event in `b`.
 
-    The first call of each module is replayed. Results that are not finite on one side are no difference: the run
-    shows whether its own values are. A pair that differs keeps the inputs, on which a cause is then searched for.
+    The first call of each module is replayed, and of modules with equal code that of the first one. Results that are
+    not finite on one side are no difference: the run shows whether its own values are. A pair that differs keeps the
+    inputs, on which a cause is then searched for.
     """
-    found = {}
+    found, known = {}, set()
     for pair in (*pairs, *(inner for outer in pairs for inner in outer.apart)):
         if not c.computes_reference or pair.b.call or pair.obstacle or not _may_have_bounds(c, pair):
             continue
+        if (code := code_of(c, pair)) in known:
+            continue
+        known |= {code} - {None}
         over, is_known = _judge_at(c, pair, "any")
         if not is_known:  # the function is not defined for other signs
             over, is_known = _judge_at(c, pair, "run")
@@ -208,7 +213,14 @@ def _larger(c: Comparison, pair: Pair, signs: str) -> list[Value]:
 
 def _is_bound(array: npt.NDArray[Any]) -> bool:
     """Returns whether code may rely on what values are: whole numbers, infinite, unit vectors or probabilities."""
-    if not np.isfinite(array).all() or np.array_equal(array, np.rint(array)):
+    if not np.isfinite(array).all():
+        return True
+    # the first part of most arrays shows that they are none of these
+    return _is_whole_or_unit(array[:1] if array.ndim > 1 else array) and _is_whole_or_unit(array)
+
+
+def _is_whole_or_unit(array: npt.NDArray[Any]) -> bool:
+    if np.array_equal(array, np.rint(array)):
         return True
     axes = {axis % array.ndim for axis in (-1, 1) if array.ndim > 1} | ({0} if array.ndim == 1 else set())
     squares = [np.square(array).sum(axis) for axis in axes if array.shape[axis] > 1]

@@ -60,7 +60,7 @@ class ModuleCopy(Side):
         self._sequence_first: set[str] = set()
         self._rows = 1
         self._run: Run | None = None
-        self._is_closed: dict[str, bool] = {}
+        self._changed: dict[str, list[str]] = {}
 
     @property
     def _tree(self) -> Any:
@@ -88,6 +88,10 @@ class ModuleCopy(Side):
     def depends_on_mode(self) -> bool:  # type: ignore[override]
         """Whether the module may compute something else in training mode than in evaluation mode."""
         return any(map(_depends_on_mode, self.modules.values()))
+
+    @functools.cached_property
+    def is_mode_of_norms(self) -> bool:  # type: ignore[override]
+        return all(_is_norm(module) or not _may_depend_on_mode(module) for module in self.modules.values())
 
     def depends_on_mode_at(self, path: str) -> bool:
         return _depends_on_mode(self.modules[path])
@@ -297,8 +301,9 @@ class ModuleCopy(Side):
         Args:
             before: The call that is replayed; None for a run.
         """
-        changed = self.module if before is None else self._changed_by(before.path)
-        with self.nn.norm.keep_buffers(changed), self.tools.generators_kept():
+        changed = list(self.modules) if before is None else self._changed_by(before.path)
+        modules = [self.modules[path] for path in changed]
+        with self.nn.norm.keep_buffers(self.module, modules), self.tools.generators_kept():
             self._seed_dropouts(before)
             if self.draws is None:
                 yield
@@ -307,16 +312,17 @@ class ModuleCopy(Side):
             with backends.module(self.backend, "tools.draws").replaced(self.draws.draw):
                 yield
 
-    def _changed_by(self, path: str) -> Any:
-        """Returns the module with all buffers that a call of the module at a path may change.
+    def _changed_by(self, path: str) -> list[str]:
+        """Returns the paths of the modules whose buffers a call of the module at a path may change.
 
         A layer of the frameworks changes none of another layer. To copy those of the whole model in each replay
         takes longer than the replays of a model of many layers.
         """
-        if path not in self._is_closed:
-            inner = (name for p, name in self.classes.items() if p == path or p.startswith(f"{path}."))
-            self._is_closed[path] = bool(path) and all(name.startswith(FRAMEWORK_LAYERS) for name in inner)
-        return self.modules[path] if self._is_closed[path] else self.module
+        if path not in self._changed:
+            inner = [p for p in self.classes if p == path or p.startswith(f"{path}.")]
+            is_closed = bool(path) and all(self.classes[p].startswith(FRAMEWORK_LAYERS) for p in inner)
+            self._changed[path] = inner if is_closed else list(self.modules)
+        return self._changed[path]
 
     @contextlib.contextmanager
     def moved_weights(self, names: Sequence[str]) -> Iterator[None]:
@@ -347,6 +353,30 @@ def _depends_on_mode(module: Any) -> bool:
     held = [item for item in vars(module).values() if isinstance(item, FunctionType) and is_of_user(item)]
     cls: Any = type(module)
     return _reads_mode(cls) or _any_reads_mode(held)
+
+
+def _is_norm(module: Any) -> bool:
+    """Returns whether a module is a norm of the frameworks, which has running statistics in evaluation mode."""
+    name = class_name(module)
+    return name.startswith(FRAMEWORK_LAYERS) and ("BatchNorm" in name or "InstanceNorm" in name)
+
+
+def _may_depend_on_mode(module: Any) -> bool:
+    """Returns whether a module may depend on the mode, also by the code of a framework.
+
+    In evaluation mode, attention and transformers of PyTorch compute what is padded in another way.
+    """
+    if "Dropout" in type(module).__name__:  # its rate tells
+        return _depends_on_mode(module)
+    own = [cls for cls in type(module).__mro__ if cls.__name__ != "Module"]
+    return _depends_on_mode(module) or any(map(_code_reads_mode, own))
+
+
+@functools.cache
+def _code_reads_mode(cls: type) -> bool:
+    """Returns whether a method of a class itself, of a user or a framework, reads the mode."""
+    functions = (item for item in vars(cls).values() if isinstance(item, FunctionType))
+    return any("training" in code.co_names for function in functions for code in _codes(function.__code__))
 
 
 @functools.cache

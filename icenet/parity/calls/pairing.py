@@ -179,7 +179,7 @@ def _without_other_rows(
         around, around_it = by_event[id(outer)], _callers(pair.b)
         if not (argument_mismatch(pair) or output_mismatch(pair)):
             continue
-        if any(how is None or x.array.shape == align.to_mlx(how, y.array).shape for x, y, how in hows):
+        if any(how is None or x.array.shape == align.to_mlx(how, y.array, copy=False).shape for x, y, how in hows):
             continue
         if argument_mismatch(around) or output_mismatch(around):
             continue
@@ -211,7 +211,7 @@ def _how_of_rows(pair: Pair, ours: Value, theirs: Value, known: Mapping[tuple[in
     With the channels moved, only the first axis may differ, otherwise all but the last one.
     """
     x, y = ours.array.shape, theirs.array.shape
-    moved = align.to_mlx(align.MOVED, theirs.array).shape
+    moved = align.to_mlx(align.MOVED, theirs.array, copy=False).shape
     fits = {
         align.SAME: len(x) * len(y) > 0 and x[-1:] == y[-1:],
         align.MOVED: len(x) == len(y) > 2 and x[1:] == moved[1:],
@@ -280,7 +280,10 @@ def _set_apart(pairs: list[Pair], callers: Mapping[int, Pair], known: Mapping[tu
 
 def _agree(pair: Pair) -> bool:
     """Returns whether the outputs of a call are about equal in the runs of both sides."""
-    arrays = [(align.to_torch(how, pair.a.outputs[i].array), pair.b.outputs[j].array) for i, j, how in pair.outputs]
+    arrays = [
+        (align.to_torch(how, pair.a.outputs[i].array, copy=False), pair.b.outputs[j].array)
+        for i, j, how in pair.outputs
+    ]
     return all(align.is_near(ours, theirs) for ours, theirs in arrays if theirs.dtype.kind == "f")
 
 
@@ -321,7 +324,7 @@ def known_shapes(pairs: list[Pair]) -> dict[tuple[int, ...], str]:
             if theirs.array.ndim < 3:
                 continue
             known = align.KINDS.get(pair.kind or "")
-            fits = align.to_torch(align.MOVED, ours.array).shape == theirs.array.shape
+            fits = align.to_torch(align.MOVED, ours.array, copy=False).shape == theirs.array.shape
             if known is None and fits and ours.array.shape == theirs.array.shape:
                 known = align.nearer(ours.array, theirs.array)
             if known is not None:
@@ -405,7 +408,7 @@ def output_numbers(pair: Pair) -> list[int]:
 
 
 def _masks_otherwise(ours: Value, theirs: Value, how: str) -> bool:
-    return ours.is_float and align.masks_otherwise(align.to_torch(how, ours.array), theirs.array)
+    return ours.is_float and align.masks_otherwise(align.to_torch(how, ours.array, copy=False), theirs.array)
 
 
 def _are_masks(ours: Value, theirs: Value) -> bool:
@@ -418,7 +421,7 @@ def _are_masks(ours: Value, theirs: Value) -> bool:
 def unequal(kind: str | None, ours: Value, theirs: Value, what: str) -> str:
     """Returns a phrase on two arrays whose shapes do not correspond."""
     text = align.unequal_shapes(kind, ours.array, theirs.array)
-    shapes = ours.array.shape, align.to_mlx(align.MOVED, theirs.array).shape
+    shapes = ours.array.shape, align.to_mlx(align.MOVED, theirs.array, copy=False).shape
     if align.KINDS.get(kind or "") == align.MOVED and shapes[0] != shapes[1] and len(shapes[0]) == len(shapes[1]):
         text += f", which is {list(shapes[1])} with the axes of a"
     return f"{what} {text}".replace("in MLX", "in a").replace("in PyTorch", "in b")

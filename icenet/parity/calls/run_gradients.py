@@ -9,7 +9,7 @@ values that agree: it is first judged by a run with sums term by term.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from icenet.parity import align
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.forced import can_force, forced_run
+from icenet.parity.calls.own_code import code_of
 from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair
 from icenet.parity.resampling import judge_values
 from icenet.parity.results.rows import split_at
@@ -95,19 +96,27 @@ class RunGradients:
         users = [item for name, item in self.parameters.items() if not self._is_frameworks(self._holder(name))]
         return any(map(self._is_open, (*self.outputs.values(), *users)))
 
+    def _are_noisy(self) -> bool:
+        """Returns whether a gradient that is within the tolerance is open: its noise is large, as `b` jumps, too."""
+        return any(
+            item.passed and self._is_open(item) for item in (*self.outputs.values(), *self.parameters.values())
+        )
+
     def _judge_at_own_values(self, runs: tuple[Run, Run, Run]) -> None:
         """Sets the judgements of the gradients that agree with those of the reference at the values of `a`.
 
-        The jumps between the gradients at the values of `a` and of the reference are first computed by `b` in the
-        dtype under test, whose rounding adds to the error of `a`. Only what is over the tolerance then needs a run of
-        the reference, which takes several times as long.
+        The jumps between the gradients at the values of `a` and of `b` are first computed by `b` in the dtype under
+        test, whose rounding adds to the error of `a`. Where those of `b` jump as well, so that their noise is large,
+        `b` runs at the values of the reference, too. Only what is over the tolerance then needs a run of the
+        reference, which takes several times as long.
         """
         c, pairs = self._c, self.pairs
         if not can_force(c):
             return
         own = forced_run(c, pairs, c.b)
         if c.dtype == "fp32":
-            self._judge_open(runs[0], forced_run(c, pairs, c.b, of_a=False), runs[2], own)
+            theirs = forced_run(c, pairs, c.b, of_a=False) if self._are_noisy() else runs[1]
+            self._judge_open(runs[0], theirs, runs[2], own)
         if self._may_jump():
             self._judge_open(runs[0], own, forced_run(c, pairs, c.reference))
 
@@ -115,8 +124,8 @@ class RunGradients:
         """Sets the judgements of open gradients that pass, given other runs.
 
         Args:
-            runs: Of `a`; of `b` and of the reference, at equal values; and of `b` at the values of `a`, if the others
-                are at those of the reference.
+            runs: Of `a`; of `b` and of the reference, at values that are equal but for rounding; and of `b` at the
+                values of `a`, if the others are not.
         """
         events = [run.by_call() for run in runs[1:]]
         for pair in self.pairs:
@@ -183,8 +192,9 @@ class RunGradients:
         """Returns the numbers of the calls whose backward pass the run does not decide.
 
         Those are all, if the gradient by an output is over the tolerance, too noisy or unknown. Otherwise those with
-        such a parameter, those that take such an input of the model, and all of a user's classes: the gradient by the
-        input of a branch with a small factor, such as 1e-6, vanishes in the noise of the residual next to it.
+        such a parameter, those that take such an input of the model, and those of a user's classes, of equal code the
+        first one: the gradient by the input of a branch with a small factor, such as 1e-6, vanishes in the noise of
+        the residual next to it.
         """
         pairs = self.pairs
         self.replayed = {pair.b.number for pair in pairs}
@@ -206,10 +216,13 @@ class RunGradients:
         self.replayed = {
             pair.b.number
             for pair in pairs
-            if pair.path in holders
-            or not self._is_frameworks(pair.path)
-            or any(id(value) in given for value in pair.b.arguments)
+            if pair.path in holders or any(id(value) in given for value in pair.b.arguments)
         }
+        known: set[Hashable] = set()
+        for pair in pairs:
+            if not self._is_frameworks(pair.path) and (code := code_of(self._c, pair)) not in known:
+                self.replayed.add(pair.b.number)
+                known |= {code} - {None}
         return self.replayed
 
     def _holder(self, name: str) -> str:

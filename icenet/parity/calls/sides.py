@@ -46,6 +46,7 @@ class Side(ABC):
         shapes: The canonical shape of each array, by path.
         trainable_names: The paths of the trainable parameters, those of shared ones at each place.
         depends_on_mode: Whether it may compute something else in training mode than in evaluation mode.
+        is_mode_of_norms: Whether only norms of the frameworks may do so; False for a recorded side.
         perturbation: Moves all values by an ulp, for the noise of a module of MLX; None otherwise.
         train: Whether it is in training mode.
         drew: Whether the last run drew random numbers without a key.
@@ -65,6 +66,7 @@ class Side(ABC):
     shapes: dict[str, tuple[int, ...]]
     trainable_names: set[str]
     depends_on_mode: bool
+    is_mode_of_norms: bool = False
     perturbation: Perturbation | None = None
     train = False
     drew = False

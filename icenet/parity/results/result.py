@@ -162,7 +162,8 @@ class Result:
         replay: Path of the file with the smallest input that differs; empty without one.
         command: A command or program that repeats the comparison; empty if it is not known.
         losses: The losses of the stage training by role, "a", "b" and "reference"; empty without it. Those of the
-            reference are not computed if the noise of the first loss shows that the others agree.
+            reference are not computed if the noise of the first loss shows that the others agree. Those of `b` are of
+            a step with the gradients of `a`, if there is one step and gradients differ within the noise.
         draws_in: The module that draws random numbers in training mode, so that this mode was not compared.
         modes_off: Paths of modules that were compared in evaluation mode, because their random numbers are not equal.
         copied_weights: Whether `a` has the weights of `b`, because its own had nothing in common with them.

@@ -133,6 +133,22 @@ def judge_forward(
             c.fail(stage, "", "", "the run differs, although every module agrees on the inputs of the reference")
 
 
+def evaluation_rows(pairs: list[Pair], found: Mapping[int, Mapping[str, Judgement]]) -> list[Row]:
+    """Returns a row for each call that was replayed in evaluation mode alone, of its worst result."""
+    rows = []
+    for pair in pairs:
+        judged = found.get(pair.b.number)
+        if not judged:
+            continue
+        name, worst = max(judged.items(), key=lambda item: item[1].ratio)
+        status = states.DIFFERS if not worst.passed else states.LESS_EXACT if worst.plain_ratio else states.PASSED
+        shape, number = pair.b.outputs[0].array.shape, pair.b.number
+        row = Row(pair.path, name, shape, status, worst.ratio, worst.error, worst.noise, worst.scale, worst.ratio)
+        note = neutral("; ".join(filter(None, ("in evaluation mode", worst.note))))
+        rows.append(replace(row, own_part=name, note=note, call=pair.b.call, depth=number))
+    return rows
+
+
 def _updates_differ(
     c: Comparison, stage: Stage, pairs: list[Pair], found: Mapping[int, Mapping[str, Judgement]]
 ) -> bool:

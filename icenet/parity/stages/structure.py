@@ -190,22 +190,25 @@ def _has_axes_of_torch(c: Comparison, name: str, expected: tuple[int, ...]) -> b
     return rule is not None and len(rule) == len(shape) and tuple(shape[axis] for axis in rule) == expected
 
 
-def compare_shapes(
-    c: Comparison, stage: Stage, inputs: Inputs, train: bool
-) -> tuple[list[Pair], tuple[Run, Run, Run]]:
-    """Runs all sides and compares the shapes of all arguments and outputs.
+def compare_training_shapes(
+    c: Comparison, stage: Stage, inputs: Inputs
+) -> tuple[list[Pair], tuple[Run, Run, Run]] | None:
+    """Runs all sides in training mode with the loss and its gradients, and compares the shapes.
 
-    Args:
-        stage, inputs: The stage and the inputs.
-        train: Whether to compute the loss and its gradients at once: the module does the same in both modes.
+    Returns:
+        The calls and the runs; None if a side fails, draws random numbers, or the axes of its outputs are not known.
     """
+    c.inputs_a = inputs
+    with contextlib.suppress(AmbiguousAxes, ModuleError, Draws):
+        return _paired(c, stage, run_training(c, inputs, []), None)
+    return None
+
+
+def compare_shapes(c: Comparison, stage: Stage, inputs: Inputs) -> tuple[list[Pair], tuple[Run, Run, Run]]:
+    """Runs all sides in evaluation mode, without gradients, and compares the shapes of all arguments and outputs."""
     c.inputs_a = inputs
     c.set_mode(False)
     try:
-        if train:
-            with contextlib.suppress(AmbiguousAxes, ModuleError, Draws):
-                return _paired(c, stage, run_training(c, inputs, []), None)
-            c.set_mode(False)
         (own, noise, exact), failure = with_equal_draws(c, lambda: _forward_runs(c, inputs))
     except Draws as error:
         raise UsageError(f"compare: {error} in evaluation mode, so no two runs are equal; give it a key") from None
@@ -218,7 +221,7 @@ def compare_shapes(
     if c.losses is None and not any(item.is_float for item in pairs[0].b.outputs):
         for name in ("loss", "gradients", "optimizer", "training"):
             c.stages[name].status, c.stages[name].note = states.SKIPPED, "b returns no floats, so there is no loss"
-    return (pairs, run_training(c, inputs, pairs)) if train else (pairs, runs)
+    return pairs, runs
 
 
 def _forward_runs(c: Comparison, inputs: Inputs) -> tuple[tuple[Run, Run, Run], ModuleError | None]:

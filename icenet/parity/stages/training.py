@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 SMALL = 1_000_000
 """Number of parameters, and of values that all modules return, up to which two steps are trained; above it, one."""
-_PART = 1 << 16
+_PART = 1 << 12
 """Number of values of a parameter that the default optimizer updates: it changes each value alone."""
 _SCALES = (1.0, 0.5, -1.0)
 """Factors of the gradients of successive updates, which show the moments of an optimizer and their correction."""
@@ -72,21 +72,16 @@ def _judge_losses(c: Comparison, stage: Stage, inputs: Inputs, optimizers: tuple
     """Compares the losses of free-running steps."""
     size = max(c.computed, sum(math.prod(shape) for shape in c.b.shapes.values()))
     steps = c.steps if c.steps is not None else 2 if size <= SMALL else 1
-    loss_a, loss_b = c.losses or (None, None)
-    curves: list[list[float]] = []
-    for number, side in enumerate((c.a, c.b, c.reference)):
-        is_test = side is c.a
-        values = inputs.values if is_test else c.inputs_b
-        loss, targets = (loss_a, c.targets_a) if is_test else (loss_b, c.targets_b)
-        optimizer = optimizers[0 if is_test else 1]
-        if side is c.reference and (ratios := _quick_ratios(c, stage, inputs, steps, optimizers, curves)) is not None:
-            noise = np.full(len(ratios), _known_noise(c))
-            _add_rows(c, stage, ratios, curves[1], np.abs(np.subtract(curves[0], curves[1])), noise)
-            break
-        curves.append(side.train_steps(inputs.given, values, loss, targets, optimizer, steps, c.first_runs[number]))
-    c.report.losses = dict(zip(("a", "b", "reference"), curves, strict=False))
-    if len(curves) < 3:
-        return
+    curves = [_train(c, c.a, inputs, steps, optimizers)]
+    is_equal = c.jumps and steps == 1  # free-running steps of `b` would hardly agree
+    if is_equal and (found := _ratios_of_equal_steps(c, inputs, 1, optimizers, curves[0])) is not None:
+        _note_equal_steps(c, stage)
+        return _add_quick_rows(c, stage, curves[0], *found)
+    curves.append(_train(c, c.b, inputs, steps, optimizers))
+    if (ratios := _quick_ratios(c, curves)) is not None:
+        return _add_quick_rows(c, stage, curves[0], ratios, curves[1])
+    curves.append(_train(c, c.reference, inputs, steps, optimizers))
+    c.report.losses = dict(zip(("a", "b", "reference"), curves, strict=True))
     # the reference is of float64, which may hold what overflows on both sides
     ends = [step for step, losses in enumerate(zip(*curves[:2], strict=True)) if not any(map(math.isfinite, losses))]
     if ends:
@@ -128,14 +123,18 @@ def _known_noise(c: Comparison) -> float:
     return known if known and math.isfinite(known) else math.nan  # which no ratio passes
 
 
-def _quick_ratios(
-    c: Comparison,
-    stage: Stage,
-    inputs: Inputs,
-    steps: int,
-    optimizers: tuple[Any, Any],
-    curves: Sequence[Sequence[float]],
-) -> Array | None:
+def _train(c: Comparison, side: Side, inputs: Inputs, steps: int, optimizers: tuple[Any, Any]) -> list[float]:
+    """Returns the losses of free-running steps of a side."""
+    loss_a, loss_b = c.losses or (None, None)
+    if side is c.a:
+        values, loss, targets, optimizer, first = inputs.values, loss_a, c.targets_a, optimizers[0], c.first_runs[0]
+    else:
+        first = c.first_runs[1 if side is c.b else 2]
+        values, loss, targets, optimizer = c.inputs_b, loss_b, c.targets_b, optimizers[1]
+    return side.train_steps(inputs.given, values, loss, targets, optimizer, steps, first)
+
+
+def _quick_ratios(c: Comparison, curves: Sequence[Sequence[float]]) -> Array | None:
     """Returns the ratios of the losses of `a` and `b` to the noise that is known without those of the reference.
 
     Returns:
@@ -144,12 +143,16 @@ def _quick_ratios(
     if not c.computes_reference or not np.isfinite(curves).all():
         return None
     ratios: Array = np.abs(np.subtract(curves[0], curves[1])) / _known_noise(c)
-    if float(ratios.max()) <= FACTOR * c.factor:
-        return ratios
-    if not c.jumps or steps != 1 or (found := _ratios_of_equal_steps(c, inputs, 1, optimizers, curves[0])) is None:
-        return None
-    _note_equal_steps(c, stage)
-    return found
+    return ratios if float(ratios.max()) <= FACTOR * c.factor else None
+
+
+def _add_quick_rows(
+    c: Comparison, stage: Stage, own: Sequence[float], ratios: Array, theirs: Sequence[float]
+) -> None:
+    """Adds the rows of losses that pass without those of the reference, given those of `a` and `b`."""
+    c.report.losses = {"a": list(own), "b": list(theirs)}
+    noise = np.full(len(ratios), _known_noise(c))
+    _add_rows(c, stage, ratios, theirs, np.abs(np.subtract(own, theirs)), noise)
 
 
 def _note_equal_steps(c: Comparison, stage: Stage) -> None:
@@ -187,9 +190,10 @@ def _judge_again(
 
     def with_equal_steps() -> Array | None:
         found = _ratios_of_equal_steps(c, inputs, last, optimizers, curves[0])
-        if found is not None:
-            _note_equal_steps(c, stage)
-        return found
+        if found is None:
+            return None
+        _note_equal_steps(c, stage)
+        return found[0]
 
     # a single step with equal gradients takes less time than samples
     for judge_steps in (with_equal_steps, with_samples) if len(curves[0]) == 2 else (with_samples, with_equal_steps):
@@ -201,8 +205,8 @@ def _judge_again(
 
 def _ratios_of_equal_steps(
     c: Comparison, inputs: Inputs, last: int, optimizers: tuple[Any, Any], own: Sequence[float]
-) -> Array | None:
-    """Returns the ratios of the losses if `b` takes its steps with the gradients of `a`; None if a step differs.
+) -> tuple[Array, list[float]] | None:
+    """Returns the ratios of the losses if `b` takes its steps with the gradients of `a`, and its losses.
 
     Gradients that agree may be unequal and change the losses otherwise: a value of the run is on the other side of an
     edge in `a`, such as the 0 of a ReLU, or the frameworks choose other gradients at ties. Then each step is compared
@@ -212,6 +216,9 @@ def _ratios_of_equal_steps(
         c, inputs, optimizers: The comparison.
         last: Number of steps.
         own: The losses of `a`.
+
+    Returns:
+        None if a step differs.
     """
     first, noisy, exact = c.first_runs
     if not c.computes_reference or first is None or noisy is None or exact is None:
@@ -250,7 +257,8 @@ def _ratios_of_equal_steps(
         ratios = np.where(np.isfinite(judged.ratios), gap / np.maximum(judged.noise, c.loss_noise), np.inf)
     if float(ratios.max()) > FACTOR * c.factor:
         return None
-    return ratios if all(c.gradients_agree(inputs, *pair) for pair in zip(*modules, strict=True)) else None
+    agrees = all(c.gradients_agree(inputs, *pair) for pair in zip(*modules, strict=True))
+    return (ratios, curve) if agrees else None
 
 
 def _curve_samples(
@@ -294,24 +302,9 @@ def _judge_updates(
             found = {c.parameter_names[n]: array for n, array in found.items() if n in c.parameter_names}
         updated.append(found)
     ours, theirs, exact = updated
-
-    def sampled(side: Side, rounds: bool) -> Callable[[int], dict[str, Value]]:
-        def sample(index: int) -> dict[str, Value]:
-            perturb = Perturbation("fp32", index, rounds)
-            steps = [
-                {n: perturb.array(g, "gradient", n, k) for n, g in step.items()} for k, step in enumerate(sequence)
-            ]
-            with side.nearby(Sample(index, rounds), []):
-                found = side.updated(optimizers[1], steps, rows=rows)
-            return {f"parameter:{n}": Value(array, "fp32") for n, array in found.items()}
-
-        return sample
-
     valued = [{f"parameter:{n}": Value(v[n], "fp32") for n in names if n in ours and n in theirs} for v in updated]
-    samples = Samples(sampled(c.reference, False), sampled(c.b, True))
-    judgements = judge_values(
-        valued[0], valued[1], {n: replace(v, dtype="fp32") for n, v in valued[2].items()}, "fp32", samples
-    )
+    samples = _update_samples(c, sequence, optimizers[1], rows)
+    judgements = judge_values(valued[0], valued[1], valued[2], "fp32", samples)
     for name in names:
         if f"parameter:{name}" not in judgements:
             continue
@@ -332,6 +325,26 @@ def _judge_updates(
         c.fail(stage, bad[0].path, "in the optimizer" if not bad[0].note else "", note)
         if not bad[0].note and not rows:
             c.report.cause = suggest_update(c, back, sequence, updated, optimizers[1])
+
+
+def _update_samples(
+    c: Comparison, sequence: Sequence[Mapping[str, Array]], optimizer: Any, rows: Mapping[str, int]
+) -> Samples[Callable[[int], dict[str, Value]]]:
+    """Returns the updates of `b` and of the reference in nearby problems."""
+
+    def sampled(side: Side, rounds: bool) -> Callable[[int], dict[str, Value]]:
+        def sample(index: int) -> dict[str, Value]:
+            perturb = Perturbation("fp32", index, rounds)
+            steps = [
+                {n: perturb.array(g, "gradient", n, k) for n, g in step.items()} for k, step in enumerate(sequence)
+            ]
+            with side.nearby(Sample(index, rounds), []):
+                found = side.updated(optimizer, steps, rows=rows)
+            return {f"parameter:{n}": Value(array, "fp32") for n, array in found.items()}
+
+        return sample
+
+    return Samples(sampled(c.reference, False), sampled(c.b, True))
 
 
 def _first_rows(

@@ -66,7 +66,8 @@ def _were_never_copied(c: Comparison) -> bool:
     ours, theirs = c.a.weights(), c.b.weights()
     pairs = [(ours[own], theirs[other]) for own, other in c.parameter_names.items()]
     pairs += [(own, other) for _, _, own, other, _ in _converted_weights(c)]
-    if all(np.array_equal(x, y) for x, y in pairs):  # the usual case, without the cost of the others
+    c.weights_are_equal = all(np.array_equal(x, y) for x, y in pairs)
+    if c.weights_are_equal:  # the usual case, without the cost of the others
         return False
     pairs = [(x, y) for x, y in pairs if x.size > 1 and _varies(y)]
     related = [_are_related(x, y) for x, y in pairs if _varies(x)]
@@ -77,7 +78,8 @@ def _were_never_copied(c: Comparison) -> bool:
 
 def compare_weights(c: Comparison, stage: Stage) -> None:
     """Compares all parameters and buffers; those that a side computes by a formula may be off by rounding."""
-    ours, theirs = c.a.weights(), c.b.weights()
+    theirs = c.b.weights()
+    ours = {own: theirs[name] for own, name in c.parameter_names.items()} if c.weights_are_equal else c.a.weights()
     pairs: list[_Converted] = [
         (*split_at(other, c.b.modules), ours[name], theirs[other], None) for name, other in c.parameter_names.items()
     ]
@@ -86,7 +88,7 @@ def compare_weights(c: Comparison, stage: Stage) -> None:
         other = f"{path}.{part}" if path else part
         status, note, ratio, error = states.PASSED, "", 0.0, 0.0
         bins: Histogram | None = None
-        if not np.array_equal(own, reference, equal_nan=True):
+        if own is not reference and not np.array_equal(own, reference, equal_nan=True):
             x, y = np.asarray(own, np.float64), np.asarray(reference, np.float64)
             error = rms(x - y)
             distance = error / (rms(y) or 1.0)

@@ -20,8 +20,8 @@ FAULTS: dict[str, list[Fault]] = {
         ),
         Fault(
             "a layer of MLX is replayed on inputs with PyTorch's axes",
-            "np.ascontiguousarray(np.moveaxis(array, 1, -1)) if name == MOVED and array.ndim > 2 else array",
-            "array",
+            "return _with_axes(name, array, (1, -1), 0, copy)",
+            "return array",
             ["parity/test_modules.py::test_correct_layers_pass"],
         ),
     ],

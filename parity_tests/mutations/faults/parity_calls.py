@@ -81,6 +81,12 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_false_passes.py::test_a_function_that_reads_the_mode_is_compared_in_both"],
         ),
         Fault(
+            "code of the frameworks does not read the mode",
+            "return _depends_on_mode(module) or any(map(_code_reads_mode, own))",
+            "return _depends_on_mode(module)",
+            ["parity/test_fewer_runs.py::test_only_norms_depend_on_the_mode"],
+        ),
+        Fault(
             "the axes of a plain dropout are forgotten before it has its keys",
             "for path, is_moved in self._channels.items():",
             "for path, is_moved in {}.items():",
@@ -93,6 +99,14 @@ FAULTS: dict[str, list[Fault]] = {
             "            return results[index]\n",
             "            return original(*args, **kwargs)\n",
             ["parity/test_compare_idioms.py::test_a_fault_in_a_layer_that_is_called_three_times"],
+        ),
+    ],
+    "icenet/parity/calls/own_code.py": [
+        Fault(
+            "blocks of one class have equal code, whatever their attributes",
+            "        return type(item).__name__, repr(item)\n",
+            "        return type(item).__name__\n",
+            ["parity/test_fewer_runs.py::test_a_block_of_another_attribute_is_replayed"],
         ),
     ],
     "icenet/parity/calls/pairing.py": [
