@@ -11,8 +11,17 @@ from icenet.core import backends
 from icenet.core.models import modules
 from icenet.core.porting.build import Plan
 from icenet.core.porting.names import native, new_names
-from icenet.parity.ports.inputs import Arguments, arrays_of, with_arrays, with_sizes
-from icenet.parity.ports.other_arguments import TRIED, are_close, has_old_rates, original_outputs, others
+from icenet.parity.ports.inputs import Arguments, arrays_of, with_arrays
+from icenet.parity.ports.trials import (
+    TRIED,
+    ArgumentTrials,
+    are_close,
+    given_for,
+    has_old_rates,
+    original_outputs,
+    others,
+    single_arrays,
+)
 from icenet.parity.trace import Value
 
 _LARGEST = 2**22
@@ -21,19 +30,11 @@ Axes = list[tuple[int, ...]]
 """For each of some arrays: the axes of the original in the order of the port."""
 
 
-class InnerArguments:
-    """Tries the classes within a port with other arguments, each by itself, next to the original's classes.
-
-    Args:
-        plan: The port, which takes and returns images as the original.
-        module: The original.
-        weights: The arrays of the original and the constants of its graph, by path.
-        example: The arguments of the example.
-    """
+class InnerArguments(ArgumentTrials):
+    """Tries the classes within a port; see `ArgumentTrials`."""
 
     def __init__(self, plan: Plan, module: Any, weights: dict[str, np.ndarray], example: Arguments) -> None:
-        self.plan, self.module, self.weights, self.example = plan, module, weights, example
-        self.torch, self.load = backends.module("torch", "porting.arguments"), backends.module("mlx", "porting.load")
+        super().__init__(plan, module, weights, example)
         self.wrong: dict[str, dict[str, list[Any]]] = {}
         """For each class the arguments with which it differs, with the values of its instances."""
 
@@ -43,7 +44,7 @@ class InnerArguments:
         instances = backends.module("mlx", "porting.instances").record(source)
         model = getattr(source, self.plan.class_name)()
         self.load.assign(model, self.plan.native(self.weights))
-        arrays = [item.astype(np.float32) if item.dtype == np.float64 else item for item in arrays_of(self.example)]
+        arrays = single_arrays(self.example)
         try:
             with self.load.mode(model, False):
                 self.load.run(model, arrays, self.plan.arguments)
@@ -98,11 +99,12 @@ class InnerArguments:
         """Returns whether a class computes what the original's computes with other values of an argument."""
         before, tried = made.made[name], 0
         arguments = self.torch.arguments_of(inner, made.made)
+        shapes = [item.shape for item in arrays_of(call)]
         for value in others(before):
             other = self.torch.made(inner, {**arguments, name: value})
             if other is None:
                 continue
-            for given in _inputs(call, before, value):
+            for given in given_for(value, before, call, shapes):
                 try:
                     model = kind(**{**made.made, name: value})
                     if has_old_rates(inner, other, model):
@@ -166,14 +168,3 @@ def _axes(theirs: np.ndarray, ours: np.ndarray) -> tuple[int, ...] | None:
         if turned.shape == ours.shape and np.allclose(turned, ours, rtol=1e-3, atol=1e-4, equal_nan=True):
             return axes
     return None
-
-
-def _inputs(call: Arguments, before: Any, value: Any) -> list[Arguments]:
-    """Returns the arguments of a call, and some whose sizes that are an argument have the other value."""
-    if type(value) is not int:
-        return [call]
-    shapes = [item.shape for item in arrays_of(call)]
-    places = [
-        (number, dim) for number, shape in enumerate(shapes) for dim, size in enumerate(shape) if size == before
-    ]
-    return [call, *([with_sizes(call, dict.fromkeys(places, value))] if places else [])]

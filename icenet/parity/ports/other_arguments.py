@@ -7,7 +7,6 @@ the 8 of `reshape(B, T, 4, 8)`.
 from __future__ import annotations
 
 import ast
-import warnings
 from typing import Any
 
 import numpy as np
@@ -17,30 +16,27 @@ from icenet.core.messages import some
 from icenet.core.models import modules, port_weights
 from icenet.core.porting.build import Plan
 from icenet.core.porting.source.lines import wrapped
-from icenet.parity.ports.inputs import Arguments, arrays_of, with_arrays, with_sizes
-from icenet.parity.trace import Value
+from icenet.parity.ports.inputs import Arguments
+from icenet.parity.ports.trials import (
+    TRIED,
+    ArgumentTrials,
+    are_close,
+    given_for,
+    has_old_rates,
+    original_outputs,
+    others,
+    single_arrays,
+)
 
 _LARGEST = 2**24
 """Elements of the arrays of a module up to which its class is tried."""
-_NOISE = 32
-"""How far from the original in float64 a port may be, in units of the distance of the original in fp32."""
-TRIED = 2
-"""The other values of each argument that are tried."""
 
 
-class OtherArguments:
-    """Tries the class of a whole port with other arguments, each by itself, next to the original's class.
-
-    Args:
-        plan: The port, which takes and returns images as the original.
-        module: The original.
-        weights: The arrays of the original and the constants of its graph, by path.
-        example: The arguments of the example.
-    """
+class OtherArguments(ArgumentTrials):
+    """Tries the class of a whole port; see `ArgumentTrials`."""
 
     def __init__(self, plan: Plan, module: Any, weights: dict[str, np.ndarray], example: Arguments) -> None:
-        self.plan, self.module, self.weights, self.example = plan, module, weights, example
-        self.torch, self.load = backends.module("torch", "porting.arguments"), backends.module("mlx", "porting.load")
+        super().__init__(plan, module, weights, example)
         self.wrong: dict[str, Any] = {}
         """The arguments with which the port differs, with their defaults."""
         self.right: list[str] = []
@@ -89,7 +85,8 @@ class OtherArguments:
         other = self.torch.made(self.module, {**arguments, name: value})
         if other is None:
             return None
-        for given in self._inputs(arguments[name], value):
+        shapes = [self.plan.graph.tensors[ref.name].shape for ref in self.plan.graph.inputs]
+        for given in given_for(value, arguments[name], self.example, shapes):
             single = original_outputs(other, given, False)
             exact = original_outputs(other, given, True) if single is not None else None
             if single is None or exact is None:
@@ -99,7 +96,7 @@ class OtherArguments:
                 if has_old_rates(self.module, other, model):
                     return False
                 self._copy(other, model)
-                arrays = [_single(array) for array in arrays_of(given)]
+                arrays = single_arrays(given)
                 with self.load.mode(model, False):
                     found = self.load.run(model, arrays, self.plan.arguments)
             except Exception:  # whatever a source raises whose numbers do not fit
@@ -114,14 +111,6 @@ class OtherArguments:
         modules.from_torch(other, model)
         constants = {place.name: self.weights[path] for path, place in places.items() if place.kind == "constant"}
         backends.module("mlx", "porting.weights").assign(model, constants)
-
-    def _inputs(self, before: Any, value: Any) -> list[Arguments]:
-        """Returns the example, and one whose sizes that are the argument are the other value."""
-        if type(value) is not int:
-            return [self.example]
-        shapes = [self.plan.graph.tensors[ref.name].shape for ref in self.plan.graph.inputs]
-        places = [(number, dim) for number, shape in enumerate(shapes) for dim, n in enumerate(shape) if n == before]
-        return [self.example, *([with_sizes(self.example, dict.fromkeys(places, value))] if places else [])]
 
     def notes(self) -> list[str]:
         """Returns what a report says of the arguments."""
@@ -139,13 +128,6 @@ class OtherArguments:
         return found
 
 
-def has_old_rates(module: Any, other: Any, model: Any) -> bool:
-    """Returns whether a port has rates of dropout that the original has, but not with other arguments."""
-    rates = backends.module("torch", "porting.arguments").dropout_rates
-    old = {round(rate, 6) for rate in rates(module)} - {round(rate, 6) for rate in rates(other)}
-    return bool(old & backends.module("mlx", "porting.instances").dropout_rates(model))
-
-
 def refusing(source: str, kind: str, wrong: dict[str, list[Any]]) -> str:
     """Returns a source in which the constructor of a class refuses arguments.
 
@@ -158,19 +140,6 @@ def refusing(source: str, kind: str, wrong: dict[str, list[Any]]) -> str:
     call = "        super().__init__()\n"
     place = source.index(call, start) + len(call)
     return source[:place] + "".join(f"        {line}\n" for line in _check(wrong)) + source[place:]
-
-
-def original_outputs(module: Any, given: Arguments, double: bool) -> dict[str, Value] | None:
-    """Returns the outputs of an original in evaluation mode; None if it raises an error."""
-    run = backends.module("torch", "porting.run")
-    inputs = with_arrays(given, [_single(array) for array in arrays_of(given)])
-    try:
-        with run.without_dropout(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            values = run.Reference(module, double).run(*inputs, False)
-    except Exception:  # whatever the code of a user raises
-        return None
-    return {name: value for name, value in values.items() if name.startswith("output")}
 
 
 def _check(wrong: dict[str, list[Any]]) -> list[str]:
@@ -209,42 +178,3 @@ def _number(node: ast.expr) -> Any:
     except ValueError:
         return None
     return value if type(value) in (bool, int, float) else None
-
-
-def others(value: Any) -> list[Any]:
-    """Returns other values of an argument, those first that a constructor accepts more likely."""
-    if type(value) is bool:
-        return [not value]
-    if type(value) is float:  # one that is small, such as an epsilon, shows its effect if it is large
-        return [value * 1.5, value / 2] if abs(value) >= 0.05 else [0.5, 0.1]
-    near = [value + 1, value - 1, value + 2]
-    found = near if value > 4096 else [2 * value, value // 2, *near, 3 * value]
-    return [item for item in dict.fromkeys(found) if item != value and (item > 1 or value <= 0)]  # 1 may be special
-
-
-def _single(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32) if array.dtype == np.float64 else array
-
-
-def are_close(ours: dict[str, Value], single: dict[str, Value], exact: dict[str, Value]) -> bool:
-    """Returns whether outputs are equal but for rounding."""
-    if ours.keys() != exact.keys():
-        return False
-    for name, value in exact.items():
-        found, theirs, reference = ours[name].array, single[name].array, value.array
-        if found.shape != reference.shape:
-            return False
-        if reference.dtype.kind not in "fc":
-            if not np.array_equal(found, reference):
-                return False
-            continue
-        finite = np.isfinite(theirs)
-        if not np.array_equal(np.isfinite(found), finite):
-            return False
-        if not finite.any():
-            continue
-        distance = np.abs(found[finite] - reference[finite]).max()
-        noise = np.abs(theirs[finite] - reference[finite]).max()
-        if distance > max(_NOISE * noise, 4e-6 * np.abs(reference[finite]).max()):
-            return False
-    return True
