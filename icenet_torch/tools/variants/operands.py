@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import linecache
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from icenet_torch.tools.variants.activations import ACTIVATIONS
-from icenet_torch.tools.variants.variant import Site, is_dispatch, name_of
+from icenet_torch.tools.variants.variant import Site, name_of, user_frame
 
 _LONGEST = 60
 """Number of characters of an expression that a text shows."""
@@ -80,7 +79,7 @@ class _Listing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         y = func(*args, **kwargs)
-        frame = _frame()
+        frame = user_frame()
         if name_of(func) not in _WITHOUT_VALUES and not str(frame.f_globals.get("__name__")).startswith("icenet"):
             call = _Call(frame, name_of(func), args, kwargs, y)
             for change in call.changes(self._numbers, self._others):
@@ -95,7 +94,7 @@ class _Changing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        frame, change = _frame(), self._change
+        frame, change = user_frame(), self._change
         if (
             not _is_at(frame, change.site)
             or change.line not in (0, frame.f_lineno)
@@ -103,14 +102,6 @@ class _Changing(TorchFunctionMode):
         ):
             return func(*args, **kwargs)
         return change.run(func, args, kwargs, frame.f_locals)
-
-
-def _frame() -> FrameType:
-    """Returns the frame of the user's code that called a function."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and is_dispatch(frame.f_code):
-        frame = frame.f_back
-    return frame
 
 
 def _is_at(frame: FrameType, site: Site) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -118,10 +118,16 @@ class Applied(TorchFunctionMode):
 
 def _site() -> Site:
     """Returns the site of the call of a function in the code of a user: that of all calls in a loop is the same."""
+    frame = user_frame()
+    return frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti
+
+
+def user_frame() -> FrameType:
+    """Returns the frame of the user's code that called a function; to be called in `__torch_function__`."""
     frame = sys._getframe(2)
     while frame.f_back is not None and is_dispatch(frame.f_code):
         frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_lasti
+    return frame
 
 
 def is_dispatch(code: CodeType) -> bool:

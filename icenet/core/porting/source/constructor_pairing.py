@@ -240,8 +240,7 @@ class Pairing:
     def instances(self, ours: ast.Call, theirs: ast.Call, signature: Any) -> Iterator[tuple[int, ast.expr]]:
         """Yields the numbers of an instance of a generated class: each is an argument, or a part of one."""
         original: Original = signature.original
-        given = dict(zip(original.parameters, theirs.args, strict=False))
-        given |= {item.arg: item.value for item in theirs.keywords if item.arg}
+        given = _given(original.parameters, theirs)
         names = [*signature.keys]
         pairs = [
             *zip(names, ours.args, strict=False),
@@ -298,8 +297,7 @@ def _inlined(function: ast.FunctionDef, call: ast.Call) -> ast.expr | None:
     """Returns what a function returns, with the arguments of a call in the place of its parameters."""
     parameters = [item.arg for item in function.args.args]
     values = dict(zip(parameters[::-1], function.args.defaults[::-1], strict=False))
-    values |= dict(zip(parameters, call.args, strict=False))
-    values |= {item.arg: item.value for item in call.keywords if item.arg}
+    values |= _given(parameters, call)
     returned = next(item.value for item in function.body if isinstance(item, ast.Return))
     return _Put(values).visit(copy.deepcopy(returned)) if returned is not None else None
 
