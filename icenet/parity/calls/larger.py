@@ -124,9 +124,9 @@ def _judge(c: Comparison, pair: Pair) -> Mapping[str, Judgement]:
 def _is_steady(c: Comparison, pair: Pair, names: list[str]) -> bool:
     """Returns whether errors are about the same, and above the noise, if the inputs are moved by ulps.
 
-    Errors of a bound are. Errors of rounding change with the inputs, or are as large as those of `b` with sums term by
-    term. The latter holds where large terms cancel, as in x.x + y.y - 2 x.y for a distance. The noise is pooled over
-    several problems: that of a single number may be small by chance.
+    Errors of a bound are. Errors of rounding change with the inputs, or are as large as those of `b` with sums term
+    by term. The latter holds where large terms cancel, as in x.x + y.y - 2 x.y for a distance. The noise is pooled
+    over several problems: that of a single number may be small by chance.
     """
     given, kept = c.replay_of(pair, False), pair.inputs("b")
     assert pair.larger is not None
