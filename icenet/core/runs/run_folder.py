@@ -12,7 +12,8 @@
 
 A new run takes a folder only if it contains none of these files. So all files of these names in the folder of a run
 are files of the run, except those that the user changed: config.yaml and tokenizer.json are compared with run.json
-before they are written again.
+before they are written again. A run that ended before its first step keeps no other run from its folder: an error in
+that step removes its files, and the next run removes those that a kill left.
 """
 
 from __future__ import annotations
@@ -144,11 +145,11 @@ def check_free(run: Path, holds_lock: bool = False) -> None:
         if not holds_lock and is_locked(run):
             raise _in_use(run)
         found = description(run)
-        if found == "a run":
+        if found == "a run" and not is_without_steps(run):
             raise UsageError(
                 f"{run}: contains a run already; continue it with --resume {run}, or choose another --run"
             )
-        if found is not None:
+        if found not in (None, "a run"):
             raise UsageError(f"{run}: is {found}; choose another --run")
         if _record(run):
             return  # a run that was killed before it wrote its config
@@ -211,6 +212,52 @@ def last_step(run: Path) -> int:
         return 0
     steps = [record.get("step") for record in MetricsLog.read(run / METRICS)]
     return max((step for step in steps if isinstance(step, int)), default=0)
+
+
+def is_without_steps(run: Path) -> bool:
+    """Returns whether a run ended before its first step: it has no metrics and had no checkpoint.
+
+    False if the user changed a file of the run.
+    """
+    record = _record(run)
+    if not record or record.get("checkpoint") is not None or checkpoints.list_checkpoints(run):
+        return False
+    if (run / METRICS).is_file() and not all("note" in line for line in MetricsLog.read(run / METRICS)):
+        return False
+    return all(_is_below(name) and _sha256(run / name) in (sha, None) for name, sha in _written(run))
+
+
+def remove_without_steps(run: Path) -> None:
+    """Removes the files of a run that ended before its first step (see `is_without_steps`), but not its lock.
+
+    Raises:
+        FileError: A file cannot be removed.
+    """
+    try:
+        folders = {run / checkpoints.FOLDER}
+        for name, _ in [*_written(run), (METRICS, None), (RECORD, None)]:
+            (run / name).unlink(missing_ok=True)
+            folders |= {run / parent for parent in Path(name).parents[:-1]}
+        for folder in folders:
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
+    except OSError as error:
+        raise not_writable(run, error) from None
+
+
+def _written(run: Path) -> list[tuple[str, Any]]:
+    """Returns the names and the SHA-256 of the files that run.json lists."""
+    found = _record(run).get("files")
+    return [(name, sha) for name, sha in found.items()] if isinstance(found, dict) else []
+
+
+def _is_below(name: str) -> bool:
+    """Returns whether a name in run.json is that of a file in the folder. A folder from elsewhere may list others."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 # --- locks and files ----------------------------------------------------------------------------------------

@@ -287,39 +287,18 @@ class Trainer:
         self._check_agreement()
         self._folder.create()
         self._writer.run = self.run
-        reporter = Reporter(
-            self.run,
-            training,
-            self.step,
-            backend=self.engine.backend,
-            device=self.engine.device,
-            tf32=self.engine.tf32,
-            unit=self.dataset.unit,
-            items_per_step=training.batch_size * self.dataset.items_per_row,
-            is_main_process=self.is_main_process,
-            quiet=self.quiet,
-        )
+        reporter = self._reporter()
         self._watchdog = watchdog.Watchdog(self.process_group, self.run)
         lost_processes = processes.explain_lost_processes(self.process_group, self.run)
         with self._folder.locked(), on_stop_signal(self._request_stop), reporter, self._watchdog, lost_processes:
-            prepared = False
             try:
                 with self._writer:
-                    self._prepare_run_folder(reporter)
-                    prepared = True
-                    repeated = reporter.begin(self.step)
-                    for line in self.dataset.summary:
-                        reporter.note(line)
-                    reporter.notes([*self.notes, *unused, *repeated])
-                    if self.notes:  # not again in a second call
-                        reporter.record_notes(self.step, self.dataset.notes)
-                    self.notes.clear()
-                    ahead = not isinstance(self.dataset, UserDataset)
-                    with Prefetch(lambda step: self._read_batch(step, training.batch_size), last_step, ahead) as data:
-                        stopped_early = self._train(last_step, reporter, data)
+                    stopped_early = self._begin(last_step, reporter, unused)
+            except BaseException:
+                reporter.notes(self._folder.remove_without_steps())
+                raise
             finally:
-                if prepared:  # otherwise the next call must find the work of another process too
-                    self._folder.remember_checkpoints()
+                self._folder.remember_checkpoints()
         plot, plot_problem = reporter.draw_plot()
         return Result(
             run=self.run,
@@ -333,6 +312,35 @@ class Trainer:
             early_stopping=self.early_stopping,
             stopped_early=stopped_early,
         )
+
+    def _reporter(self) -> Reporter:
+        training = self.config.training
+        return Reporter(
+            self.run,
+            training,
+            self.step,
+            backend=self.engine.backend,
+            device=self.engine.device,
+            tf32=self.engine.tf32,
+            unit=self.dataset.unit,
+            items_per_step=training.batch_size * self.dataset.items_per_row,
+            is_main_process=self.is_main_process,
+            quiet=self.quiet,
+        )
+
+    def _begin(self, last_step: int, reporter: Reporter, unused: list[str]) -> bool:
+        """Prepares the locked folder, shows the notes and trains. Returns whether early stopping ended the run."""
+        self._prepare_run_folder(reporter)
+        repeated = reporter.begin(self.step)
+        for line in self.dataset.summary:
+            reporter.note(line)
+        reporter.notes([*self.notes, *unused, *repeated])
+        if self.notes:  # not again in a second call
+            reporter.record_notes(self.step, self.dataset.notes)
+        self.notes.clear()
+        batch_size, ahead = self.config.training.batch_size, not isinstance(self.dataset, UserDataset)
+        with Prefetch(lambda step: self._read_batch(step, batch_size), last_step, ahead) as data:
+            return self._train(last_step, reporter, data)
 
     def _train(self, last_step: int, reporter: Reporter, data: Prefetch) -> bool:
         """Runs the training loop. Returns whether early stopping ended it."""
@@ -443,7 +451,7 @@ class Trainer:
 
     def _prepare_run_folder(self, reporter: Reporter) -> None:
         """Brings the locked folder to the state from which training continues. Raises as `OwnFolder.check`."""
-        self._folder.check()
+        self.notes += self._folder.check()
         if self._folder.branched_from is not None:
             self.save(wait=True)  # first: a branch that is killed can then be resumed without its origin
             reporter.copy_history(self._folder.branched_from, self.step)

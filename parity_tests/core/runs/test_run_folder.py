@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import is_one_line, losses, metrics, resume, same_bits, state, tiny, train, tree
@@ -133,6 +135,63 @@ def test_a_run_that_began_meanwhile_is_not_replaced(run: Path, tmp_path: Path) -
     with pytest.raises(UsageError, match="contains a run already"):
         late.fit()
     assert tree(tmp_path / "late") == before
+
+
+# ---- runs that end before their first step -----------------------------------------------------------------
+
+
+class Loss:
+    is_good = False
+
+    def __call__(self, output: Any, batch: dict[str, Any]) -> Any:
+        if not self.is_good:
+            raise IceNetError("the loss needs other labels")
+        return (output * output).mean()
+
+
+@pytest.mark.parametrize("existing", [[], ["notes.txt"], ["tensorboard/mine", ".lock"]])
+def test_a_failed_first_step_leaves_the_folder_as_it_was(
+    tmp_path: Path, no_plots: None, existing: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny(tmp_path, "training.max_steps=2", "training.eval_every=null")
+    run = tmp_path / "run"
+    for name in existing:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    before, loss = tree(run), Loss()
+    for _ in range(2):
+        trainer = Trainer.start(config, run, numbered=not existing, backend="torch", quiet=True, loss=loss)
+        with pytest.raises(IceNetError, match="other labels"):
+            trainer.fit()
+        assert tree(run) == before and run.exists() == bool(existing)
+    assert is_one_line(caplog.messages[-1], str(run), "ended before its first step", "removed")
+    loss.is_good = True
+    assert trainer.fit().run == run
+
+
+def test_a_run_that_was_killed_before_its_first_step_is_replaced(
+    tmp_path: Path, no_plots: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, killed = tiny(tmp_path, "training.max_steps=2", "training.eval_every=null"), tmp_path / "killed"
+    killed.mkdir()
+    run_folder.prepare(killed, config, {"tokenizer.json": b"{}"}, 0, None)
+    (killed / "metrics.jsonl").write_text('{"step": 0, "note": "of the first run"}\n')
+    changed, outside = (Path(shutil.copytree(killed, tmp_path / name)) for name in ("changed", "outside"))
+    assert train(config, killed, "torch").step == 2
+    assert is_one_line(caplog.messages[0], str(killed), "replaces")
+    assert "of the first run" not in (killed / "metrics.jsonl").read_text()
+    assert not (killed / "tokenizer.json").exists()  # the tokenizer of this run is `bytes`
+
+    (changed / "config.yaml").write_text("mine")
+    (tmp_path / "mine").write_text("mine")
+    record = json.loads((outside / "run.json").read_text())
+    record["files"]["../mine"] = hashlib.sha256(b"mine").hexdigest()
+    (outside / "run.json").write_text(json.dumps(record))
+    for folder in (changed, outside):
+        before = tree(tmp_path)
+        with pytest.raises(UsageError) as error:
+            train(config, folder, "torch")
+        assert is_one_line(error.value, str(folder), "a run already", "--run") and tree(tmp_path) == before
 
 
 # ---- resuming ---------------------------------------------------------------------------------------------

@@ -79,6 +79,12 @@ FAULTS: dict[str, list[Fault]] = {
             ["core/runs/test_run_folder.py::test_missing_checkpoints_stop_a_run"],
         ),
         Fault(
+            "a new run removes files outside its folder, which a run.json from elsewhere lists",
+            "all(_is_below(name) and ",
+            "all(",
+            ["core/runs/test_run_folder.py::test_a_run_that_was_killed_before_its_first_step_is_replaced"],
+        ),
+        Fault(
             "a config.yaml that the user changed is replaced",
             "    return found != content and not earlier\n",
             "    return found == content and not earlier\n",
