@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icenet.core import backends
-from icenet.core.config import Config, presets
+from icenet.core.config import Config, CustomConfig, presets
 from icenet.core.engine import parameter_groups
 from icenet.core.report.console import new_console
 from icenet.core.runs import open_model
@@ -43,10 +43,19 @@ class ModelReport:
         """Number of values of all parts."""
         return sum(self.parts.values())
 
+    def settings(self) -> dict[str, Any]:
+        """Returns the options of the model. Those of a port are written by the user, and have an effect on it."""
+        model = self.config.model
+        options = model.model_dump()
+        if isinstance(model, CustomConfig) and model.port is not None:
+            shown = model.model_fields_set.difference(model.without_effect_on_ports)
+            return {key: value for key, value in options.items() if key in shown}
+        return options
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "model": self.config.model.model_dump(),
+            "model": self.settings(),
             "num_params": self.num_params,
             "bytes": {"fp32": 4 * self.num_values, "fp16": 2 * self.num_values},
             "training_bytes": self.training_bytes,
@@ -80,8 +89,7 @@ class ModelReport:
                 f"{bits:.1f} bits per value",
                 highlight=False,
             )
-        settings = self.config.model.model_dump(exclude_defaults=False)
-        console.print("  ".join(f"{key}={value}" for key, value in settings.items()), highlight=False)
+        console.print("  ".join(f"{key}={value}" for key, value in self.settings().items()), highlight=False)
         console.print(
             f"weights {_megabytes(4 * self.num_values)} in fp32, {_megabytes(2 * self.num_values)} in fp16; "
             f"training with {self.config.training.optimizer} needs {_megabytes(self.training_bytes)} in fp32 "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import yaml
 from helpers import is_one_line, losses
 
 import icenet
+from icenet.cli.main import main
 from icenet.core import backends
 from icenet.core.config import Config, custom, user_code
 from icenet.core.errors import BackendError, FileError, IceNetError, UsageError
@@ -165,3 +168,28 @@ def test_a_port_that_a_checkpoint_names_is_not_run(tmp_path: Path, monkeypatch: 
             icenet.load(tmp_path / "run", backend, "cpu")
     with pytest.raises((UsageError, BackendError)):
         class_of(Config.from_dict({**CONFIG, "model": {**CONFIG["model"], "port": None}}).model, "mlx")
+
+
+def test_info_shows_the_options_that_a_port_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "net.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "type=mine.py:net  vocab_size=10  port=ported\n" in shown and "hidden_size" not in shown
+    assert main(["info", "ported"]) == 2
+    assert is_one_line(capsys.readouterr().err, "ported", "is that of a port", "port: ported")
+
+
+def damaged(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-5])
+
+
+def of_another_model(weights: Path) -> None:
+    mx.save_safetensors(str(weights), {"out.weight": mx.zeros((8, 10))})
+
+
+@pytest.mark.parametrize("change", [Path.unlink, damaged, of_another_model])
+def test_a_port_that_is_run_names_wrong_weights(change: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree("ported", tmp_path / "copy"))
+    change(folder / "weights.safetensors")
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(folder / "model.py"), run_name="__main__")
+    assert is_one_line(caught.value.code, "weights.safetensors", "port it again")

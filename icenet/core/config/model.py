@@ -309,6 +309,9 @@ class CustomConfig(OpenSection, ModelConfig):
     port: str | None = None
     """The folder of a port. `type` then names the PyTorch module that `icenet port` has ported; MLX has the port."""
 
+    without_effect_on_ports: ClassVar[tuple[str, ...]] = ("hidden_size", "num_layers", "dropout")
+    """A port has the sizes and layers of its PyTorch module."""
+
 
 FAMILIES: dict[str, type[ModelConfig]] = {
     "cnn": CNNConfig,

@@ -126,6 +126,11 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Folder:
     values, where, found, files = source.values, source.where, source.weights, source.files
     model_type = values.get("model_type")
     family = _family(values)
+    if family is None and {"class", "layout", "inputs", "weights"} <= set(values):
+        raise ConfigError(
+            f"{where}: is that of a port; name both in a config: model: {{type: FILE.py:NAME, port: {path}}}, where "
+            "FILE.py:NAME is the PyTorch module"
+        )
     if family is None:
         described = f"model_type {model_type!r} is not supported" if model_type else "has no model_type"
         raise ConfigError(f"{where}: {described}; the supported families are {', '.join(FAMILIES)}")

@@ -48,7 +48,11 @@ def load(folder=None):
 
 
 if __name__ == "__main__":
-    model = load()
+    try:
+        model = load()
+    except (RuntimeError, ValueError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"weights.safetensors: not the weights of this model ({{reason}}); port it again") from None
 {call}
     print(tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, mx.array) else x, result))
 '''

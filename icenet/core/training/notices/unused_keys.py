@@ -132,7 +132,7 @@ def _of_port(model: ModelConfig) -> Reasons:
         return
     known = {name for family in FAMILIES.values() for name in family.model_fields}  # IceNet may read these
     others = [key for key in model.model_extra or {} if key not in known]
-    for key in ("hidden_size", "num_layers", "dropout", *others):
+    for key in (*model.without_effect_on_ports, *others):
         yield f"model.{key}", "a port has the sizes and layers of its PyTorch module, which gets no options"
 
 
