@@ -298,7 +298,7 @@ def arrays(module: nn.Module, program: Any) -> dict[str, torch.Tensor]:
     """Returns parameters, buffers and constants by path."""
     found = {path: value.detach() for path, value in module.named_parameters(remove_duplicate=False)}
     found.update({path: value.detach() for path, value in module.named_buffers(remove_duplicate=False)})
-    found.update(
-        {path: value.detach() for path, value in program.constants.items() if isinstance(value, torch.Tensor)}
-    )
+    for path, value in program.constants.items():
+        if isinstance(value, torch.Tensor) and path not in found:  # of a buffer, PyTorch 2.11 may keep its shape only
+            found[path] = value.detach()
     return found

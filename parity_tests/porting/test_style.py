@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from itertools import pairwise
 
@@ -216,6 +217,12 @@ class Flat(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
+
+
+def test_strings_have_double_quotes_and_those_within_them_single_ones() -> None:
+    """`ast.unparse` of Python 3.12 and later writes both with single quotes, which earlier versions cannot read."""
+    for code in ("x = f\"{names['a']}_{i}\"", "x = f\"{f'{a}'}b\"", 'x = ["a", "it\'s", f"{n}", \'say "x"\']'):
+        assert text(ast.parse(code).body[0]) == code
 
 
 def test_axes_are_changed_once() -> None:

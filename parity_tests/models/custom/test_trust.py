@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import py_compile
 import shutil
 from pathlib import Path
@@ -27,7 +28,12 @@ pytest.importorskip("torch")
 # ---- trust ------------------------------------------------------------------------------------------------
 
 
-EVIL = "from pathlib import Path\nPath(r'{marker}').write_text('run')\n"
+_numbers = itertools.count()
+
+
+def evil(marker: Path) -> str:
+    """Returns code that writes a mark. A process runs a text once, and tests may have a folder of the same name."""
+    return f"from pathlib import Path  # {next(_numbers)}\nPath(r'{marker}').write_text('run')\n"
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ def trap(here: Path) -> Path:
         train(Config.from_yaml(name), here / model, "torch", until=2)
     front_door.save(front_door.build("my.yaml", "torch"), here / "saved")
     for name in ("my_models.py", "my_models_torch.py"):
-        (here / name).write_text(EVIL.format(marker=here / "MARK") + TEXT[name])
+        (here / name).write_text(evil(here / "MARK") + TEXT[name])
     custom._trusted.clear()
     return here
 
@@ -151,7 +157,7 @@ def test_paths_in_the_config_of_a_checkpoint(way: str, trap: Path, capfd: pytest
     saved = trap / "saved"
     away = trap / "away"
     away.mkdir()
-    (away / "x.py").write_text(EVIL.format(marker=trap / "MARK") + TEXT["my_models_torch.py"])
+    (away / "x.py").write_text(evil(trap / "MARK") + TEXT["my_models_torch.py"])
     shutil.copy(away / "x.py", saved / "x.py")
     if way == "symlink":
         (trap / "link.py").symlink_to(away / "x.py")
@@ -188,11 +194,11 @@ def test_compiled_files_are_not_run(here: Path) -> None:
 
     (here / "helper.py").touch()
     (here / "one_torch.py").write_text("import helper\n" + TEXT["one_torch.py"])
-    evil, never = here / "evil.py", py_compile.PycInvalidationMode.UNCHECKED_HASH
+    file, never = here / "evil.py", py_compile.PycInvalidationMode.UNCHECKED_HASH
     for name in ("one_torch.py", "helper.py"):
-        evil.write_text(EVIL.format(marker=here / "MARK") + (here / name).read_text())
+        file.write_text(evil(here / "MARK") + (here / name).read_text())
         cached = cache_from_source(str(here / name))
-        py_compile.compile(str(evil), cfile=cached, dfile=str(here / name), invalidation_mode=never)
+        py_compile.compile(str(file), cfile=cached, dfile=str(here / name), invalidation_mode=never)
     front_door.build(Config.from_dict({**SETTINGS, "model": {**ONLY, "type": "one_torch.py:Only"}}), "torch")
     assert not (here / "MARK").exists()
 

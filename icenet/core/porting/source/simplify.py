@@ -92,15 +92,31 @@ def _double_quotes(code: str) -> str:
         )
     except (tokenize.TokenError, IndentationError):
         return code
-    for token in reversed(tokens):
-        prefix = "f" * token.string.startswith("f")
-        text = token.string.removeprefix(prefix)
-        if token.type == tokenize.STRING and text.startswith("'") and '"' not in text:
-            (row, start), (_, end) = token.start, token.end
-            if token.start[0] == token.end[0] and "\\" not in text:
-                line = lines[row - 1]
-                lines[row - 1] = f'{line[:start]}{prefix}"{text[1:-1]}"{line[end:]}'
+    for (row, start), (last, end) in reversed(_strings(tokens)):
+        line = lines[row - 1]
+        prefix, quote, text = line[start:end].partition("'")
+        if row == last and prefix in ("", "f") and quote and '"' not in text and "\\" not in text:
+            lines[row - 1] = f'{line[:start]}{prefix}"{text[:-1]}"{line[end:]}'
     return "".join(lines)
+
+
+def _strings(tokens: list[tokenize.TokenInfo]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Returns where each string starts and ends. Those within an f-string are parts of it.
+
+    Python 3.12 and later divide an f-string into tokens, and write both kinds of strings with the same quotes.
+    """
+    found, starts = [], []
+    for token in tokens:
+        kind = tokenize.tok_name[token.type]
+        if kind == "FSTRING_START":
+            starts.append(token.start)
+        elif kind == "FSTRING_END":
+            start = starts.pop()
+            if not starts:
+                found.append((start, token.end))
+        elif kind == "STRING" and not starts:
+            found.append((token.start, token.end))
+    return found
 
 
 _ORDER = ("stride", "padding", "dilation", "groups", "output_padding")
