@@ -320,8 +320,18 @@ def test_a_gradient_may_differ_by_what_it_jumps_with_sums_term_by_term(jumps: bo
     assert not judged(exact - 0.2 * (np.arange(100) == 7)).passed
 
 
-@pytest.mark.parametrize("passes_once", [True, False])
-def test_a_small_jump_is_noise_only_if_a_repetition_passes(passes_once: bool) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "ties", "row", "passes"),
+    [
+        ([1, 2, 3, 5, 6], [1, 3], 30, True),  # ties are as frequent in PyTorch, in other rows by chance
+        (range(8), [1, 3], 30, False),
+        ([1, 2, 3, 5, 6], [1], 30, False),  # one tie elsewhere does not explain what is wrong in most problems
+        ([1, 2, 3, 5, 6], [1], 7, True),
+    ],
+)
+def test_a_small_jump_is_noise_if_it_is_frequent_or_at_the_same_elements(
+    wrong: Sequence[int], ties: list[int], row: int, passes: bool
+) -> None:
     """A near tie of a max pooling moves one of a hundred rows by 1e-5, in PyTorch too, and MLX agrees in others."""
     exact, noise = np.ones(100), 1e-7 * np.random.default_rng(0).standard_normal(100)
     error = 1e-5 * (np.arange(100) == 7)
@@ -329,14 +339,13 @@ def test_a_small_jump_is_noise_only_if_a_repetition_passes(passes_once: bool) ->
     def of(array: np.ndarray, jump: np.ndarray, places: Sequence[int]) -> Callable[[int], dict[str, Value]]:
         return lambda index: {"gradient:weight": Value(array + jump * (index in places), "fp32")}
 
-    wrong = [1, 2, 3, 5, 6] if passes_once else range(8)
     samples = Samples(of(exact, error, []), of(exact + noise, error, []), of(exact + noise, error, wrong))
-    tie = 2e-5 * (np.arange(100) == 30)
+    tie = 2e-5 * (np.arange(100) == row)
     samples = dataclasses.replace(
-        samples, repeated=of(exact, error, []), jumping=of(exact + noise, tie, [1, 3]), may_jump=True
+        samples, repeated=of(exact, error, []), jumping=of(exact + noise, tie, ties), may_jump=True
     )
     ours, torch, reference = (of(array, error, [])(0) for array in (exact + error, exact + noise, exact))
-    assert judge_values(ours, torch, reference, samples=samples)["gradient:weight"].passed == passes_once
+    assert judge_values(ours, torch, reference, samples=samples)["gradient:weight"].passed == passes
 
 
 @pytest.mark.parametrize(("count", "limit"), LIMITS.items())

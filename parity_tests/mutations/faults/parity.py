@@ -19,6 +19,12 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_modules.py::test_a_net_of_square_signals"],
         ),
         Fault(
+            "the cotangent of copies is that of the first one, not their sum",
+            "array.sum(axis=_copied_axes(ours, theirs))).reshape(ours)",
+            "_first(array, _copied_axes(ours, theirs))).reshape(ours)",
+            ["parity/test_repeated_calls.py::test_cotangents_of_copies"],
+        ),
+        Fault(
             "a layer of MLX is replayed on inputs with PyTorch's axes",
             "return _with_axes(name, array, (1, -1), 0, copy)",
             "return array",
@@ -121,6 +127,12 @@ FAULTS: dict[str, list[Fault]] = {
             "(self._samples.repeated or self._reference)(index)",
             "self._reference(index)",
             ["parity/test_yardstick.py::test_a_gradient_may_be_repeated_in_problems_further_away"],
+        ),
+        Fault(
+            "a small jump of one sample explains differences of other elements",
+            "return count > 1 or self._run.judge(name, elsewhere).passed",
+            "return True",
+            ["parity/test_yardstick.py::test_a_small_jump_is_noise_if_it_is_frequent_or_at_the_same_elements"],
         ),
         Fault(
             "a ratio of 24 after 3 samples is decided",
