@@ -12,7 +12,8 @@ but leading axes are merged, or of length 1, on one side. An example is a layer 
 `[B * L, D]` in PyTorch, or the state of a recurrent layer, `[B, H]` in MLX and `[1, B, H]` in PyTorch. A norm of the
 last axis may get `[B, L, H, E]` on one side and `[B, H, L, E]` on the other (`exchanged`). In a model with layers of
 PyTorch whose `batch_first` is False, an array may be `[B, L, D]` on one side and `[L, B, D]` on the other
-(`sequence_first`).
+(`sequence_first`). And an argument may have the same values for each row of a batch on one side, and a single row of
+them on the other, as positions `[B, L, D]` and `[1, L, D]` (`copies`).
 
 If both sides call a layer of the same kind, the kind determines the alignment (`KINDS`), as it determines the layout
 of weights. A module whose kind does not determine it (an activation, a container, a user's own module) may take
@@ -26,20 +27,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icenet.core import rng
-from icenet.parity.trace import Call, Trace, Value, output_name
 
 Array = npt.NDArray[Any]
 
 SAME, MOVED = "same", "moved"
-_ROWS = "rows "
+_ROWS, _COPIES = "rows ", "copies "
 _EXCHANGED = "axes 1 and 2 exchanged"
 SEQUENCE_FIRST = "axes 0 and 1 exchanged"
 _AXES = {_EXCHANGED: (1, 2), SEQUENCE_FIRST: (0, 1)}
@@ -56,13 +55,10 @@ KINDS: dict[str, str] = {
 DIFFERENT_CALLS = frozenset({"attention", "native_recurrent"})
 """Kinds whose first output is the same on both sides, but not the further outputs and the names of parameters."""
 
-_PORTED_MODEL = "icenet.models.ported.PortedModel"
-"""The class of a model whose module is a port."""
-
 _SAMPLES = 2000  # elements that `permutation` compares
 _MASKED = 1e3
 """A negative value this many times as large as the others (and as one) masks: softmax gives it nothing."""
-_EQUAL = 1e-3  # arrays at a smaller relative distance are equal but for rounding errors, also in half precision
+EQUAL = 1e-3  # arrays at a smaller relative distance are equal but for rounding errors, also in half precision
 
 
 # ---- single arrays ------------------------------------------------------------------------------------------
@@ -78,7 +74,7 @@ def alignment(kind: str | None, ours: Array, theirs: Array, shapes: Shapes) -> s
     Args:
         kind: Kind of the layer that both sides call; None if it does not determine the alignment.
         ours, theirs: The array in MLX and in PyTorch.
-        shapes: Alignments of other arrays of the run (see `known_shapes`).
+        shapes: Alignments of other arrays of the run .
     """
     determined = KINDS.get(kind or "")
     if ours.ndim < 3 or determined == SAME:
@@ -92,7 +88,7 @@ def alignment(kind: str | None, ours: Array, theirs: Array, shapes: Shapes) -> s
 
 def nearer(ours: Array, theirs: Array) -> str | None:
     """Returns the alignment that is much nearer in value; None if neither is."""
-    moved, same = _distance(to_torch(MOVED, ours, copy=False), theirs), _distance(ours, theirs)
+    moved, same = distance(to_torch(MOVED, ours, copy=False), theirs), distance(ours, theirs)
     return MOVED if moved < same / 2 else SAME if same < moved / 2 else None
 
 
@@ -128,15 +124,74 @@ def sequence_first(ours: Array, theirs: Array) -> str | None:
     return SEQUENCE_FIRST
 
 
+def copies(ours: Array, theirs: Array) -> str | None:
+    """Returns the alignment of arrays of which one has equal parts along axes that the other lacks, or has once."""
+    if ours.size == theirs.size or not min(ours.size, theirs.size) or ours.dtype.kind != "f":
+        return None
+    few, many = sorted((ours, theirs), key=lambda array: array.size)
+    axes = _copied_axes(few.shape, many.shape)
+    if not axes or not np.array_equal(many, np.broadcast_to(_first(many, axes), many.shape)):
+        return None
+    return f"{_COPIES}{list(ours.shape)} {list(theirs.shape)}"
+
+
+def has_copies(name: str) -> bool:
+    """Returns whether an alignment is one of `copies`."""
+    return name.startswith(_COPIES)
+
+
+def is_single_in_mlx(name: str) -> bool:
+    """Returns whether an array of PyTorch has copies of the single part that the MLX array has."""
+    return has_copies(name) and math.prod(_shape_of(name, 0)) < math.prod(_shape_of(name, 1))
+
+
+def cotangent_to_mlx(name: str, array: Array) -> Array:
+    """Returns a cotangent of a PyTorch array as one of the MLX array: of copies their sum, or the first one alone."""
+    if not has_copies(name):
+        return to_mlx(name, array)
+    ours, theirs = (_shape_of(name, index) for index in (0, 1))
+    if is_single_in_mlx(name):
+        return np.asarray(array.sum(axis=_copied_axes(ours, theirs))).reshape(ours)
+    found = np.zeros(ours, array.dtype)
+    _first(found, _copied_axes(theirs, ours))[...] = array
+    return found
+
+
+def gradient_to_torch(name: str, array: Array) -> Array:
+    """Returns a gradient by an MLX array as that by the PyTorch array, of copies their sum.
+
+    If the array of PyTorch has copies (`is_single_in_mlx`), the result is the sum of their gradients.
+    """
+    if not has_copies(name):
+        return to_torch(name, array)
+    ours, theirs = (_shape_of(name, index) for index in (0, 1))
+    return array if is_single_in_mlx(name) else array.sum(axis=_copied_axes(theirs, ours)).reshape(theirs)
+
+
+def _copied_axes(few: tuple[int, ...], many: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the axes of an array along which it has copies of the single part of another; none if it cannot."""
+    missing = len(many) - len(few)
+    if missing < 0:
+        return ()
+    sizes = (1,) * missing + few
+    axes = tuple(axis for axis, size in enumerate(many) if axis < missing or sizes[axis] != size)
+    return axes if all(sizes[axis] == 1 for axis in axes) else ()
+
+
+def _first(array: Array, axes: tuple[int, ...]) -> Array:
+    """Returns a view of the first part along some axes, which stay with length 1."""
+    return array[tuple(slice(1) if axis in axes else slice(None) for axis in range(array.ndim))]
+
+
 def _shape_of(name: str, index: int) -> tuple[int, ...]:
-    """Returns a shape of an alignment of `rows`: 0 of MLX, 1 of PyTorch."""
-    text = name.removeprefix(_ROWS)[1:-1].split("] [")[index]
+    """Returns a shape of an alignment of `rows` or `copies`: 0 of MLX, 1 of PyTorch."""
+    text = name[name.index("[") + 1 : -1].split("] [")[index]
     return tuple(int(size) for size in text.split(",") if size)
 
 
 def is_near(ours: Array, theirs: Array) -> bool:
     """Returns whether aligned arrays are equal but for rounding errors, also in half precision."""
-    return ours.shape == theirs.shape and _distance(ours, theirs) < 10 * _EQUAL
+    return ours.shape == theirs.shape and distance(ours, theirs) < 10 * EQUAL
 
 
 def to_torch(name: str, array: Array, copy: bool = True) -> Array:
@@ -151,7 +206,14 @@ def to_mlx(name: str, array: Array, copy: bool = True) -> Array:
 
 def _with_axes(name: str, array: Array, moved: tuple[int, int], index: int, copy: bool) -> Array:
     if name.startswith(_ROWS):
-        return array.reshape(_shape_of(name, index))
+        shape = _shape_of(name, index)
+        if array.size != math.prod(shape):
+            raise ReplayError(f"computes an array of shape {list(array.shape)} in place of {list(shape)}")
+        return array.reshape(shape)
+    if has_copies(name):
+        shape = _shape_of(name, index)
+        axes = _copied_axes(shape, array.shape)
+        return _first(array, axes).reshape(shape) if axes else np.broadcast_to(array, shape)
     if name not in _AXES and (name != MOVED or array.ndim < 3):
         return array
     view = array.swapaxes(*_AXES[name]) if name in _AXES else np.moveaxis(array, *moved)
@@ -180,7 +242,7 @@ def masks_otherwise(ours: Array, theirs: Array) -> bool:
     finite = np.isfinite(x) & np.isfinite(y)
     if not np.array_equal(np.isfinite(x), np.isfinite(y)):
         return True
-    return bool((np.abs(x[finite] - y[finite]) > _EQUAL * np.abs(y[finite])).any())
+    return bool((np.abs(x[finite] - y[finite]) > EQUAL * np.abs(y[finite])).any())
 
 
 def is_mask(array: Array) -> bool:
@@ -213,7 +275,7 @@ def permutation(ours: Array, theirs: Array) -> str:
     if ours.ndim != theirs.ndim or not 2 <= ours.ndim <= 5 or ours.size != theirs.size or ours.size < 2:
         return ""
     sizes = [float(np.square(array, dtype=np.float64).sum()) for array in (ours, theirs)]
-    if not math.isfinite(sum(sizes)) or abs(sizes[0] - sizes[1]) > _EQUAL * max(sizes):
+    if not math.isfinite(sum(sizes)) or abs(sizes[0] - sizes[1]) > EQUAL * max(sizes):
         return ""  # other elements, whatever their order
     chosen = (rng.uniform(rng.key(0, "permutation"), (min(_SAMPLES, theirs.size),)) * theirs.size).astype(np.int64)
     index = np.unravel_index(chosen, theirs.shape)
@@ -223,7 +285,7 @@ def permutation(ours: Array, theirs: Array) -> str:
         if (
             not (permuted.shape == ours.shape and long == sorted(long))
             and permuted.shape == theirs.shape
-            and _distance(permuted[index], theirs[index]) < _EQUAL
+            and distance(permuted[index], theirs[index]) < EQUAL
         ):
             return f"equal to PyTorch's after x.transpose{axes}"
     return ""
@@ -233,7 +295,7 @@ def _default(ndim: int) -> str:
     return MOVED if ndim > 3 else SAME
 
 
-def _distance(a: Array, b: Array) -> float:
+def distance(a: Array, b: Array) -> float:
     """Returns the RMS of a - b relative to that of b; infinity if it is not finite."""
     with np.errstate(all="ignore"):
         difference = float(np.square(a.astype(np.float64) - b).sum())
@@ -242,256 +304,5 @@ def _distance(a: Array, b: Array) -> float:
     return distance if math.isfinite(distance) else math.inf
 
 
-# ---- traces and calls ---------------------------------------------------------------------------------------
-
-
-def known_shapes(mlx: Trace, torch: Trace) -> dict[tuple[int, ...], str]:
-    """Returns the alignments that layer kinds or values determine, the first one by each shape in PyTorch."""
-    found: dict[tuple[int, ...], str] = {}
-    for name, value in mlx.values.items():
-        if name.startswith("module:") and name in torch.values and value.array.ndim > 2:
-            ours, theirs = value.array, torch.values[name].array
-            known = KINDS.get(_common_kind(mlx, torch, name) or "")
-            if known is None and ours.shape == theirs.shape == to_torch(MOVED, ours, copy=False).shape:
-                known = nearer(ours, theirs)
-            if known is not None:
-                found.setdefault(theirs.shape, known)
-    return found
-
-
-def align_trace(mlx: Trace, torch: Trace) -> tuple[Trace, dict[str, str]]:
-    """Returns a trace of MLX with PyTorch's axes, and remarks on its values by name.
-
-    Args:
-        mlx: A trace of any backend. One of PyTorch has PyTorch's axes already.
-        torch: A trace of PyTorch, of the same run.
-    """
-    if mlx.backend == torch.backend:
-        return mlx, {}
-    values, remarks, shapes = dict(mlx.values), {}, known_shapes(mlx, torch)
-    for name, value in mlx.values.items():
-        theirs = torch.values.get(name)
-        if theirs is None or not name.startswith("module:"):
-            continue
-        kind = _common_kind(mlx, torch, name)
-        found = alignment(kind, value.array, theirs.array, shapes)
-        if found is None:
-            remarks[name] = unequal_shapes(kind, value.array, theirs.array)
-        else:
-            values[name] = Value(to_torch(found, value.array), value.dtype)
-            remarks[name] = remark(kind, found, value.array.ndim)
-    return replace(mlx, values=values), remarks
-
-
-def without_counterpart(mlx: Trace, torch: Trace) -> set[str]:
-    """Returns the names of values that one side lacks because its layer has other parts (`DIFFERENT_CALLS`).
-
-    A port computes some layers of its original by functions, such as a head with the weight of an embedding.
-    """
-    if mlx.backend == torch.backend:
-        return set()
-    is_port = mlx.classes.get("") == _PORTED_MODEL
-    found = set()
-    for name in (*mlx.values, *torch.values):
-        kind, _, path = name.partition(":")
-        is_further = "[" in path and _common_kind(mlx, torch, path) in DIFFERENT_CALLS
-        is_of_one = is_port and (name not in mlx.values or name not in torch.values)
-        if kind == "module" and path and (is_further or is_of_one or _is_within_different(mlx, torch, path)):
-            found.add(name)
-    return found
-
-
-def flattened_input(path: str, mlx: Trace, torch: Trace) -> str:
-    """Returns a remark if MLX flattened `[B, *space, C]` where PyTorch flattened `[B, C, *space]`; else empty.
-
-    Args:
-        path: The layer that receives the flat array.
-        mlx, torch: Traces of the same run.
-    """
-    if mlx.backend == torch.backend or path not in mlx.calls:
-        return ""
-    for ours, theirs in zip(mlx.calls[path].values, torch.calls[path].values, strict=False):
-        a, b = ours.array, theirs.array
-        if a.ndim != 2 or a.shape != b.shape or not ours.is_float or _distance(a, b) < _EQUAL:
-            continue
-        shapes = dict.fromkeys(value.array.shape for value in torch.of("module").values())
-        for shape in shapes:
-            fits = len(shape) > 2 and shape[0] == len(b) and math.prod(shape) == b.size
-            if fits and _distance(a, to_mlx(MOVED, b.reshape(shape)).reshape(b.shape)) < _EQUAL:
-                return "its input is flattened channels last: in MLX, write mx.moveaxis(x, -1, 1).flatten(1)"
-    return ""
-
-
 class ReplayError(Exception):
     """MLX fails on the inputs of PyTorch, or its outputs have no alignment; the message says why."""
-
-
-class AlignedReplay:
-    """Replays MLX's layers with arguments and results that have PyTorch's axes.
-
-    Args:
-        replay: Replay by MLX: called as `replay(path, call, cotangents)`.
-        mlx, torch: Traces of the same run, whose calls are paired argument by argument.
-    """
-
-    def __init__(self, replay: Callable[..., dict[str, Value]], mlx: Trace, torch: Trace) -> None:
-        self._replay, self._mlx, self._torch = replay, mlx, torch
-        self._shapes = {} if mlx.backend == torch.backend else known_shapes(mlx, torch)
-
-    def __call__(self, path: str, call: Call, cotangents: list[Value] | None) -> dict[str, Value]:
-        """Calls the layer at `path`, for which `obstacle` returned nothing.
-
-        Args:
-            path: Path of the layer.
-            call: The call of PyTorch, with the values to use.
-            cotangents: Of the outputs of PyTorch.
-
-        Returns:
-            The results with the names and axes of PyTorch's. Results without a counterpart are left out.
-
-        Raises:
-            ReplayError: MLX fails, or an output has no alignment.
-        """
-        if self._mlx.backend == self._torch.backend:
-            return self._replay(path, call, cotangents)
-        inputs, outputs = self._inputs(path), self._outputs(path)
-        values = dict(call.named)
-        filled = {
-            ours: Value(to_mlx(how, values[theirs].array), values[theirs].dtype) for ours, theirs, how in inputs
-        }
-        drawn = cotangents or []
-        seeds = [
-            Value(to_mlx(outputs[index], drawn[index].array), drawn[index].dtype)
-            if index in outputs
-            else Value(np.zeros_like(value.array), value.dtype)
-            for index, value in enumerate(self._mlx.outputs(path).values())
-            if cotangents is not None
-        ]
-        try:
-            replayed = self._replay(path, self._mlx.calls[path].fill(filled), seeds or None)
-        except Exception as error:  # whatever a user's layer raises is a result of the comparison
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ReplayError(f"fails in MLX on PyTorch's inputs: {reason}") from error
-        return dict(self._aligned(path, replayed, inputs, outputs))
-
-    def by(self, replay: Callable[..., dict[str, Value]]) -> AlignedReplay:
-        """Returns the same with another replay by MLX."""
-        return AlignedReplay(replay, self._mlx, self._torch)
-
-    def obstacle(self, path: str) -> str:
-        """Returns why the layer at `path` cannot be called with equal inputs on both sides; empty if it can."""
-        if self._mlx.backend == self._torch.backend:
-            return ""
-        if path not in self._mlx.calls:
-            return "not replayed: it has no arguments that can be stored in MLX"
-        ours, theirs = self._arguments(path)
-        if len(ours) != len(theirs):
-            return f"not replayed: called with {len(ours)} arrays in MLX, {len(theirs)} in PyTorch"
-        kind = self._kind(path)
-        for name, other in self._pairs(path):
-            if alignment(kind, ours[name].array, theirs[other].array, self._shapes) is None:
-                return f"not replayed: input of {unequal_shapes(kind, ours[name].array, theirs[other].array)}"
-        return ""
-
-    def comparable(self, path: str, results: Mapping[str, Value]) -> dict[str, Value]:
-        """Returns the results of PyTorch's replay that have a counterpart in MLX.
-
-        Left out are gradients of masks that are numbers on one side only, and, for layers whose calls differ between
-        the frameworks (`DIFFERENT_CALLS`), further outputs and the gradients of parameters.
-        """
-        if self._mlx.backend == self._torch.backend:
-            return dict(results)
-        numbers = _float_numbers(self._torch.calls[path])
-        shared = {f"input {numbers[theirs]}" for _, theirs, _ in self._inputs(path) if theirs in numbers}
-        if self._kind(path) in DIFFERENT_CALLS:
-            shared.add("output")
-        else:
-            prefix = f"{path}." if path else ""
-            shared |= {
-                name
-                for name in results
-                if not name.startswith("input ")
-                and not _is_within_different(self._mlx, self._torch, prefix + name.removeprefix("gradient:"))
-            }
-        return {name: value for name, value in results.items() if name in shared}
-
-    def cotangents(self, path: str, drawn: list[Value]) -> list[Value]:
-        """Returns cotangents of the outputs of PyTorch: zero for outputs that have no counterpart in MLX."""
-        if self._mlx.backend == self._torch.backend or self._kind(path) not in DIFFERENT_CALLS:
-            return drawn
-        return [drawn[0], *(Value(np.zeros_like(value.array), value.dtype) for value in drawn[1:])]
-
-    def _aligned(
-        self, path: str, replayed: Mapping[str, Value], inputs: list[tuple[str, str, str]], outputs: Mapping[int, str]
-    ) -> Iterator[tuple[str, Value]]:
-        """Yields the results of MLX's replay with PyTorch's names and axes."""
-        for index, how in outputs.items():
-            value = replayed[output_name(index)]
-            yield output_name(index), Value(to_torch(how, value.array), value.dtype)
-        our_numbers, their_numbers = _float_numbers(self._mlx.calls[path]), _float_numbers(self._torch.calls[path])
-        for ours, theirs, how in inputs:
-            if ours in our_numbers:
-                value = replayed[f"input {our_numbers[ours]}"]
-                yield f"input {their_numbers[theirs]}", Value(to_torch(how, value.array), value.dtype)
-        yield from ((name, value) for name, value in replayed.items() if name.startswith("gradient "))
-
-    def _kind(self, path: str) -> str | None:
-        return _common_kind(self._mlx, self._torch, path)
-
-    def _arguments(self, path: str) -> tuple[dict[str, Value], dict[str, Value]]:
-        return dict(self._mlx.calls[path].named), dict(self._torch.calls[path].named)
-
-    def _pairs(self, path: str) -> list[tuple[str, str]]:
-        """Returns the names of the arguments in MLX and in PyTorch, paired by name, or else by position."""
-        ours, theirs = self._arguments(path)
-        pairs = zip(ours, ours if ours.keys() == theirs.keys() else theirs, strict=True)
-        # a mask may be booleans on one side and numbers on the other: then each side keeps its own
-        return [(name, other) for name, other in pairs if ours[name].is_float == theirs[other].is_float]
-
-    def _inputs(self, path: str) -> list[tuple[str, str, str]]:
-        """Returns MLX's name, PyTorch's name and the alignment of each argument that both sides receive."""
-        ours, theirs = self._arguments(path)
-        kind, shapes = self._kind(path), self._shapes
-        pairs = [(a, b, alignment(kind, ours[a].array, theirs[b].array, shapes)) for a, b in self._pairs(path)]
-        return [(a, b, how) for a, b, how in pairs if how is not None]
-
-    def _outputs(self, path: str) -> dict[int, str]:
-        """Returns the alignment of each output by its number.
-
-        Raises:
-            ReplayError: An output has no alignment.
-        """
-        ours, theirs = (list(trace.outputs(path).values()) for trace in (self._mlx, self._torch))
-        kind, found = self._kind(path), {}
-        if kind in DIFFERENT_CALLS:
-            ours, theirs = ours[:1], theirs[:1]
-        if len(ours) != len(theirs):
-            raise ReplayError(f"{len(ours)} outputs in MLX, {len(theirs)} in PyTorch")
-        for index, (output, exact) in enumerate(zip(ours, theirs, strict=True)):
-            how = alignment(kind, output.array, exact.array, self._shapes)
-            if how is None:
-                raise ReplayError(unequal_shapes(kind, output.array, exact.array))
-            found[index] = how
-        return found
-
-
-def _common_kind(mlx: Trace, torch: Trace, name: str) -> str | None:
-    """Returns the layer kind of a module, by its path or the name of its output, if both sides agree on it."""
-    path = name.removeprefix("module:").partition("#")[0].partition("[")[0]
-    kind = torch.layer_kinds.get(path)
-    return kind if kind == mlx.layer_kinds.get(path) else None
-
-
-def _is_within_different(mlx: Trace, torch: Trace, path: str) -> bool:
-    """Returns whether a module or parameter is within a layer of `DIFFERENT_CALLS`."""
-    different = [layer for layer, kind in torch.layer_kinds.items() if kind in DIFFERENT_CALLS]
-    return any(
-        path.startswith(f"{layer}." if layer else "") and mlx.layer_kinds.get(layer) == torch.layer_kinds[layer]
-        for layer in different
-    )
-
-
-def _float_numbers(call: Call) -> dict[str, int]:
-    """Returns the number of each float argument among the float arguments, by name: `input 0`, `input 1`, ..."""
-    floats = [name for name, value in call.named if value.is_float]
-    return {name: number for number, name in enumerate(floats)}

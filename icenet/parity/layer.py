@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core import rng
-from icenet.parity.align import AlignedReplay, ReplayError
+from icenet.parity.align import ReplayError
+from icenet.parity.aligned_traces import AlignedReplay
 from icenet.parity.fp16 import Replay, scaled_for_fp16
 from icenet.parity.measures import half_ulp, is_binary, rms, round_to
 from icenet.parity.resampling import Samples, Values, judge_values

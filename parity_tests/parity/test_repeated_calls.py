@@ -9,13 +9,14 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
 import mlx.nn as M
+import numpy as np
 import pytest
 import torch
 import torch.nn as T
 import torch.nn.functional as F
 from pairs import draw, tokens
 
-from icenet.parity import compare
+from icenet.parity import align, compare
 
 
 @pytest.fixture(autouse=True)
@@ -273,3 +274,81 @@ def test_either_of_two_equal_calls_may_be_used_further(factor: int) -> None:
     report = compare(a, b, draw(3, 6), copy_weights=True)
     assert report.passed == (factor == 1), report.verdict
     assert report.passed or report.cause == "it is multiplied by 2 in a", report.verdict
+
+
+class Blocks(M.Module):
+    """Blocks that get positions [1, L, D], as few as there are."""
+
+    def __init__(self, offset: int = 0, factor: float = 1.0) -> None:
+        super().__init__()
+        self.table, self.offset = M.Embedding(9, 4), offset
+        self.blocks = [
+            Call(lambda m, x, p: x + M.gelu(m.fc(x + factor * p)), fc=M.Linear(4, 4)),
+            Call(lambda m, x, p: x + M.gelu(m.fc(x + p)), fc=M.Linear(4, 4)),
+        ]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        positions = self.table(mx.arange(x.shape[1])[None] + self.offset)
+        for block in self.blocks:
+            x = block(x, positions)
+        return x
+
+
+class TorchBlocks(T.Module):
+    """The same, whose blocks get a copy of the positions for each row of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = T.Embedding(9, 4)
+        self.blocks = T.ModuleList(
+            TorchCall(lambda m, x, p: x + F.gelu(m.fc(x + p)), fc=T.Linear(4, 4)) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = self.table(torch.arange(x.shape[1])).expand(len(x), -1, -1)
+        for block in self.blocks:
+            x = block(x, positions)
+        return x
+
+
+def test_an_argument_may_be_a_single_row_or_copies_of_it() -> None:
+    report = compare(Blocks(), TorchBlocks(), draw(3, 5, 4), copy_weights=True)
+    assert report.passed, str(report)
+    report = compare(Blocks(factor=2.0), TorchBlocks(), draw(3, 5, 4), copy_weights=True)
+    assert (report.culprit, report.where) == ("blocks.0", "before fc"), str(report)
+    report = compare(Blocks(offset=1), TorchBlocks(), draw(3, 5, 4), copy_weights=True)
+    assert report.culprit == "", str(report)
+
+
+@pytest.mark.parametrize("shapes", [((1, 2, 4), (3, 2, 4)), ((2, 4), (3, 2, 4)), ((3, 2, 4), (1, 2, 4))])
+def test_cotangents_of_copies(shapes: Any) -> None:
+    """The product of a cotangent with a value is the same on both sides."""
+    value = draw(2, 4)
+    ours, theirs = (np.ascontiguousarray(np.broadcast_to(value, shape)) for shape in shapes)
+    how = align.copies(ours, theirs)
+    cotangent = draw(*theirs.shape, seed=1)
+    assert how is not None and np.array_equal(align.to_torch(how, ours), theirs)
+    assert np.array_equal(align.to_mlx(how, theirs), ours)
+    assert (align.cotangent_to_mlx(how, cotangent) * ours).sum() == pytest.approx(
+        (cotangent * theirs).sum(), abs=1e-5
+    )
+    assert align.copies(ours + draw(*ours.shape, seed=2), theirs + draw(*theirs.shape, seed=3)) is None
+
+
+def experts(act: Any = M.gelu, factor: float = 1.0) -> tuple[Any, Any]:
+    """Experts of MLX that return the results of each row apart, and those of PyTorch, which add them."""
+    inner = Call(lambda m, x, w: act(m.fc(x)).reshape(len(x), 2, -1), fc=M.Linear(4, 6))
+    ours = Call(lambda m, x, w: m.head((factor * m.experts(x, w) * w[..., None]).sum(1)), experts=inner)
+    ours.head = M.Linear(3, 2)
+    summed = TorchCall(lambda m, x, w: (F.gelu(m.fc(x)).view(len(x), 2, -1) * w[..., None]).sum(1), fc=T.Linear(4, 6))
+    theirs = TorchCall(lambda m, x, w: m.head(m.experts(x, w)), experts=summed, head=T.Linear(3, 2))
+    return ours, theirs
+
+
+def test_a_module_of_another_interface_is_computed_within_its_caller() -> None:
+    inputs = draw(5, 4), draw(5, 2, seed=1)
+    report = compare(*experts(), inputs, copy_weights=True)
+    assert report.passed and any("experts" in note for note in report.notes), str(report)
+    for ours, theirs in (experts(act=M.gelu_approx), experts(factor=1.1)):
+        report = compare(ours, theirs, inputs, copy_weights=True)
+        assert report.culprit == "" and report.failed_stage.name == "forward", str(report)

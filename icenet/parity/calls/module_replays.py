@@ -75,6 +75,7 @@ class _ReplayedCall:
         self._side, self._given, self._pair, self._is_test = side, given, pair, side.is_test
         self.own = pair.a if side.is_test else pair.b if side.is_reference else pair.noise
         self._hows = pair.input_hows if side.is_test else [align.SAME] * len(given.values)
+        self._copied = [] if side.is_test else [n for n, h in enumerate(pair.input_hows) if align.is_single_in_mlx(h)]
         self._result_hows = pair.result_hows if side.is_test else [align.SAME] * len(pair.result_hows)
         self._others = [(index, item) for index, item in enumerate(given.others) if item is not None]
         self._stubs = _stubs(pair, self.own, side.is_test)
@@ -94,6 +95,9 @@ class _ReplayedCall:
         """Returns the inputs with the axes of this side."""
         hows = zip(self._hows, self._given.values, strict=True)
         found = [Value(align.to_mlx(how, item.array), item.dtype) for how, item in hows]
+        for index in self._copied:  # they are equal also where inputs are drawn or moved
+            how, item = self._pair.input_hows[index], found[index]
+            found[index] = replace(item, array=align.to_torch(how, align.to_mlx(how, item.array)))
         if not self._is_test:
             return found
         return [_filled_in(item, mask) for item, mask in zip(found, self._pair.masks, strict=True)]
@@ -107,7 +111,7 @@ class _ReplayedCall:
 
         def cotangent(index: int, shape: tuple[int, ...]) -> Any:
             seed = seeds[index]
-            array = align.to_mlx(hows[index], seed.array)
+            array = align.cotangent_to_mlx(hows[index], seed.array)
             return array if seed.is_float and array.shape == shape else None
 
         return cotangent
@@ -170,7 +174,7 @@ class _ReplayedCall:
         for item, gradient, how in zip(self._given.values, gradients, self._hows, strict=True):
             if item.is_float:
                 assert gradient is not None
-                found[f"input {len(found)}"] = Value(align.to_torch(how, gradient.array), gradient.dtype)
+                found[f"input {len(found)}"] = Value(align.gradient_to_torch(how, gradient.array), gradient.dtype)
         return found
 
 

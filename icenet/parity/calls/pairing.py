@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from icenet.parity import align
 from icenet.parity.calls.directions import parts_of
 from icenet.parity.calls.events import Event, Run
 from icenet.parity.calls.matching import Match, opaque_layers
-from icenet.parity.calls.pairs import Pair
+from icenet.parity.calls.pairs import FRAMEWORK_LAYERS, Pair
 from icenet.parity.calls.repeated import calls_in_order, repeated_calls
 from icenet.parity.calls.sides import Side
 from icenet.parity.calls.structures import numbers_by_name
@@ -67,7 +67,8 @@ def pair_calls(a: Side, b: Side, runs: tuple[Run, Run, Run], matches: list[Match
         if pair.kind in align.DIFFERENT_CALLS:
             pair.derived = {"a": _derived(pair.a), "b": _derived(pair.b)}
     pairs, padded = _without_other_padding(a, b, pairs, by_event)
-    pairs, other_rows = _without_other_rows(pairs, by_event, shapes)
+    layers = {path for path, name in b.classes.items() if name.startswith(FRAMEWORK_LAYERS)}
+    pairs, other_rows = _without_other_rows(pairs, by_event, shapes, layers)
     notes += padded + other_rows
     for pair in pairs:
         children_a = {id(child) for child in nearest(pair.a, by_event)}
@@ -153,15 +154,22 @@ def _padding(side: Side, path: str, axes: int) -> tuple[Any, ...]:
 
 
 def _without_other_rows(
-    pairs: list[Pair], by_event: dict[int, Pair], known: Mapping[tuple[int, ...], str]
+    pairs: list[Pair], by_event: dict[int, Pair], known: Mapping[tuple[int, ...], str], layers: Collection[str]
 ) -> tuple[list[Pair], list[str]]:
     """Leaves out calls that get other rows on each side, and those within them; returns the rest, and notes.
+
+    Args:
+        pairs: The calls.
+        by_event: The same by the ids of both events; those left out are removed.
+        known: Alignments by shape (`known_shapes`).
+        layers: Paths of the frameworks' own layers in `b`.
 
     Examples are an expert that gets the tokens that are routed to it on one side, and all tokens on the other, and an
     encoder that is called twice on one side, and once with both batches on the other. Such calls are computed within
     the call around them, if its own arrays correspond: if also in values, if one side gets rows of the other, if only
     the rows of one side are gathered from several axes, or if an earlier call already differs. Otherwise the shapes
-    are a difference.
+    are a difference. The same holds for modules of the user whose arrays have another number of axes on each side, as
+    experts that return the results of each token apart, which their caller adds.
     """
     left_out: set[int] = set()
     callers: dict[int, Pair] = {}
@@ -179,12 +187,16 @@ def _without_other_rows(
         around, around_it = by_event[id(outer)], _callers(pair.b)
         if not (argument_mismatch(pair) or output_mismatch(pair)):
             continue
-        if any(how is None or x.array.shape == align.to_mlx(how, y.array, copy=False).shape for x, y, how in hows):
+        are_rows = not any(
+            how is None or x.array.shape == align.to_mlx(how, y.array, copy=False).shape for x, y, how in hows
+        )
+        if not are_rows and (pair.path in layers or all(_axes(x) == _axes(y) for x, y, _ in hows)):
             continue
         if argument_mismatch(around) or output_mismatch(around):
             continue
         if (
-            all(x.array.ndim != y.array.ndim for x, y, _ in hows)
+            not are_rows
+            or all(x.array.ndim != y.array.ndim for x, y, _ in hows)
             or _agree(around)
             or _has_rows_of_other(pair, known)
             or not all(_agree(p) for p in pairs[:index] if id(p.b) not in around_it | left_out)
@@ -194,7 +206,8 @@ def _without_other_rows(
             callers |= {id(event): around for event in pair.b.walk()}
             names = found.setdefault(around.path or "the model", [])
             names += [pair.path] if pair.path not in names else []
-            example = example or f"{list(hows[0][0].array.shape)} and {list(hows[0][1].array.shape)}"
+            x, y = next((x, y) for x, y, _ in hows if are_rows or _axes(x) != _axes(y))
+            example = example or f"{list(x.array.shape)} and {list(y.array.shape)}"
     notes = [
         f"{some(paths)}: called with other rows in a than in b, such as {example}; computed within {around}"
         for around, paths in found.items()
@@ -203,6 +216,11 @@ def _without_other_rows(
     for event in left_out & by_event.keys():
         del by_event[event]
     return [pair for pair in pairs if id(pair.b) not in left_out], notes
+
+
+def _axes(value: Value) -> int:
+    """Returns the number of axes that are longer than 1."""
+    return sum(size > 1 for size in value.array.shape)
 
 
 def _how_of_rows(pair: Pair, ours: Value, theirs: Value, known: Mapping[tuple[int, ...], str]) -> str | None:
@@ -348,7 +366,7 @@ def _align(pair: Pair, shapes: Mapping[tuple[int, ...], str], same: bool, sequen
         if theirs.parent is None or align.KINDS.get(pair.kind or "") == align.MOVED:
             return found
         exchanged = align.sequence_first(a.array, b.array) if sequence_first and found != align.MOVED else None
-        return exchanged or found or align.rows(a.array, b.array)
+        return exchanged or found or align.rows(a.array, b.array) or align.copies(a.array, b.array)
 
     _align_arguments(pair, how)
     count = 1 if pair.kind in align.DIFFERENT_CALLS else None

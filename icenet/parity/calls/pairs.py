@@ -125,6 +125,11 @@ class Pair:
         """The alignment of each result."""
         return [how for _, _, how in (*self.outputs, *(item for c in self.children for item in c.arguments))]
 
+    def unknown_gradients(self) -> set[str]:
+        """Returns the names of the gradients by inputs of which `a` has a single part, and `b` copies."""
+        floats = [how for value, how in zip(self.inputs("b"), self.input_hows, strict=True) if value.is_float]
+        return {f"input {number}" for number, how in enumerate(floats) if align.is_single_in_mlx(how)}
+
     def places(self) -> list[tuple[Pair | None, int]]:
         """Returns for each result the call that gets it (None: it is an output of the module), and its number."""
         found: list[tuple[Pair | None, int]] = [(None, j) for _, j, _ in self.outputs]

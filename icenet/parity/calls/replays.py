@@ -197,7 +197,8 @@ class _Replays:
         return _are_same(call.args, self._given.values) and _are_same(cotangents, self._given.cotangents)
 
     def _is_wanted(self, name: str) -> bool:
-        return not name.startswith("gradient ") or name[9:] in self._pair.parameters
+        is_input = name.startswith("input ") and name in self._pair.unknown_gradients()
+        return not is_input and (not name.startswith("gradient ") or name[9:] in self._pair.parameters)
 
     # ---- of an `AlignedReplay` ------------------------------------------------------------------------------
 

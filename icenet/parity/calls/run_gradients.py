@@ -74,8 +74,8 @@ class RunGradients:
         self._judge_sums()
 
     def _judge_output(self, pair: Pair) -> Judgement | None:
-        """Returns the judgement of the gradient by the first output of a call; None if a side has none."""
-        if not pair.outputs:
+        """Returns the judgement of the gradient by the first output of a call; None if a side has none, or copies."""
+        if not pair.outputs or align.has_copies(pair.outputs[0][2]):
             return None
         i, j, how = pair.outputs[0]
         return self._judge(how, (pair.a.gradients[i], pair.noise.gradients[j], pair.b.gradients[j]))

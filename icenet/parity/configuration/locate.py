@@ -24,13 +24,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from icenet.parity.align import (
-    AlignedReplay,
-    align_trace,
-    flattened_input,
-    permutation,
-    without_counterpart,
-)
+from icenet.parity.align import permutation
+from icenet.parity.aligned_traces import AlignedReplay, align_trace, flattened_input, without_counterpart
 from icenet.parity.fp16 import Replay
 from icenet.parity.layer import SampledReplay, judge_integers, replay_layer
 from icenet.parity.resampling import Samples, Values, judge_values

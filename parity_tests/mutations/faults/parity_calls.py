@@ -111,6 +111,18 @@ FAULTS: dict[str, list[Fault]] = {
     ],
     "icenet/parity/calls/pairing.py": [
         Fault(
+            "an argument that is one row on one side, and copies of it on the other, is a difference",
+            " or align.copies(a.array, b.array)",
+            "",
+            ["parity/test_repeated_calls.py::test_an_argument_may_be_a_single_row_or_copies_of_it"],
+        ),
+        Fault(
+            "a module of the user whose arrays have other axes on each side is a difference",
+            "if not are_rows and (pair.path in layers or all(_axes(x) == _axes(y) for x, y, _ in hows)):",
+            "if not are_rows:",
+            ["parity/test_repeated_calls.py::test_a_module_of_another_interface_is_computed_within_its_caller"],
+        ),
+        Fault(
             "batch and sequence may be exchanged in any model",
             "align.sequence_first(a.array, b.array) if sequence_first and found",
             "align.sequence_first(a.array, b.array) if found",
