@@ -242,6 +242,30 @@ def test_on_a_cpu(kind: str, way: str, padded: bool, monkeypatch: pytest.MonkeyP
     assert used == {way == "numpy" and sys.platform == "linux"}
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.usefixtures("mlx_on_cpu")
+def test_arrays_that_are_views_on_a_cpu(kind: str) -> None:
+    """The BLAS reads memory: the state and the weights are as views the same as their copies."""
+    layer, random = KINDS[kind](4, 8), np.random.default_rng(0)
+
+    def draw(*shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape, dtype=np.float32))
+
+    layer.update({name: draw(*array.shape) for name, array in layer.parameters().items()})
+    x, states = draw(4, 3, 6).T, [draw(8, 3, 1).T for _ in range(layer.states)]
+    layer.weight_hh = draw(8, len(layer.weight_hh)).T
+
+    def gradients(*arrays: mx.array) -> list[np.ndarray]:
+        found: Any = mx.grad(lambda x, *state: layer(x, state)[0].square().sum(), list(range(len(arrays))))(*arrays)
+        return [np.array(array) for array in found]
+
+    views = gradients(x, *states)
+    layer.weight_hh = mx.array(np.array(layer.weight_hh).copy(order="C"))
+    copies = gradients(*(mx.array(np.array(array).copy(order="C")) for array in (x, *states)))
+    for view, copy in zip(views, copies, strict=True):
+        np.testing.assert_allclose(view, copy, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 def test_values_that_overflow_cause_no_warning_of_numpy(kind: str) -> None:

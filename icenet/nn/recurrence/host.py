@@ -1,10 +1,10 @@
 """The loops over time of `icenet.nn.recurrence.loops` on a Linux CPU, where numpy computes the gates.
 
 On x86-64, MLX computes tanh one value at a time, which takes 8 to 14 ns. numpy uses vector instructions and takes 0.2
-to 0.4 ns. It reads the memory of MLX's arrays. Products of matrices stay MLX's, so that one BLAS has the threads.
+to 0.4 ns. It reads the memory of MLX's arrays. Products of matrices are those of MLX's BLAS, which has the threads.
 
 Each function computes the same as the loop of its name there, and returns the records joined over the steps. A step
-has one product, which is MLX's, and functions of small arrays that stay in the cache of a core.
+has one product, and functions of small arrays that stay in the cache of a core.
 
 Shapes: T steps, B rows, H hidden_size, G gates. Arguments and results are MLX arrays in fp32, masks bool `[T, B, 1]`.
 """
@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from icenet.nn.arrays import Array, on_cpu
+from icenet.nn.recurrence.products import Product
 
 Arrays: TypeAlias = tuple[Any, ...]
 
@@ -56,14 +57,15 @@ def lstm_forward(
     """Returns h after each step `[T, B, H]` and the last c `[B, H]`; then the records: c, tanh(c) and the gates."""
     inputs, h, c, seen = (_numpy(array) for array in (projected, h, c, mask))
     steps, rows, width = inputs.shape
-    gates = np.empty_like(inputs)
+    gates = np.empty(inputs.shape, np.float32)
     each = _by_gate(gates, 4)
     hs, cs, tanh_cs = (np.empty((steps, rows, width // 4), np.float32) for _ in range(3))
     # sigmoid(a) = tanh(a / 2) / 2 + 1 / 2, so one call of tanh computes all four gates
     scale = np.repeat(np.array([0.5, 0.5, 1.0, 0.5], np.float32), width // 4)
-    weight = weight.T
+    product = _product(weight, rows, transposed=True)
     for step in range(steps):
-        np.add(inputs[step], _product(h, weight), out=gates[step])
+        gates[step] = inputs[step]
+        product.add_to(gates[step], h)
         gates[step] *= scale
         np.tanh(gates[step], out=gates[step])
         gates[step] *= scale
@@ -85,21 +87,23 @@ def lstm_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays
     _, _, cs, tanh_cs, gates = (_numpy(array) for array in outputs)
     d_hs, dc, c0, seen = (_numpy(array) for array in (*cotangents[:2], first, mask))
     each = _by_gate(gates, 4)
-    d_gates = np.empty_like(gates)
+    d_gates = np.empty(gates.shape, np.float32)
     d_each = _by_gate(d_gates, 4)
-    dh = np.zeros_like(c0)
+    product = _product(weight, len(c0), transposed=False)
+    dh = np.zeros(c0.shape, np.float32)
     for step in reversed(range(len(gates))):
         i, f, g, o = each[step]
         d_i, d_f, d_g, d_o = d_each[step]
         tanh_c = tanh_cs[step]
-        dh = dh + d_hs[step]
+        dh += d_hs[step]
         d_state = dc + dh * o * (1 - tanh_c * tanh_c)
         d_i[:] = d_state * g * i * (1 - i)
         d_f[:] = d_state * (cs[step - 1] if step else c0) * f * (1 - f)
         d_g[:] = d_state * i * (1 - g * g)
         d_o[:] = dh * tanh_c * o * (1 - o)
         _clear_padding(seen, step, d_gates[step])
-        dh = _where(seen, step, 0, dh) + _product(d_gates[step], weight)
+        _keep_padding(seen, step, dh)
+        product.add_to(dh, d_gates[step])
         dc = _where(seen, step, d_state * f, dc)
     return mx.array(d_gates), mx.array(dh), mx.array(dc)
 
@@ -115,16 +119,17 @@ def gru_forward(
     gates = np.empty((steps, rows, 2 * hidden), np.float32)
     each = _by_gate(gates, 2)
     hs, candidates, recurrent = (np.empty((steps, rows, hidden), np.float32) for _ in range(3))
-    weight = weight.T
+    product, products = _product(weight, rows, transposed=True), np.empty((rows, 3 * hidden), np.float32)
     for step in range(steps):
-        product = _product(h, weight)
-        np.add(inputs[step, :, : 2 * hidden], product[:, : 2 * hidden], out=gates[step])
+        products[:] = 0
+        product.add_to(products, h)
+        np.add(inputs[step, :, : 2 * hidden], products[:, : 2 * hidden], out=gates[step])
         gates[step] *= 0.5  # sigmoid, as in the LSTM
         np.tanh(gates[step], out=gates[step])
         gates[step] *= 0.5
         gates[step] += 0.5
         r, z = each[step]  # [B, H] each
-        np.add(product[:, 2 * hidden :], bias, out=recurrent[step])
+        np.add(products[:, 2 * hidden :], bias, out=recurrent[step])
         n = np.tanh(inputs[step, :, 2 * hidden :] + r * recurrent[step], out=candidates[step])
         hs[step] = _where(seen, step, n + z * (h - n), h)
         h = hs[step]
@@ -142,12 +147,13 @@ def gru_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
     each = _by_gate(gates, 2)
     d_projected, d_recurrent = (np.empty((*hs.shape[:2], 3 * hidden), np.float32) for _ in range(2))
     d_each = _by_gate(d_recurrent, 3)
-    dh = np.zeros_like(h0)
+    product = _product(weight, len(h0), transposed=False)
+    dh = np.zeros(h0.shape, np.float32)
     for step in reversed(range(len(hs))):
         r, z = each[step]
         d_r, d_z, d_n = d_each[step]
         n = candidates[step]
-        dh = dh + d_hs[step]
+        dh += d_hs[step]
         d_candidate = dh * (1 - z) * (1 - n * n)
         d_r[:] = d_candidate * recurrent[step] * r * (1 - r)
         d_z[:] = dh * ((hs[step - 1] if step else h0) - n) * z * (1 - z)
@@ -155,7 +161,8 @@ def gru_backward(inputs: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
         _clear_padding(seen, step, d_recurrent[step])
         d_projected[step, :, : 2 * hidden] = d_recurrent[step, :, : 2 * hidden]
         d_projected[step, :, 2 * hidden :] = _where(seen, step, d_candidate, 0)
-        dh = _where(seen, step, dh * z, dh) + _product(d_recurrent[step], weight)
+        dh = _where(seen, step, dh * z, dh)
+        product.add_to(dh, d_recurrent[step])
     return mx.array(d_projected), mx.array(d_recurrent), mx.array(dh)
 
 
@@ -165,10 +172,11 @@ def rnn_forward(
 ) -> Arrays:
     """Returns h after each step `[T, B, H]`. There are no records."""
     inputs, h, seen = (_numpy(array) for array in (projected, h, mask))
-    hs = np.empty_like(inputs)
-    weight = weight.T
+    hs = np.empty(inputs.shape, np.float32)
+    product, new = _product(weight, len(h), transposed=True), np.empty(h.shape, np.float32)
     for step in range(len(hs)):
-        new = inputs[step] + _product(h, weight)
+        new[:] = inputs[step]
+        product.add_to(new, h)
         hs[step] = _where(seen, step, np.maximum(new, 0) if relu else np.tanh(new), h)
         h = hs[step]
     return (mx.array(hs),)
@@ -179,13 +187,15 @@ def rnn_backward(relu: bool, inputs: Arrays, cotangents: Arrays, outputs: Arrays
     """Returns the gradients of `projected` and of the first h."""
     _, weight, first, mask = inputs
     hs, d_hs, seen = (_numpy(array) for array in (outputs[0], cotangents[0], mask))
-    d_gates = np.empty_like(hs)
+    d_gates = np.empty(hs.shape, np.float32)
+    product = _product(weight, len(first), transposed=False)
     dh = np.zeros(first.shape, np.float32)
     for step in reversed(range(len(hs))):
-        dh = dh + d_hs[step]
+        dh += d_hs[step]
         d_gates[step] = dh * ((hs[step] > 0) if relu else 1 - hs[step] * hs[step])
         _clear_padding(seen, step, d_gates[step])
-        dh = _where(seen, step, 0, dh) + _product(d_gates[step], weight)
+        _keep_padding(seen, step, dh)
+        product.add_to(dh, d_gates[step])
     return mx.array(d_gates), mx.array(dh)
 
 
@@ -194,9 +204,9 @@ def _numpy(array: Array | None) -> Any:
     return None if array is None else np.asarray(array)
 
 
-def _product(a: Any, weight: Array) -> np.ndarray:
-    """Returns a product of MLX: numpy's a `[B, n]`, weight `[n, m]`."""
-    return np.asarray(mx.array(a) @ weight)
+def _product(weight: Array, rows: int, transposed: bool) -> Product:
+    """Returns the product of rows with a weight of MLX (see `Product`)."""
+    return Product(_numpy(weight), rows, transposed)
 
 
 def _by_gate(gates: np.ndarray, count: int) -> np.ndarray:
@@ -208,6 +218,11 @@ def _by_gate(gates: np.ndarray, count: int) -> np.ndarray:
 def _where(seen: np.ndarray | None, step: int, value: Any, padding: Any) -> Any:
     """Returns `value` where there is no padding in a step, and `padding` elsewhere."""
     return value if seen is None else np.where(seen[step], value, padding)
+
+
+def _keep_padding(seen: np.ndarray | None, step: int, gradient: np.ndarray) -> None:
+    """Sets the gradients `[B, n]` of all but padding in a step to zero, in place."""
+    np.copyto(gradient, 0, where=True if seen is None else seen[step])
 
 
 def _clear_padding(seen: np.ndarray | None, step: int, gradient: np.ndarray) -> None:
