@@ -9,6 +9,7 @@ import click
 
 from icenet.cli.options import (
     PATH,
+    TEXT_OPTIONS,
     averaged_option,
     backend_option,
     command,
@@ -27,6 +28,7 @@ from icenet.cli.options import (
     to_list,
     trust_option,
 )
+from icenet.core.messages import options_of_command
 from icenet.core.report import streams
 
 
@@ -209,6 +211,7 @@ def chat_command(
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @json_option
 @trust_option
+@options_of_command({**TEXT_OPTIONS, "data.source": "--text"})
 def eval_command(model: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Print the perplexity of a text.
 

@@ -16,6 +16,7 @@ import click
 
 from icenet.core.dtypes import FLOAT_DTYPES
 from icenet.core.importing import without_garbage_collection
+from icenet.core.messages import options_of_command
 from icenet.core.report import streams
 
 _OTHER_WORDS = {
@@ -24,6 +25,8 @@ _OTHER_WORDS = {
     **{"sample": "generate", "tokenize": "prepare", "list": "runs", "encode": "embed", "classify": "predict"},
 }
 """Words for what a command of another name does."""
+TEXT_OPTIONS = {"data.text_key": "--text-key"} | {f"data.errors={x}": f"--errors {x}" for x in ("skip", "replace")}
+"""The options of commands that read a text, by the keys of the section data that messages name otherwise."""
 
 
 class Command(click.Command):
@@ -207,7 +210,7 @@ def generation_options(command: Any) -> Any:
     """Adds the options of text generation to a command. They are None if they are not given."""
     for option in reversed(_GENERATION_OPTIONS):
         command = option(command)
-    return command
+    return options_of_command({"overflow='slide'": "--overflow slide"})(command)
 
 
 def _template_options(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:

@@ -20,10 +20,20 @@ from icenet.cli.options import (
     trust_option,
 )
 from icenet.core.dtypes import FLOAT_DTYPES
+from icenet.core.messages import options_of_command
 from icenet.core.report import streams
 
 _CODE = re.compile(r"[^=]+\.py:[A-Za-z_][A-Za-z0-9_]*")
 """An argument that names code in a file, such as `mine.py:Net`."""
+_OPTIONS = {
+    "inputs": "a file of inputs (--input)",
+    "inputs as a dict or a tuple": "a file of inputs (--input)",
+    "inputs, or layout=": "a file of inputs (--input)",
+    "copy_weights=True": "--copy-weights",
+    "dtype='fp32'": "--dtype fp32",
+    "stages=['forward']": "--stages forward",
+}
+"""The options by the words that messages of `icenet.parity.compare` and `record` have for Python."""
 
 
 class _ParityGroup(CommandGroup):
@@ -178,6 +188,7 @@ def _with(*options: Any) -> Any:
 @click.argument("module")
 @click.argument("reference")
 @_with(*_INPUT_OPTIONS, *_RENAME_OPTION, *_REPORT_OPTIONS, _REPLAY_OPTION)
+@options_of_command(_OPTIONS)
 def modules_command(module: str, reference: str, as_json: bool, html: Path | None, **options: Any) -> None:
     """Compare two modules, MODULE with REFERENCE.
 
@@ -200,6 +211,7 @@ def modules_command(module: str, reference: str, as_json: bool, html: Path | Non
 @click.argument("module")
 @click.option("--out", "folder", type=PATH, required=True, metavar="DIR", help="Folder of the trace, new or empty.")
 @_with(*_INPUT_OPTIONS)
+@options_of_command(_OPTIONS)
 def record_command(module: str, folder: Path, **options: Any) -> None:
     """Record what MODULE computes, for `icenet parity check` on another machine.
 
@@ -223,6 +235,7 @@ def record_command(module: str, folder: Path, **options: Any) -> None:
 @click.argument("module")
 @click.argument("trace", type=PATH)
 @_with(_INPUT_OPTIONS[2], *_RENAME_OPTION, *_REPORT_OPTIONS)
+@options_of_command(_OPTIONS)
 def check_command(module: str, trace: Path, as_json: bool, html: Path | None, **options: Any) -> None:
     """Compare MODULE with a trace of `icenet parity record`.
 

@@ -10,6 +10,7 @@ import click
 
 from icenet.cli.options import (
     PATH,
+    TEXT_OPTIONS,
     backend_option,
     command,
     device_option,
@@ -20,6 +21,7 @@ from icenet.cli.options import (
     show,
     trust_option,
 )
+from icenet.core.messages import options_of_command
 from icenet.core.report import streams
 
 
@@ -122,7 +124,8 @@ def prepare_command(
     elif overrides or workers:
         raise click.UsageError("--set and --workers need a CONFIG; --train-tokenizer takes neither")
     else:
-        streams.write(prepare.train_tokenizer(target, quiet=quiet, **given))
+        with options_of_command({**TEXT_OPTIONS, "data.source": "TEXT"}):
+            streams.write(prepare.train_tokenizer(target, quiet=quiet, **given))
 
 
 @command("runs", epilog=examples("icenet runs", "icenet runs experiments --json"))

@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import icenet
-from icenet.core.errors import DataError
 from icenet.core.report.console import new_console
 from icenet.core.training.perplexity import Perplexity, evaluate_text
-
-_OPTIONS = {"data.source": "--text", "data.errors=": "--errors "}
-"""The options of the command for keys of a configuration, which messages about texts name."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +56,5 @@ def evaluate(
     model = icenet.load(
         path, backend, device, dtype=dtype, averaged=averaged, quantize=quantize, group_size=group_size
     )
-    try:
-        found = evaluate_text(model, source, quiet=quiet, **options)
-    except DataError as error:
-        message = str(error)
-        for key, option in _OPTIONS.items():
-            message = message.replace(key, option)
-        raise DataError(message) from None
+    found = evaluate_text(model, source, quiet=quiet, **options)
     return EvaluationReport(found, model.backend)

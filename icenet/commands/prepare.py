@@ -25,6 +25,8 @@ from icenet.core.training.signals import Interrupted, Stopped
 EOT_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
 """The 256 bytes and the end-of-text token."""
+MAX_VOCAB_SIZE = 2**24
+"""That of `model.vocab_size`."""
 
 
 def prepare(config: Config, workers: int | None = None, quiet: bool = False) -> str:
@@ -133,6 +135,8 @@ def train_tokenizer(
         raise UsageError(f"{source}: is a configuration; name its text (data.source) instead")
     if vocab_size < MIN_VOCAB_SIZE:
         raise UsageError(f"--vocab-size {vocab_size}: must be at least {MIN_VOCAB_SIZE}, 256 bytes and {EOT_TOKEN}")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise UsageError(f"--vocab-size {vocab_size}: must be at most {MAX_VOCAB_SIZE:,}, the limit of a model")
     target = files.output_file(out, overwrite=overwrite)
     found = find_source(source, errors)
     files.output_file(out, overwrite=overwrite, inputs=[document.path for document in found.documents])
@@ -159,7 +163,7 @@ def train_tokenizer(
         tokenizer.train_from_iterator(_training_texts(found, text_key, errors, left_out, progress), trainer=trainer)
     if not done:
         why = f"; {left_out.summary()}" if left_out else ""
-        raise DataError(f"data.source: there is no text in {found.description}{why}")
+        raise DataError(f"TEXT: there is no text in {found.description}{why}")
     content = (tokenizer.to_str(pretty=True) + "\n").encode("utf-8")
     size = HFTokenizer(content).vocab_size  # only a file that can be read is written
     files.write_bytes(target, content)

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 
 _MOST_CHARACTERS = 300
 """Of a line of an error: some libraries have whole programs in it."""
+_options: dict[str, str] = {}
+"""Of the command that runs. All threads have them: the library of tokenizers reads texts in a thread of its own."""
+
+
+@contextlib.contextmanager
+def options_of_command(names: Mapping[str, str]) -> Iterator[None]:
+    """Messages name the options of a command while the context is open, in place of keys and keywords (`option`)."""
+    before = dict(_options)
+    _options.update(names)
+    try:
+        yield
+    finally:
+        _options.clear()
+        _options.update(before)
+
+
+def option(name: str) -> str:
+    """Returns a key of a config or a keyword of Python in the words of the command that runs, if one does."""
+    return _options.get(name, name)
 
 
 def first_line(error: BaseException, default: str | None = None) -> str:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from icenet.core import backends
 from icenet.core.errors import UsageError
+from icenet.core.messages import option
 from icenet.core.weights.rename import Rename
 from icenet.parity import inputs as drawing
 from icenet.parity import smallest_inputs
@@ -181,7 +182,7 @@ class ModuleComparison(Comparison):
                 assert failure is not None
                 taken = drawing.describe_signature(self.user_a)
                 problem = f"b fails on drawn ones: {failure.reason}"
-                raise UsageError(f"compare: {taken}: {problem}; pass inputs") from failure
+                raise UsageError(f"compare: {taken}: {problem}; pass {option('inputs')}") from failure
         return found
 
     # ---- what the reference provides ------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core.errors import UsageError
+from icenet.core.messages import option
 from icenet.core.weights.arrays import to_array
 from icenet.parity import align
 from icenet.parity.calls.structures import Slot, argument_names, map_leaves, rebuild
@@ -183,9 +184,10 @@ def draw(a: Any, module: Any, seed: int, number: int, dtype: str) -> Iterator[In
     layers = [(path, kind) for path, kind in a.kinds.items() if kind != "plain"]
     if not layers or not names:
         what = "its signature has no argument" if not names else "none of its layers shows the shape of its input"
-        raise UsageError(f"compare: {type(module).__name__}: {what}; pass inputs")
+        raise UsageError(f"compare: {type(module).__name__}: {what}; pass {option('inputs')}")
     if len(names) > _MOST_ARGUMENTS:
-        raise UsageError(f"compare: {describe_signature(module)}: too many to draw; pass inputs as a dict or a tuple")
+        ours = option("inputs as a dict or a tuple")
+        raise UsageError(f"compare: {describe_signature(module)}: too many to draw; pass {ours}")
     choices = [layers[:1]] if len(names) == 1 else [_choices(a, name, layers) for name in names]
     lengths = (LENGTHS[number % 3] + 4 * (number // 3), *OTHER_LENGTHS)
     sides = (SIDES[number % 3], *OTHER_SIDES)
@@ -277,5 +279,6 @@ def _drawn(
         width = shapes.get("weight_ih_l0") or shapes.get("Wx") or shapes["Wxh"]
         shape = (batch, length, width[1])
     else:
-        raise UsageError(f"compare: the first layer, {path} of kind {kind}, does not show the input; pass inputs")
+        problem = f"the first layer, {path} of kind {kind}, does not show the input"
+        raise UsageError(f"compare: {problem}; pass {option('inputs')}")
     return (scale * generator.standard_normal(shape)).astype(np.float32)

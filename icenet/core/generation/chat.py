@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 from icenet.core.errors import UsageError
-from icenet.core.generation.request import Request, check_reads_tokens, make_request, settings_of
+from icenet.core.generation.request import SLIDE, Request, check_reads_tokens, make_request, settings_of
 from icenet.core.generation.speculative import make_decoder
 from icenet.core.generation.streaming import generate_tokens, stream_text
+from icenet.core.messages import option
 from icenet.core.tokenizers.base import end_ids
 from icenet.core.tokenizers.chat import render
 
@@ -79,7 +80,7 @@ def chat_request(
     if context is not None and len(ids) >= context:
         raise UsageError(
             f"chat: the conversation has {len(ids):,} tokens, and model.max_seq_length is {context:,}, answer "
-            "included; begin a new conversation, shorten it, or pass overflow='slide' to drop the oldest tokens"
+            f"included; begin a new conversation, shorten it, or pass {option(SLIDE)} to drop the oldest tokens"
         )
     if not given.keys() & {"max_new_tokens", "max_length"}:
         wanted = settings.max_new_tokens or (settings.max_length or 0) - len(ids)

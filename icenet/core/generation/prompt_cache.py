@@ -25,6 +25,8 @@ from icenet.core import files
 from icenet.core.config import transformer_plan
 from icenet.core.errors import UsageError, WeightsError
 from icenet.core.generation.prompts import batch_of, encode_prompts
+from icenet.core.generation.request import SLIDE
+from icenet.core.messages import option
 from icenet.core.tokenizers.base import Tokenizer
 from icenet.core.weights import safetensors
 from icenet.core.weights.safetensors_writer import write_file
@@ -318,7 +320,7 @@ def check_request(model: Any, request: Request, what: str) -> None:
     if request.context_length is not None and length > request.context_length:
         raise CacheError(
             f"generate: {what} needs the whole text in the context, and {length} tokens exceed model.max_seq_length "
-            f"{request.context_length}; leave out overflow='slide'"
+            f"{request.context_length}; leave out {option(SLIDE)}"
         )
     plans = transformer_plan.rotary_plans(model.config) if model.config.positions == "rotary" else {}
     for plan in plans.values():

@@ -14,9 +14,12 @@ from icenet.core.errors import NonFiniteError, UsageError
 from icenet.core.generation.prompts import batch_of
 from icenet.core.generation.sampling import draw_keys
 from icenet.core.generation.stopping import StoppingCriteria
+from icenet.core.messages import option
 from icenet.core.tokenizers.base import Tokenizer, end_ids
 
 Tokens = NDArray[np.int32]
+SLIDE = "overflow='slide'"
+"""The option that drops the oldest tokens, in messages."""
 DEFAULT_NEW_TOKENS = 100
 PREFILL_TOKENS = 8192
 """Number of tokens, padding included, of the prompts that are read together. It bounds the memory."""
@@ -250,6 +253,6 @@ def _new_tokens(settings: GenerationConfig, length: int, context_length: int | N
     if limit is not None and length + count > limit:
         raise UsageError(
             f"generate: a prompt of {length} tokens and {count} new tokens exceed model.max_seq_length {limit}; "
-            "request fewer tokens, or pass overflow='slide' to drop the oldest ones"
+            f"request fewer tokens, or pass {option(SLIDE)} to drop the oldest ones"
         )
     return count

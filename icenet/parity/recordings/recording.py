@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from icenet.core import backends, rng
 from icenet.core.errors import UsageError
+from icenet.core.messages import option
 from icenet.core.weights.layout import join
 from icenet.parity import align, resampling
 from icenet.parity import inputs as drawing
@@ -212,7 +213,7 @@ class _Recording:
             return Inputs(given.given, values)
         raise UsageError(
             f"record: {type(self.user).__name__} fails on the inputs, in {failures[0].path or 'the model itself'}: "
-            f"{failures[0].reason}; give inputs that it accepts, or layout="
+            f"{failures[0].reason}; give {option('inputs, or layout=')} that it accepts"
         )
 
     # ---- runs -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from icenet.core.errors import UsageError
+from icenet.core.messages import option
 from icenet.core.weights import layout
 from icenet.parity import align
 from icenet.parity.calls.convolutions import align_convolutions, align_points
@@ -215,7 +216,7 @@ def compare_shapes(c: Comparison, stage: Stage, inputs: Inputs) -> tuple[list[Pa
     except ModuleError as error:
         raise UsageError(
             f"compare: b ({c.report.names[1]}) fails on the inputs, in {error.path or 'the model itself'}: "
-            f"{error.reason}; give inputs that it accepts, or layout="
+            f"{error.reason}; give {option('inputs, or layout=')} that it accepts"
         ) from error
     pairs, runs = _paired(c, stage, (own, noise, exact), failure)
     if c.losses is None and not any(item.is_float for item in pairs[0].b.outputs):

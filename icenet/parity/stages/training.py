@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from icenet.core.messages import option
 from icenet.parity.calls.pairs import Sample
 from icenet.parity.calls.sides import Side
 from icenet.parity.causes.optimizers import CORRECTION, ams_grad_differs, suggest_update
@@ -47,7 +48,8 @@ def compare_training(c: Comparison, inputs: Inputs) -> None:
     if not c.gradients:
         return _skip(c, "there are no trainable parameters")
     if c.dtype != "fp32":
-        return _skip(c, "parameters are updated in fp32: compare with dtype='fp32'")
+        fp32 = option("dtype='fp32'")
+        return _skip(c, f"parameters are updated in fp32: compare with {fp32}")
     names = [name for name in c.gradients if name in back]
     rate = c.rate(names, c.gradients)
     for side in (c.a, c.b, c.reference):
@@ -382,7 +384,8 @@ def _way_out(c: Comparison) -> str:
     if c.a.trainable_names and c.b.trainable_names:
         return "freeze it on both sides or on none, with freeze() of MLX and requires_grad_() of PyTorch"
     which, other = ("b", "a") if c.a.trainable_names else ("a", "b")
-    return f"all of {which} is frozen: freeze {other}, too, unfreeze {which}, or compare stages=['forward'] alone"
+    alone = option("stages=['forward']")
+    return f"all of {which} is frozen: freeze {other}, too, unfreeze {which}, or compare {alone} alone"
 
 
 def _frozen_layers(c: Comparison) -> Iterator[Row]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icenet.core.errors import WeightsError
+from icenet.core.messages import option
 from icenet.core.models import modules
 from icenet.parity import align
 from icenet.parity.measures import half_ulp, rms, round_to, sum_of_products
@@ -114,7 +115,7 @@ def compare_weights(c: Comparison, stage: Stage) -> None:
         c.report.cause = cause
         if c.options["copy_weights"] is False and _were_never_copied(c):
             count = f"{len(bad)} of {len(stage.rows)} arrays differ"
-            note = f"{count}: copy them first, with icenet.from_torch, or pass copy_weights=True"
+            note = f"{count}: copy them first, with icenet.from_torch, or pass {option('copy_weights=True')}"
             c.report.cause = f"the weights were never copied: {note}"
         c.fail(stage, bad[0].path, note=note)
 

@@ -31,6 +31,7 @@ from icenet.core.data.text.reading import Chunk, Reader, UnusableFileError
 from icenet.core.data.text.sources import Document, Source
 from icenet.core.data.text.token_file import PIECE_TOKENS, token_dtype, write_file
 from icenet.core.errors import DataError
+from icenet.core.messages import option
 from icenet.core.tokenizers.base import NoTokenError, Tokenizer
 
 BATCH_BYTES = 1 << 20
@@ -93,9 +94,8 @@ def make_token_file(
             count = len(source.documents)
             looked_at = f"{count} file{'s' if count != 1 else ''} looked at"
             found = source.left_out.merged(partial.left_out).summary()
-            raise DataError(
-                f"data.source: there is no text in {source.description} ({looked_at}){'; ' * bool(found)}{found}"
-            )
+            problem = f"{option('data.source')}: there is no text in {source.description} ({looked_at})"
+            raise DataError(f"{problem}; {found}" if found else problem)
         partial.save()
         with files.staged(path) as stage, stage.open(path) as file:
             write_file(file, partial.shuffled_blocks(), tokenizer, partial.left_out, partial.position.lines > 0)
@@ -170,9 +170,9 @@ def _tokens_of(
             document, chunk = batch[error.index]
             place = _place(document, chunk, error.position)
             raise NoTokenError(
-                f"data.source: {document.path}, {place}: the tokenizer has no token for {error.part[:20]!r}; add an "
-                "unknown token (unk_token) to it, remove this part of the text, or leave out such characters with "
-                "data.errors=skip",
+                f"{option('data.source')}: {document.path}, {place}: the tokenizer has no token for "
+                f"{error.part[:20]!r}; add an unknown token (unk_token) to it, remove this part of the text, or "
+                f"leave out such characters with {option('data.errors=skip')}",
                 error.part,
                 error.position,
             ) from None

@@ -31,6 +31,7 @@ from icenet.core.data.text.left_out import (
 from icenet.core.data.text.sources import Document, reason
 from icenet.core.errors import DataError
 from icenet.core.files import LFS_POINTER, LFS_REMEDY
+from icenet.core.messages import option
 
 CHUNK_BYTES = 1 << 16
 """Maximum size of a chunk. A tokenizer needs some hundred bytes of memory per byte of text."""
@@ -64,7 +65,8 @@ class UnusableFileError(DataError):
 
     def __init__(self, path: object, reason: str, details: str, way_out: str = "") -> None:
         self.reason, self.details = reason, details
-        super().__init__("; ".join(part for part in (f"data.source: {path} {details}", way_out) if part))
+        problem = f"{option('data.source')}: {path} {details}"
+        super().__init__("; ".join(part for part in (problem, way_out) if part))
 
     def leave_out(self, sole: bool, errors: str) -> None:
         """Checks that a source may leave the file out.
@@ -79,7 +81,7 @@ class UnusableFileError(DataError):
         if sole:
             raise self
         if self.reason != BINARY and errors != "skip":
-            raise DataError(f"{self}; data.errors=skip leaves out such files") from None
+            raise DataError(f"{self}; {option('data.errors=skip')} leaves out such files") from None
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ class Reader:
             raise self._unusable(
                 NOT_UTF8,
                 f"is not UTF-8 text ({error.reason} at byte {place})",
-                "convert it to UTF-8 first, or replace such bytes by U+FFFD with data.errors=replace",
+                f"convert it to UTF-8 first, or replace such bytes by U+FFFD with {option('data.errors=replace')}",
             ) from None
 
     def _json_chunks(self, start: int, text_key: str, errors: str) -> Generator[Chunk, None, int]:
@@ -245,8 +247,8 @@ class Reader:
                 block, next_edge = block + 1, next(edges)
             if len(line) > MAX_LINE_BYTES:
                 raise DataError(
-                    f"data.source: {self.document.path} has a line of more than {MAX_LINE_BYTES >> 20} MB: is it "
-                    "JSON lines, an object on each line?"
+                    f"{option('data.source')}: {self.document.path} has a line of more than {MAX_LINE_BYTES >> 20} "
+                    "MB: is it JSON lines, an object on each line?"
                 )
             end = start + len(line)
             data: bytes | None = None
@@ -260,8 +262,8 @@ class Reader:
             except DataError as error:
                 if errors != "skip":
                     raise DataError(
-                        f"data.source: {self.document.path}, line {self.line_number(start)}: {error}; correct it, or "
-                        "leave such lines out with data.errors=skip"
+                        f"{option('data.source')}: {self.document.path}, line {self.line_number(start)}: {error}; "
+                        f"correct it, or leave such lines out with {option('data.errors=skip')}"
                     ) from None
                 left_out = (BAD_LINES, f": {error}", 1)
             if left_out is not None:
@@ -390,9 +392,9 @@ def _text_of_line(line: bytes, key: str, errors: str = "stop") -> tuple[bytes | 
     if not isinstance(value, dict):
         raise DataError(f"{_kind(value)} instead of an object like {{{json.dumps(key)}: ...}}")
     if key not in value:
-        raise DataError(f"no key {key!r} (data.text_key){nearest(key, list(map(str, value))[:20])}")
+        raise DataError(f"no key {key!r} ({option('data.text_key')}){nearest(key, list(map(str, value))[:20])}")
     if not isinstance(value[key], str):
-        raise DataError(f"{key!r} (data.text_key) is {_kind(value[key])}, not a string")
+        raise DataError(f"{key!r} ({option('data.text_key')}) is {_kind(value[key])}, not a string")
     replaced = text.count("\ufffd") - content.count("\ufffd".encode())
     try:
         return value[key].encode("utf-8"), replaced

@@ -18,6 +18,7 @@ from icenet.core.data.text.left_out import FOLDERS, OF_LISTING, LeftOut
 from icenet.core.errors import DataError
 from icenet.core.files import path_hint
 from icenet.core.listing import UNREADABLE, distinct_files, walk_folders
+from icenet.core.messages import option
 
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 """Suffixes of JSON lines: each line is an object, and a document is the text under one of its keys."""
@@ -143,32 +144,31 @@ def find_source(source: str, errors: str = "stop") -> Source:
     """
     if source == "stdlib":
         return _stdlib()
+    named = f"{option('data.source')} {source!r}"
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", source):
-        raise DataError(f"data.source {source!r} is a URL; download it first and name the file, or a folder")
+        raise DataError(f"{named} is a URL; download it first and name the file, or a folder")
     if not source.strip():
-        raise DataError("data.source is empty; name a text file, a folder, a glob, or 'stdlib'")
+        raise DataError(f"{option('data.source')} is empty; name a text file, a folder, a glob, or 'stdlib'")
     try:
         path = Path(source).expanduser()
         if path.is_dir():
             listing = _Listing(path, errors)
             documents = listing.documents(listing.walk(str(path)))
             if not documents:
-                raise DataError(
-                    f"data.source {source!r} is a folder without files (hidden ones are ignored){listing.remark()}"
-                )
+                raise DataError(f"{named} is a folder without files (hidden ones are ignored){listing.remark()}")
             return Source(f"folder {source}", str(path.resolve()), documents, left_out=listing.left_out)
         if path.is_file():
             document = Document.of(path.name, path, os.stat(path))
             return Source(f"file {source}", str(path.resolve()), [document], sole=True)
         if path.exists():
-            raise DataError(f"data.source {source!r} is neither a file nor a folder (a device or a pipe?)")
+            raise DataError(f"{named} is neither a file nor a folder (a device or a pipe?)")
         if glob.has_magic(source):
             return _glob(source, path, errors)
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; ~ of an unknown user
-        raise DataError(f"data.source {source!r} cannot be read: {reason(error)}") from None
+        raise DataError(f"{named} cannot be read: {reason(error)}") from None
     hint = path_hint(path)
-    way_out = "" if "did you mean" in hint else "; set data.source to where it is"
-    raise DataError(f"data.source {source!r} does not exist{hint}{way_out}")
+    way_out = "" if "did you mean" in hint else f"; set {option('data.source')} to where it is"
+    raise DataError(f"{named} does not exist{hint}{way_out}")
 
 
 class _Listing:
@@ -183,8 +183,8 @@ class _Listing:
         """Records what `icenet.core.files` leaves out. Raises DataError for a folder that cannot be read."""
         if kind == UNREADABLE and self._errors != "skip":
             raise DataError(
-                f"data.source: cannot read {path}: {details}; change its permissions, or leave it out with "
-                "data.errors=skip"
+                f"{option('data.source')}: cannot read {path}: {details}; change its permissions, or leave it out "
+                f"with {option('data.errors=skip')}"
             )
         self.left_out.add(OF_LISTING[kind], f"{self._name(path)}: {details}" if details else self._name(path))
 
@@ -249,10 +249,11 @@ def _glob(source: str, pattern: Path, errors: str) -> Source:
     folders = [match for match in matches if os.path.isdir(match)]
     documents = listing.documents(set(matches) - set(folders))
     if not documents:
+        named = f"{option('data.source')} {source!r}"
         if folders:
-            raise DataError(f"data.source {source!r} matches folders but no files; '**/*' matches all files below")
+            raise DataError(f"{named} matches folders but no files; '**/*' matches all files below")
         where = "" if root.is_dir() else f": there is no folder {str(root)!r}{path_hint(root)}"
-        raise DataError(f"data.source {source!r} matches no files{where}{listing.remark()}")
+        raise DataError(f"{named} matches no files{where}{listing.remark()}")
     if "**" not in parts:
         for folder in folders:
             listing.left_out.add(FOLDERS, Path(folder).relative_to(root).as_posix())
@@ -274,7 +275,7 @@ def _stdlib() -> Source:
     ]
     if not documents:
         raise DataError(
-            f"data.source 'stdlib': this Python ({sys.executable}) has no source files of its library; "
+            f"{option('data.source')} 'stdlib': this Python ({sys.executable}) has no source files of its library; "
             "use another Python, or name a text file or a folder"
         )
     return Source(f"the standard library of Python {version}", f"stdlib {root.resolve()}", documents)
