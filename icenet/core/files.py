@@ -390,6 +390,8 @@ def path_hint(path: Path) -> str:
     """Returns a hint for the message about a missing path: a similar name, or the folder that was searched."""
     parent = path.parent
     try:
+        if path.is_symlink():
+            return f": it is a link to {os.readlink(path)!r}, which leads to nothing"
         if not parent.is_dir():
             return f"; the folder {str(parent)!r} does not exist either"
         names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]

@@ -57,6 +57,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.txt").write_text("")
     (folder / "binary.txt").write_bytes(b"\x00\xff" * 999)
     (folder / "folder").mkdir()
+    for name, other in (("loop", "pool"), ("pool", "loop")):
+        (folder / name).symlink_to(other)
     shutil.copytree(folder / "run", folder / "damaged")
     for path in (folder / "damaged" / "checkpoints").iterdir():
         (path / "model.safetensors").write_bytes(b"x")
@@ -169,6 +171,10 @@ TABLE: list[tuple[str, int, list[str]]] = [
     ("convert good.safetensors out.safetensors --to mlx --config transformer-tiny", FAILURE,
      ["good.safetensors", "config"]),
     ("convert nothing.safetensors out.pth --to torchvision", USAGE, ["nothing.safetensors", "no such file"]),
+    ("convert loop out.pt --to torch", USAGE, ["loop"]),
+    ("prepare text.txt --train-tokenizer bpe --vocab-size 99999999999999999999", USAGE, ["--vocab-size", "at most"]),
+    ("predict loop x.png", USAGE, ["loop", "a link to 'pool'"]),
+    ("train tiny.yaml --set data.source=loop", USAGE, ["data.source", "a link to 'pool'"]),
     ("convert nothing out --to hf", USAGE, ["nothing: no such file or folder", "a run", "Hugging Face"]),
     ("convert nothing.safetensors out.safetensors --to canonical", USAGE, ["nothing.safetensors", "no such file"]),
     ("convert folder out.safetensors --to canonical", FAILURE, ["folder", "model.safetensors"]),

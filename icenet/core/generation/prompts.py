@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -68,6 +69,8 @@ def read_prompt(path: Path) -> str:
     try:
         content = _read_stdin() if str(path) == "-" else path.read_bytes()
     except OSError as error:
+        if error.errno == errno.EBADF:
+            raise _closed() from None
         raise UsageError(f"{path}: cannot read the text: {error.strerror}") from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UsageError(f"{path}: cannot read the text: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8")
@@ -79,9 +82,13 @@ def read_prompt(path: Path) -> str:
         ) from None
 
 
+def _closed() -> UsageError:
+    return UsageError("--prompt-file -: the standard input is closed; give a file, or --prompt")
+
+
 def _read_stdin() -> bytes:
     if sys.stdin is None:  # closed by the caller
-        raise UsageError("--prompt-file -: the standard input is closed; give a file, or --prompt")
+        raise _closed()
     buffer = getattr(sys.stdin, "buffer", None)  # a replaced stdin may have only text
     return buffer.read() if buffer is not None else sys.stdin.read().encode("utf-8", "surrogateescape")
 

@@ -459,7 +459,7 @@ def refuse_existing(source: Path, destination: Path, overwrite: bool) -> None:
         read_from = source.with_name(source.name.removesuffix(".index.json"))
     elif source.is_dir() or (source.suffix not in PICKLED and not source.is_file()):
         read_from = weights.target(source)
-    if read_from.resolve() == destination.resolve():
+    if os.path.realpath(read_from) == os.path.realpath(destination):  # `resolve` raises RuntimeError for a loop
         raise UsageError(f"{destination}: source and destination are the same file; name another destination")
     for path in (destination, weights.index_of(destination)):
         files.output_file(path, overwrite=overwrite, inputs=[read_from])
