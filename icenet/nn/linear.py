@@ -9,7 +9,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import mlx.nn as nn
 
-from icenet.nn import cpu_products, exact, linear_kernels, training_kernels
+from icenet.nn import cpu_products, exact, linear_kernels, one_row, training_kernels
 from icenet.nn.arrays import Array, Dtype, array_of_parts, cast_weight, is_half, on_cpu, product_dtype
 from icenet.nn.embedding import CheckedEmbedding
 from icenet.nn.quantized import QuantizedLayer, join_parts, quantization_of, quantized_product, to_quantized
@@ -31,13 +31,14 @@ class Linear(nn.Linear):
     quantized_type: type[QuantizedLayer]
     to_quantized = to_quantized
     _generates = False
+    _row: one_row.Product | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, init_scale: float = 1.0) -> None:
         super().__init__(in_features, out_features, bias)
         self.init_scale = init_scale
 
     def __call__(self, x: Array) -> Array:
-        return linear(x, self.weight, self.get("bias"), self._generates)
+        return linear(x, self["weight"], self.get("bias"), self._generates, self.get("_row"))
 
     def prepare_generation(self, original: Linear, dtype: Dtype) -> None:
         """See `icenet.core.generation.copies`: casts the weight once and not at each token.
@@ -50,6 +51,8 @@ class Linear(nn.Linear):
         self.weight = cast_for_products(original.weight, dtype)
         if "bias" in original:
             self.bias = cast_for_products(original.bias, dtype)
+        self._row = one_row.make_product(self.weight, self.get("bias"))
+        one_row.own_arrays(self, ("weight", "bias") if self._row else ())
 
 
 class QuantizedLinear(QuantizedLayer, nn.QuantizedLinear):
@@ -85,14 +88,21 @@ def _dtype_of_scales(layer: QuantizedLayer, dtype: Dtype) -> Dtype:
     return layer.scales.dtype if on_cpu() else dtype
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None, generates: bool = False) -> Array:
+def linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    generates: bool = False,
+    row: one_row.Product | None = None,
+) -> Array:
     """Computes x W^T + b: x `[..., in]`, weight `[out, in]`, bias `[out]` to `[..., out]` in the dtype of x.
 
     Args:
         generates: Whether there is no backward pass: a kernel without one is faster for few rows on CUDA.
+        row: Weight and bias for one row, on a CPU.
     """
     if generates and on_cpu():
-        return _linear_on_cpu(x, weight, bias)
+        return _linear_on_cpu(x, weight, bias, row)
     # one row without a bias is one operation of MLX, which is as fast
     if generates and (bias is not None or x.size > x.shape[-1]) and linear_kernels.can_compute(x, weight):
         return linear_kernels.fused_linear(x, weight, bias)
@@ -109,8 +119,10 @@ def linear(x: Array, weight: Array, bias: Array | None = None, generates: bool =
     return mx.addmm(b, y, w).astype(x.dtype)
 
 
-def _linear_on_cpu(x: Array, weight: Array, bias: Array | None) -> Array:
+def _linear_on_cpu(x: Array, weight: Array, bias: Array | None, row: one_row.Product | None) -> Array:
     """Computes the same as `linear`, without a backward pass, in as few operations as possible."""
+    if row is not None and one_row.can_compute(x, row) and not cpu_products.can_compute(x, weight):
+        return one_row.product(x, row)
     if cpu_products.can_compute_half(x, weight):
         return cpu_products.half_product(x, weight, bias).astype(x.dtype)
     y = x
@@ -159,6 +171,7 @@ class Projections(nn.Module):
             self.ends.append(self.ends[-1] + layer.weight.shape[0])
         self.weight = self._join(layers, "weight", dtype)
         self.bias = self._join(layers, "bias", dtype) if "bias" in layers[0] else None
+        self._row = one_row.make_product(self.weight, self.bias)
 
     def _join(self, layers: Sequence[nn.Module], name: str, dtype: Dtype) -> Array:
         whole = array_of_parts([layer[name] for layer in layers])
@@ -173,7 +186,8 @@ class Projections(nn.Module):
         return cast
 
     def __call__(self, x: Array) -> list[Array]:
-        return list(mx.split(linear(x, self.weight, self.bias, generates=True), self.ends[1:-1], axis=-1))
+        y = linear(x, self["weight"], self.get("bias"), True, self.get("_row"))
+        return list(mx.split(y, self.ends[1:-1], axis=-1))
 
 
 class QuantizedProjections(Projections, QuantizedLayer):

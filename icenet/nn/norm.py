@@ -13,9 +13,9 @@ import mlx.nn as nn
 from icenet.core.config.transformer_plan import NormPlan
 from icenet.core.nn.norm import check_batch_norm
 from icenet.core.weights.layout import STATISTICS
-from icenet.nn import exact, training_kernels
+from icenet.nn import exact, one_row, training_kernels
 from icenet.nn.activations import activation as activate
-from icenet.nn.arrays import Array, is_half, on_cpu
+from icenet.nn.arrays import Array, Dtype, is_half, on_cpu
 
 
 class LayerNorm(nn.LayerNorm):
@@ -32,6 +32,9 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dims, eps)
 
     def __call__(self, x: Array) -> Array:
+        row = self.get("_row")
+        if row is not None and one_row.can_compute(x, row):
+            return one_row.norm(x, row)
         weight, bias = self["weight"], self["bias"]  # an attribute takes ten times as long
         if x.dtype == weight.dtype == bias.dtype == mx.float32 and on_cpu():  # nothing is cast: generation on a CPU
             return mx.fast.layer_norm(x, weight, bias, self.eps)
@@ -42,6 +45,11 @@ class LayerNorm(nn.LayerNorm):
         y, weight, bias = (array.astype(dtype) for array in (x, weight, bias))
         norm = _layer_norm if _has_wrong_gradient(y) else mx.fast.layer_norm
         return norm(y, weight, bias, self.eps).astype(x.dtype)
+
+    def prepare_generation(self, original: LayerNorm, dtype: Dtype) -> None:
+        """See `icenet.core.generation.copies`: prepares the norm of one row."""
+        self._row = one_row.make_norm(original.weight, original.bias, self.eps)
+        one_row.own_arrays(self, ("weight", "bias") if self._row else ())
 
 
 class RMSNorm(nn.RMSNorm):
@@ -61,6 +69,9 @@ class RMSNorm(nn.RMSNorm):
         self.init_scale = 0.0 if offset else 1.0
 
     def __call__(self, x: Array) -> Array:
+        row = self.get("_row")
+        if row is not None and one_row.can_compute(x, row):
+            return one_row.norm(x, row)
         if x.dtype == self.weight.dtype and not self.offset and not on_cpu():
             # its statistics are in fp32; it rounds before the product, too, as the models of transformers do
             return mx.fast.rms_norm(x, self.weight, self.eps)
@@ -73,6 +84,12 @@ class RMSNorm(nn.RMSNorm):
         if on_cpu():  # the fused operation sums the gradient of the weight term by term there
             return exact.scale(mx.fast.rms_norm(y, None, self.eps), weight).astype(x.dtype)
         return mx.fast.rms_norm(y, weight, self.eps).astype(x.dtype)
+
+    def prepare_generation(self, original: RMSNorm, dtype: Dtype) -> None:
+        """See `icenet.core.generation.copies`: prepares the norm of one row."""
+        weight = 1 + original.weight if self.offset else original.weight
+        self._row = one_row.make_norm(weight, None, self.eps)
+        one_row.own_arrays(self, ("weight",) if self._row else ())
 
 
 def _has_wrong_gradient(x: Array) -> bool:
