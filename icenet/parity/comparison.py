@@ -214,7 +214,7 @@ class ModuleComparison(Comparison):
             search.set_cause(self, pair, judgements)
 
     def gradients_agree(self, inputs: Inputs, a: Any, b: Any) -> bool:
-        options = {**self.options, "suggest": False, "copy_weights": True}
+        options = {**self.options, "suggest": False, "vary": False, "copy_weights": True}
         stages = ["structure", "forward", "loss", "gradients"]
         other = ModuleComparison(a, b, stages, self.dtype, self.seed, 0, options)
         return run_stages(other, [inputs]).passed
@@ -232,7 +232,8 @@ class ModuleComparison(Comparison):
             return
         stages = [stage.name for stage in self.report.stages if stage.status != states.SKIPPED]
         stages = stages[: stages.index(failed.name) + 1]
-        options = {**self.options, "suggest": False, "loss": None if failed.name == "forward" else self.losses}
+        losses = None if failed.name == "forward" else self.losses
+        options = {**self.options, "suggest": False, "vary": False, "loss": losses}
 
         def differs(inputs: Inputs) -> bool:
             other = ModuleComparison(self.user_a, self.user_b, stages, self.dtype, self.seed, 0, options)

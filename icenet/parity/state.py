@@ -67,6 +67,7 @@ class Comparison(ABC):
         mirrored: Paths in `b` of modules for which it was tried to mirror the uniform numbers of `a`, without effect.
         moved: Paths in `b` of the modules whose inputs have their channels last in `a`, and first in `b`.
         exchanged: Paths in `b` of the modules whose inputs are [B, L, ...] on one side, [L, B, ...] on the other.
+        tables: The ids that each embedding of `b` gets for the first inputs, and the number of rows of its table.
         tell: Shows the progress.
     """
 
@@ -114,6 +115,7 @@ class Comparison(ABC):
         self.moved: set[str] = set()
         self.exchanged: set[str] = set()
         self.mirrored: set[str] = set()
+        self.tables: list[tuple[Array, int]] = []
         self.modules: dict[str, Module] = {}
         self.tell: Progress = lambda stage, done, total: None
         if b.backend == "mlx":

@@ -40,10 +40,11 @@ def working_copy(module: nn.Module, dtype: str = "fp32", exact: bool = False) ->
     Args:
         module: Any module.
         dtype: fp32, bf16 or fp16, to which floating parameters and buffers are rounded. In fp32 the parameters are
-            those of `module`.
+            those of `module`, unless an embedding changes them in its call (`max_norm`).
         exact: Whether the copy computes in float64 on the CPU.
     """
     shares = dtype == "fp32" and not exact and all(p.dtype == torch.float32 for p in module.parameters())
+    shares = shares and all(getattr(inner, "max_norm", None) is None for inner in module.modules())
     memo: dict[int, Any] = {id(p): p for p in module.parameters()} if shares else {}
     memo |= held_results(module)
     with torch.no_grad():

@@ -35,7 +35,7 @@ class Origin(NamedTuple):
 
 def first_output(pair: Pair, judgements: Mapping[str, Judgement]) -> Origin | None:
     """Returns where in a replay a difference begins, in the order of the computation."""
-    places, at = pair.places(), " at larger inputs" if pair.larger is not None else ""
+    places, at = pair.places(), _inputs_of(pair)
     found = []
     last = max((event.number for event in pair.b.walk()), default=pair.b.number)
     for name, judgement in judgements.items():
@@ -53,6 +53,14 @@ def first_output(pair: Pair, judgements: Mapping[str, Judgement]) -> Origin | No
                 label = f"input of {relative(child.path, pair.path)}{at}"
                 found.append(Origin(child.b.number - 0.5, between(pair, child), label, name, judgement))
     return min(found, key=lambda origin: origin.order, default=None)
+
+
+def _inputs_of(pair: Pair) -> str:
+    """Returns which inputs a replay has that differs; empty for those of the run."""
+    if pair.larger is None:
+        return ""
+    kept = zip(pair.larger, pair.inputs("b"), strict=True)
+    return " at larger inputs" if all(new is own or new.is_float for new, own in kept) else " at other ids"
 
 
 def first_name(pair: Pair, judgements: Mapping[str, Judgement]) -> str:

@@ -159,6 +159,7 @@ class Result:
         seed: Seed of drawn inputs, cotangents and targets.
         inputs: Description of each input by name: dtype and shape, such as `float32 [2, 3, 32, 32]`.
         draws: Number of inputs that were compared, 1 for those of the user.
+        other_inputs: The inputs in place of which the difference needs other values; empty without one.
         replay: Path of the file with the smallest input that differs; empty without one.
         command: A command or program that repeats the comparison; empty if it is not known.
         losses: The losses of the stage training by role, "a", "b" and "reference"; empty without it. Those of the
@@ -181,6 +182,7 @@ class Result:
     seed: int = 0
     inputs: dict[str, str] = field(default_factory=dict)
     draws: int = 1
+    other_inputs: str = ""
     replay: str = ""
     command: str = ""
     losses: dict[str, list[float]] = field(default_factory=dict)
@@ -225,6 +227,8 @@ class Result:
         else:
             note = (row.note if row is not None else "") or stage.note
             parts.append(f"{note} ({stage.name})" if note else stage.name)
+        if self.other_inputs:
+            parts.append(f"with other values of {self.other_inputs}")
         if self.cause:
             parts.append(f"cause: {self.cause}")
         return "; ".join(filter(None, (*parts, self._weights())))

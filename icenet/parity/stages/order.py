@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from icenet.parity.calls import larger, replays, runs
+from icenet.parity.calls import larger, other_ids, replays, runs
 from icenet.parity.calls.events import Run
 from icenet.parity.calls.pairing import pair_calls
 from icenet.parity.calls.pairs import Pair
@@ -21,7 +21,7 @@ from icenet.parity.results import status as states
 from icenet.parity.results import tree
 from icenet.parity.results.report import Report
 from icenet.parity.results.result import Row, Stage
-from icenet.parity.stages import StageFailed, forward, gradients, structure, training, weights
+from icenet.parity.stages import StageFailed, forward, gradients, other_inputs, structure, training, weights
 from icenet.parity.state import Comparison
 from icenet.parity.yardstick import Judgement
 
@@ -37,6 +37,7 @@ def run_stages(c: Comparison, given: list[Inputs]) -> Report:
                 _run_on(c, inputs, first=index == 0)
                 if index == 0:
                     of_first = c.inputs_a, c.inputs_b, c.targets_a, c.targets_b
+            other_inputs.compare_other_inputs(c, given[0], _judge_evaluation)
             c.inputs_a, c.inputs_b, c.targets_a, c.targets_b = of_first
             c.store.free()
             if c.wants("optimizer") or c.wants("training"):
@@ -158,6 +159,7 @@ def _judge_evaluation(c: Comparison, stage: Stage, pairs: list[Pair], first: boo
         found |= replays.replay_all(c, [pair for pair in pairs if pair.b.number in again])
     elif first:
         found |= larger.replay_larger(c, pairs) | larger.replay_statistics(c, pairs)
+        found |= other_ids.replay_ids(c, pairs)
     forward.judge_forward(c, stage, pairs, found, "")
     if stage.status == states.FAILED:
         raise StageFailed
@@ -192,7 +194,7 @@ def _replay_training(
     _free(c, pairs, three)
     found = replays.replay_all(c, pairs, undecided)
     if larger_too and _agree(found):
-        found |= larger.replay_larger(c, pairs)
+        found |= larger.replay_larger(c, pairs) | other_ids.replay_ids(c, pairs)
     return _Calls(pairs, three, backward, found)
 
 

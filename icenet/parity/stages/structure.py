@@ -201,16 +201,14 @@ def compare_training_shapes(
     """
     c.inputs_a = inputs
     with contextlib.suppress(AmbiguousAxes, ModuleError, Draws):
-        return _paired(c, stage, run_training(c, inputs, []), None)
+        return paired(c, stage, run_training(c, inputs, []), None)
     return None
 
 
 def compare_shapes(c: Comparison, stage: Stage, inputs: Inputs) -> tuple[list[Pair], tuple[Run, Run, Run]]:
     """Runs all sides in evaluation mode, without gradients, and compares the shapes of all arguments and outputs."""
-    c.inputs_a = inputs
-    c.set_mode(False)
     try:
-        (own, noise, exact), failure = with_equal_draws(c, lambda: _forward_runs(c, inputs))
+        (own, noise, exact), failure = evaluation_runs(c, inputs)
     except Draws as error:
         raise UsageError(f"compare: {error} in evaluation mode, so no two runs are equal; give it a key") from None
     except ModuleError as error:
@@ -218,11 +216,23 @@ def compare_shapes(c: Comparison, stage: Stage, inputs: Inputs) -> tuple[list[Pa
             f"compare: b ({c.report.names[1]}) fails on the inputs, in {error.path or 'the model itself'}: "
             f"{error.reason}; give {option('inputs, or layout=')} that it accepts"
         ) from error
-    pairs, runs = _paired(c, stage, (own, noise, exact), failure)
+    pairs, runs = paired(c, stage, (own, noise, exact), failure)
     if c.losses is None and not any(item.is_float for item in pairs[0].b.outputs):
         for name in ("loss", "gradients", "optimizer", "training"):
             c.stages[name].status, c.stages[name].note = states.SKIPPED, "b returns no floats, so there is no loss"
     return pairs, runs
+
+
+def evaluation_runs(c: Comparison, inputs: Inputs) -> tuple[tuple[Run, Run, Run], ModuleError | None]:
+    """Runs all sides in evaluation mode; returns the runs, and the error of `a`.
+
+    Raises:
+        Draws: Modules draw random numbers that are not equal.
+        ModuleError: `b` fails.
+    """
+    c.inputs_a = inputs
+    c.set_mode(False)
+    return with_equal_draws(c, lambda: _forward_runs(c, inputs))
 
 
 def _forward_runs(c: Comparison, inputs: Inputs) -> tuple[tuple[Run, Run, Run], ModuleError | None]:
@@ -239,7 +249,7 @@ def _forward_runs(c: Comparison, inputs: Inputs) -> tuple[tuple[Run, Run, Run], 
     return (own, noise, exact), failure
 
 
-def _paired(
+def paired(
     c: Comparison, stage: Stage, runs: tuple[Run, Run, Run], failure: ModuleError | None
 ) -> tuple[list[Pair], tuple[Run, Run, Run]]:
     """Returns the calls of both sides, if the shapes of their arrays correspond and `a` did not fail."""

@@ -205,6 +205,20 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_probe.py::test_the_arrays_of_a_dataclass_are_recorded"],
         ),
     ],
+    "icenet/parity/variations.py": [
+        Fault(
+            "inputs with one value only keep it",
+            "if not _has_one_value(value.array):",
+            "if True:",
+            ["parity/test_other_inputs.py::test_a_mask_of_ones_that_one_side_ignores"],
+        ),
+        Fault(
+            "equal lengths keep their value",
+            "    smaller[0] = array[0]\n",
+            "    smaller[:] = array[0]\n",
+            ["parity/test_other_inputs.py::test_lengths_that_are_all_equal"],
+        ),
+    ],
     "icenet/parity/yardstick.py": [
         Fault(
             "a ratio of 80 passes",

@@ -101,6 +101,17 @@ FAULTS: dict[str, list[Fault]] = {
             ["parity/test_compare_idioms.py::test_a_fault_in_a_layer_that_is_called_three_times"],
         ),
     ],
+    "icenet/parity/calls/other_ids.py": [
+        Fault(
+            "rows that no call selects are not compared",
+            "if not len(unseen):",
+            "if True:",
+            [
+                "parity/test_other_inputs.py::test_ids_that_the_inputs_do_not_have",
+                "parity/test_other_inputs.py::test_rows_that_the_inputs_do_not_select",
+            ],
+        ),
+    ],
     "icenet/parity/calls/own_code.py": [
         Fault(
             "blocks of one class have equal code, whatever their attributes",
