@@ -140,7 +140,30 @@ class Positions(nn.Module):
 def test_a_class_with_arrays_that_the_original_does_not_save_is_not_tried() -> None:
     module = nn.Sequential(Positions(8, 6), nn.Linear(8, 8)).eval()
     x = torch.randn(2, 5, 8)
-    close(icenet.port(module, x).module(mx.array(x.numpy())), module(x))
+    port = icenet.port(module, x)
+    close(port.module(mx.array(x.numpy())), module(x))
+    assert any(note.startswith("Positions: not tried with other arguments, since") for note in port.report.notes)
+
+
+class Two(nn.Module):
+    """A module whose constructor takes no second value of one of its arguments."""
+
+    def __init__(self, dim: int, width: int, groups: int) -> None:
+        super().__init__()
+        if groups != 3:
+            raise ValueError("give 3 groups")
+        self.dim, self.width, self.groups = dim, width, groups
+        self.fc = nn.Linear(dim, width * groups)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x).view(*x.shape[:-1], self.groups, self.width).sum(-2)
+
+
+def test_arguments_of_a_class_that_are_not_tried_are_in_the_notes() -> None:
+    notes = icenet.port(nn.Sequential(Two(4, 5, 3), nn.ReLU()), torch.randn(2, 4)).report.notes
+    assert [note for note in notes if note.startswith("Two (groups): not tried with other arguments, since")]
+    notes = icenet.port(nn.Sequential(Given(nn.Tanh, 4), Given(nn.ReLU, 4)), torch.randn(2, 4)).report.notes
+    assert [note for note in notes if "not tried" in note and "an argument that the module does not keep" in note]
 
 
 class Rates(nn.Module):

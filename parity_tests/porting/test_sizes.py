@@ -117,3 +117,52 @@ def test_sizes_that_scale_gradients_alone_are_limits() -> None:
 
     port = icenet.port(Scaled(), torch.randn(3, 4))
     assert any("x.shape[1] * x.shape[0] == 12" in note for note in port.report.notes)
+
+
+class Kernels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(self.conv(x)).mean((2, 3))
+
+
+def test_images_smaller_than_a_kernel_are_an_error_as_in_pytorch() -> None:
+    port = icenet.port(Kernels(), torch.randn(2, 3, 8, 9))
+    x = torch.randn(2, 3, 4, 4)
+    close(port.module(mx.array(x.numpy())), Kernels.forward(icenet.to_torch(port.module, Kernels()), x))
+    for height, width in ((3, 8), (8, 2)):
+        with pytest.raises(ValueError, match=r"x has \d in dimension \d; the port was made for at least 4"):
+            port.module(mx.zeros((2, 3, height, width)))
+
+
+def test_a_row_that_the_input_lacks_is_an_error_as_in_pytorch() -> None:
+    class Fourth(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, 3] * 2
+
+    module = icenet.port(Fourth(), torch.randn(2, 6)).module
+    close(module(mx.ones((2, 4))), torch.full((2,), 2.0))
+    with pytest.raises(ValueError, match="x has 3 in dimension 1; the port was made for at least 4"):
+        module(mx.ones((2, 3)))
+
+
+class Line(nn.Module):
+    """The features of a line of text, whose height a convolution makes 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.conv = nn.MaxPool2d((2, 1)), nn.Conv2d(3, 4, (2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.pool(x))
+        assert x.shape[2] == 1
+        return x.squeeze(2).permute(2, 0, 1)
+
+
+def test_a_formula_of_an_open_size_that_is_one_is_left_out() -> None:
+    x = torch.randn(2, 3, 4, 9)
+    model, _ = ported(Line(), x)
+    theirs = Line()
+    close(icenet.from_torch(theirs, model)(mx.array(x.numpy())), theirs(x))

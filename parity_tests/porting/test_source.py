@@ -333,6 +333,21 @@ def test_a_softmax_over_one_element() -> None:
             close(ours, theirs)
 
 
+class Classes(nn.Module):
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(self.fc(x), dim=-1)
+
+
+def test_a_class_of_one_class() -> None:
+    made: dict[str, Any] = {}
+    exec(ported(Classes(), torch.randn(2, 4))[1], made)
+    assert not made["Classes"](num_classes=1)(mx.zeros((64, 4))).any()
+
+
 class Updated(nn.Module):
     """Buffers that are read before they change, and whose values depend on each other."""
 

@@ -150,7 +150,7 @@ class Attempts:
         ]
         if whole.wrong:
             refused = {**refused, plan.class_name: {name: [value] for name, value in whole.wrong.items()}}
-        return lambda source: _refusing(source, refused), [*whole.notes(), *notes]
+        return lambda source: _refusing(source, refused), [*whole.notes(), *inner.notes(), *notes]
 
     def in_dtype(self, attempt: Attempt, dtype: str) -> Plan:
         """Returns the plan of an attempt for weights of a dtype of MLX, such as "bfloat16"."""

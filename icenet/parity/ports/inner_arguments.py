@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from icenet.core import backends
+from icenet.core.messages import first_line, some
 from icenet.core.models import modules
 from icenet.core.porting.build import Plan
 from icenet.core.porting.names import native, new_names
@@ -30,6 +32,10 @@ Axes = list[tuple[int, ...]]
 """For each of some arrays: the axes of the original in the order of the port."""
 
 
+class _NotTried(Exception):
+    """Why a class is not tried, as text."""
+
+
 class InnerArguments(ArgumentTrials):
     """Tries the classes within a port; see `ArgumentTrials`."""
 
@@ -37,66 +43,106 @@ class InnerArguments(ArgumentTrials):
         super().__init__(plan, module, weights, example)
         self.wrong: dict[str, dict[str, list[Any]]] = {}
         """For each class the arguments with which it differs, with the values of its instances."""
+        self.untried: dict[str, list[str]] = {}
+        """The classes, or classes with some arguments, that were not tried, by the reason; no layers of PyTorch."""
 
     def try_all(self) -> None:
-        """Tries each class of which the port has an instance with numbers as arguments, and fills `wrong`."""
+        """Tries each class of which the port has an instance with numbers as arguments; fills `wrong`, `untried`."""
         source = self.load.run_source(self.plan.source, self.plan.class_name)
         instances = backends.module("mlx", "porting.instances").record(source)
         model = getattr(source, self.plan.class_name)()
         self.load.assign(model, self.plan.native(self.weights))
+        made_of: dict[str, list[dict[str, Any]]] = {}
+        for key, item in instances.items():
+            if key != id(model) and _numbers(item.made):
+                made_of.setdefault(item.kind, []).append(item.made)
         arrays = single_arrays(self.example)
         try:
             with self.load.mode(model, False):
                 self.load.run(model, arrays, self.plan.arguments)
             calls = self.torch.first_calls(self.module, *with_arrays(self.example, arrays))
-        except Exception:  # whatever a source or a user's code raises
+        except Exception as error:  # whatever a source or a user's code raises
+            self._not_tried(f"a call with the arrays of the example fails ({first_line(error)})", made_of)
             return
-        made_of: dict[str, list[dict[str, Any]]] = {}
-        for item in instances.values():
-            made_of.setdefault(item.kind, []).append(item.made)
         names = new_names(self.plan.graph, self.plan.train)
-        tried: dict[str, list[str]] = {}
+        left = dict(made_of)
         for path, inner in self.module.named_modules():
             port = _at(model, native(path, names)) if path else None
-            made = instances.get(id(port))
-            kind = type(port).__name__
-            if made is None or not made.called or path not in calls:
+            made, kind = instances.get(id(port)), type(port).__name__
+            if made is None or not made.called or path not in calls or kind not in left:
                 continue
-            if kind not in tried:
-                tried[kind] = self._wrong(inner, calls[path], getattr(source, kind), made)
-        for kind, wrong in tried.items():
+            del left[kind]
+            wrong, untried = self._wrong(inner, calls[path], getattr(source, kind), made)
+            if type(inner).__module__.partition(".")[0] != "torch":
+                for reason, text in untried.items():
+                    self._not_tried(reason, [text])
             if wrong:
                 self.wrong[kind] = {name: [given[name] for given in made_of[kind]] for name in wrong}
+        self._not_tried("no module of the original has their place and is called", left)
 
-    def _wrong(self, inner: Any, call: Arguments, kind: Any, made: Any) -> list[str]:
-        """Returns the arguments of a class with which it computes something else than the original's."""
-        numbers = {name: value for name, value in made.made.items() if type(value) in (bool, int, float)}
-        arguments = self.torch.arguments_of(inner, numbers)
-        like = self.torch.made(inner, arguments) if arguments and _size(inner) <= _LARGEST else None
-        if arguments is None or like is None or not self.torch.is_like(inner, like):
-            return []
-        given = arrays_of(made.called[:2])
-        axes = [_axes(theirs, ours) for theirs, ours in zip(arrays_of(call), given, strict=False)]
-        if None in axes or len(axes) != len(given) or len(given) != len(arrays_of(call)):
-            return []
-        try:
-            results = self._outputs(like, kind(**made.made), made, call, [item for item in axes if item is not None])
-        except Exception:  # weights with other axes in a port by itself, or buffers that the original does not save
-            return []
-        if results is None:
-            return []
-        found = [_axes(one.array, other) for one, other in zip(results[0].values(), results[2], strict=False)]
-        if None in found or len(results[0]) != len(results[2]):
-            return []
-        both = ([item for item in axes if item is not None], [item for item in found if item is not None])
+    def _not_tried(self, reason: str, kinds: Iterable[str]) -> None:
+        for kind in kinds:
+            self.untried.setdefault(reason, []).append(kind)
+
+    def notes(self) -> list[str]:
+        """Returns what a report says of the classes that were not tried."""
         return [
-            name for name in numbers if name in arguments and not self._agrees(inner, call, kind, made, name, *both)
+            f"{some(kinds, 8)}: not tried with other arguments, since {reason}; compare a module that you make"
+            for reason, kinds in self.untried.items()
         ]
+
+    def _wrong(self, inner: Any, call: Arguments, kind: Any, made: Any) -> tuple[list[str], dict[str, str]]:
+        """Returns the arguments of a class with which it computes something else than the original's, and those that
+        were not tried, or the class, by the reason."""
+        try:
+            both = self._orders(inner, call, kind, made)
+        except _NotTried as reason:
+            return [], {str(reason): made.kind}
+        arguments = self.torch.arguments_of(inner, made.made)
+        names = list(_numbers(made.made))
+        own = [name for name in names if name in arguments]
+        agrees = {name: self._agrees(inner, call, kind, made, name, *both) for name in own}
+        untried = {
+            "the original has no such argument": [name for name in names if name not in own],
+            "the original accepts no other value": [name for name, agreed in agrees.items() if agreed is None],
+        }
+        return (
+            [name for name, agreed in agrees.items() if agreed is False],
+            {reason: f"{made.kind} ({', '.join(left)})" for reason, left in untried.items() if left},
+        )
+
+    def _orders(self, inner: Any, call: Arguments, kind: Any, made: Any) -> tuple[Axes, Axes]:
+        """Returns the axes of the inputs and of the outputs of a class, which agrees with its own arguments.
+
+        Raises:
+            _NotTried: It cannot be made and called by itself.
+        """
+        arguments = self.torch.arguments_of(inner, _numbers(made.made))
+        if arguments is None:
+            raise _NotTried("PyTorch's class needs an argument that the module does not keep")
+        if _size(inner) > _LARGEST:
+            raise _NotTried(f"a module has more than {_LARGEST} numbers")
+        like = self.torch.made(inner, arguments)
+        if like is None or not self.torch.is_like(inner, like):
+            raise _NotTried("PyTorch's class makes another module of the arguments that the module keeps")
+        given = arrays_of(made.called[:2])
+        axes = _all_axes(arrays_of(call), given)
+        if axes is None:
+            raise _NotTried("the port calls them with other arrays than the original does")
+        try:
+            results = self._outputs(like, kind(**made.made), made, call, axes)
+        except Exception as error:  # weights with other axes in a port by itself, or buffers that are not saved
+            raise _NotTried("they cannot be made and run by themselves") from error
+        found = results and _all_axes([value.array for value in results[0].values()], results[2])
+        if found is None:
+            raise _NotTried("they return something else by themselves")
+        return axes, found
 
     def _agrees(
         self, inner: Any, call: Arguments, kind: Any, made: Any, name: str, axes: Axes, returned: Axes
-    ) -> bool:
-        """Returns whether a class computes what the original's computes with other values of an argument."""
+    ) -> bool | None:
+        """Returns whether a class computes what the original's does with other values of an argument; None if the
+        original accepts none."""
         before, tried = made.made[name], 0
         arguments = self.torch.arguments_of(inner, made.made)
         shapes = [item.shape for item in arrays_of(call)]
@@ -129,7 +175,7 @@ class InnerArguments(ArgumentTrials):
                 break
             if tried == TRIED:
                 break
-        return True
+        return True if tried else None
 
     def _outputs(
         self, other: Any, model: Any, made: Any, call: Arguments, axes: Axes
@@ -151,6 +197,11 @@ def _size(module: Any) -> int:
     return sum(value.numel() for value in module.state_dict().values())
 
 
+def _numbers(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that are numbers."""
+    return {name: value for name, value in made.items() if type(value) in (bool, int, float)}
+
+
 def _at(model: Any, path: str) -> Any:
     """Returns the module at a path of a port, None if it has none there."""
     for part in path.split("."):
@@ -159,6 +210,13 @@ def _at(model: Any, path: str) -> Any:
         except (KeyError, IndexError, TypeError, ValueError):
             return None
     return model
+
+
+def _all_axes(theirs: Sequence[np.ndarray], ours: Sequence[np.ndarray]) -> Axes | None:
+    """Returns `_axes` of each of some arrays, None if one of them is another array."""
+    found = [_axes(one, other) for one, other in zip(theirs, ours, strict=False)]
+    axes = [item for item in found if item is not None]
+    return axes if len(axes) == len(theirs) == len(ours) else None
 
 
 def _axes(theirs: np.ndarray, ours: np.ndarray) -> tuple[int, ...] | None:

@@ -18,6 +18,7 @@ from icenet.core.errors import PortError
 from icenet.core.porting.build import Plan
 from icenet.parity.ports import places as proof_places
 from icenet.parity.ports.inputs import Arguments, arrays_of, other_sizes, sizes_text, with_sizes
+from icenet.parity.ports.least_sizes import least_sizes
 from icenet.parity.ports.limits import MOST, Guard, Place, find_limits
 from icenet.parity.ports.pair import OriginalFails, Pair, mode_name
 from icenet.parity.ports.remainders import with_remainders
@@ -213,6 +214,11 @@ class Proof:
             texts.append(f"{name} has {limits}")
         texts += [guard.texts(lambda place: f"{names[place[0]]}.shape[{place[1]}]")[0] for guard in found.guards]
         report.notes += [f"{text}; beyond, the port computes something else than the module" for text in texts]
+        for (number, dim), least in sorted(least_sizes(self.plan, self.example, self._runs).items()):
+            name = names[number]
+            low, high = report.limits.get(name, {}).get(dim, [None, None])
+            if dim not in report.fixed.get(name, {}) and (low or 1) < least:
+                report.limits.setdefault(name, {})[dim] = [least, high]  # no note, as the module has this limit
 
 
 def _fixed_places(plan: Plan) -> dict[int, list[Place]]:

@@ -85,6 +85,14 @@ FAULTS: dict[str, list[Fault]] = {
             ["porting/test_proof.py::test_unusual_sizes_are_compared"],
         ),
     ],
+    "icenet/parity/ports/inner_arguments.py": [
+        Fault(
+            "a class of a port agrees with other arguments if none was tried",
+            "return True if tried else None",
+            "return True",
+            ["porting/test_other_arguments.py::test_arguments_of_a_class_that_are_not_tried_are_in_the_notes"],
+        ),
+    ],
     "icenet/parity/ports/port.py": [
         Fault(
             "a port with another fixed size is called",
@@ -108,6 +116,12 @@ FAULTS: dict[str, list[Fault]] = {
         ),
     ],
     "icenet/parity/ports/proof.py": [
+        Fault(
+            "a port takes images smaller than a kernel",
+            "(low or 1) < least",
+            "False",
+            ["porting/test_sizes.py::test_images_smaller_than_a_kernel_are_an_error_as_in_pytorch"],
+        ),
         Fault(
             "a jump of a port may be at another place",
             "if place := proof_places.jump_that_differs(self.plan, self.program, self.module, self.example):",

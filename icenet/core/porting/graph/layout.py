@@ -408,7 +408,7 @@ class _Pass(Orders):
             self.emit(node, self.plain_all(node.args))
             return
         dims = [item % ndim for item in (dim if isinstance(dim, list) else [dim])]
-        if node.base == "squeeze":
+        if node.base == "squeeze" and len(dims) > ndim - node.out.ndim:  # an open size may be 1, too
             dims = [item for item in dims if self.shape(name)[item] == 1]
         kept = [axis for axis in order if axis not in dims]
         new = tuple(sorted(kept).index(axis) for axis in kept)

@@ -180,12 +180,7 @@ def log_softmax(n: Operation) -> str:
         return n.cast("self", n.out.dtype)
     if not n.out.ndim:
         return f"mx.zeros_like({n.cast('self', n.out.dtype)})"
-    size = n.out.shape[n.args["dim"]]
-    if size == 1:
-        return f"mx.zeros_like({n.cast('self', n.out.dtype)})"
-    if isinstance(size, str):  # it may be 1
-        return n.call("log_softmax", n.cast("self", n.out.dtype), n["dim"])
-    return f"nn.log_softmax({n.cast('self', n.out.dtype)}, axis={n['dim']})"
+    return n.call("log_softmax", n.cast("self", n.out.dtype), n["dim"])
 
 
 @entry("softmin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -102,7 +103,8 @@ def squeeze(n: Operation) -> str:
         listed = [axis for axis, size in enumerate(tensor.shape) if size == 1]
     else:
         listed = [dim % max(tensor.ndim, 1) for dim in (dims if isinstance(dims, list) else [dims])]
-        listed = [dim for dim in listed if tensor.ndim and tensor.shape[dim] == 1]
+        if len(listed) > tensor.ndim - n.out.ndim:  # else an open size is 1 as well
+            listed = [dim for dim in listed if tensor.ndim and tensor.shape[dim] == 1]
     if not listed:
         return n["self"]
     return f"{n.atom('self')}.squeeze({listed[0] if len(listed) == 1 else tuple(listed)})"
@@ -120,6 +122,13 @@ def expand(n: Operation) -> str:
     sizes = [size if isinstance(size, (int, Ref)) else -1 for size in sizes]
     if -1 in sizes and not n["self"].isidentifier():
         return n.call("expand", n["self"], n["size"])
+    is_kept = [index >= added and size == tensor.shape[index - added] for index, size in enumerate(sizes)]
+    first = len(sizes) - len([*itertools.takewhile(bool, reversed(is_kept))])
+    is_number = any(type(size) is int and size not in (1, -1) for size in sizes[first:])
+    if is_number and -1 not in sizes and re.fullmatch(r"[\w.]+", n["self"]):  # the operand's own sizes
+        own = f"{n['self']}.shape"
+        rest = f"*{own}[{first - added}:]" if len(sizes) - first > 1 else f"{own}[-1]"
+        return f"mx.broadcast_to({n['self']}, ({', '.join([*map(n.source, sizes[:first]), rest])}))"
     given = [
         f"{n.atom('self')}.shape[{index - added}]" if size == -1 else n.source(size)
         for index, size in enumerate(sizes)
