@@ -28,6 +28,7 @@ TORCH_FILES = {
 MLX_FILES = {
     "nn.device_limits",  # of the kernels below; Triton asks the device itself
     "nn.recurrence",  # loops over time and their kernels; PyTorch's own functions compute whole sequences
+    "nn.one_row",  # PyTorch starts an operation in less time, and its norm is one
     "nn.cuda",  # sources of CUDA kernels; those of PyTorch are in Triton
     "tools.ports",  # of modules of PyTorch
     "engine.compiled",  # PyTorch captures the passes of a step
@@ -50,6 +51,7 @@ ONE_SIDED = {
     "nn.conv": {"Conv2d.reset_parameters"},
     # MLX images have channels last; PyTorch reads into tensors that it does not fill, and tells where they are
     "nn.arrays": {"triton_kernels", "to_channels_first", "filled", "device_index", "address", "array_of_parts"},
+    "nn.norm": {"LayerNorm.prepare_generation", "RMSNorm.prepare_generation"},  # for nn.one_row
     "nn.loss": {"register_for_compiler"},  # mx.compile needs no registration
     "nn.dropout": {"masked_scale"},  # MLX draws threefry numbers itself
     # PyTorch is accurate there
