@@ -166,7 +166,7 @@ def batch_command(**options: Any) -> None:
 
 
 def _bits(ctx: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    from icenet.core.weights.packed import BITS
+    from icenet.core.weights.quantization import BITS
 
     found = _numbers(ctx, parameter, value) or []
     if not set(found) <= set(BITS):

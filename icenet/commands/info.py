@@ -11,7 +11,8 @@ from icenet.core.config import Config, CustomConfig, presets
 from icenet.core.engine import parameter_groups
 from icenet.core.report.console import new_console
 from icenet.core.runs import open_model
-from icenet.core.weights.packed import Quantization, describe, packed_of
+from icenet.core.weights.packed import packed_of
+from icenet.core.weights.quantization import Quantization, describe
 
 
 @dataclass(frozen=True)

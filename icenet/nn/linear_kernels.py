@@ -1,6 +1,6 @@
 """CUDA kernel for linear layers of a few rows, MLX: norm, product, bias, activation and residual in one.
 
-Weights are floating or packed ones in the format of `icenet.core.weights.packed`.
+Weights are floating or packed ones in the format of `icenet.core.weights.quantization`.
 """
 
 from __future__ import annotations

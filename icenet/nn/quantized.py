@@ -1,4 +1,4 @@
-"""Layers with quantized weights, MLX: the format of `icenet.core.weights.packed`."""
+"""Layers with quantized weights, MLX: the format of `icenet.core.weights.quantization`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from icenet.core.errors import UsageError
-from icenet.core.weights.packed import BITS, DEFAULT_GROUP_SIZE, GROUP_SIZES, Quantization
+from icenet.core.weights.quantization import BITS, DEFAULT_GROUP_SIZE, GROUP_SIZES, Quantization
 from icenet.nn import linear_kernels
 from icenet.nn.arrays import Array, on_cpu, product_dtype
 from icenet.nn.embedding import Embedding

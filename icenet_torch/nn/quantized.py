@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from icenet.core.weights.packed import GROUP_SIZES, Quantization
+from icenet.core.weights.quantization import GROUP_SIZES, Quantization
 from icenet_torch.nn.arrays import Array, product_dtype
 
 _BITS = 4

@@ -22,7 +22,8 @@ from icenet.core.families import FAMILIES, folder
 from icenet.core.families.weights import family_tensors
 from icenet.core.runs.open_model import open_target
 from icenet.core.weights import files as weight_files
-from icenet.core.weights.packed import Quantization, packed_of
+from icenet.core.weights.packed import packed_of
+from icenet.core.weights.quantization import Quantization
 from icenet.parity.yardstick import judge
 
 pytest.importorskip("mlx.core")

@@ -20,7 +20,8 @@ from icenet.core.tokenizers import tokenizer_files
 from icenet.core.weights import hub
 from icenet.core.weights.convert import FORMS, Conversion, convert, destination_file, refuse_existing
 from icenet.core.weights.files import DEFAULT_NAME
-from icenet.core.weights.packed import describe, packed_of
+from icenet.core.weights.packed import packed_of
+from icenet.core.weights.quantization import describe
 
 _OF_A_MODEL = ("model", "kinds", "shapes", "names", "shared", "aliases", "arrays", "companions")
 """Arguments of `convert` that determine a model in Python."""

@@ -29,7 +29,8 @@ from icenet.core.weights.arrays import RenamedWeights
 from icenet.core.weights.convert import PICKLED, Conversion, Summary, summary
 from icenet.core.weights.files import Array, Progress
 from icenet.core.weights.gguf import SUFFIX as GGUF_SUFFIX
-from icenet.core.weights.packed import PackedWeights, describe, packed_of, settings_of
+from icenet.core.weights.packed import PackedWeights, packed_of
+from icenet.core.weights.quantization import describe, settings_of
 from icenet.core.weights.quantized import KEYS as QUANTIZATION_KEYS
 
 FORM, MLX_LM = "hf", "mlx-lm"

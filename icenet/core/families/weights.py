@@ -14,7 +14,8 @@ from icenet.core.families.family import Family
 from icenet.core.families.tensors import Row, Shape, Tensor, tensors
 from icenet.core.weights.arrays import RenamedWeights, WeightsView
 from icenet.core.weights.files import FAMILY, Array, StoredWeights
-from icenet.core.weights.packed import KINDS, PackedView, Quantization, StoredPacked
+from icenet.core.weights.packed import KINDS, PackedView, StoredPacked
+from icenet.core.weights.quantization import Quantization
 from icenet.core.weights.quantized import MlxWeights
 from icenet.core.weights.safetensors import Spec, release, spec_of
 

@@ -17,10 +17,11 @@ from icenet.core.generation.request import Tokens
 from icenet.core.models import init, inputs
 from icenet.core.models.generation import GenerationMixin
 from icenet.core.nn.dropout import dropout_keys, dropout_layers, seed_dropouts
-from icenet.core.weights import arrays, layout, packed, sharing
+from icenet.core.weights import arrays, layout, quantization, sharing
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.origin import Origin
-from icenet.core.weights.packed import KINDS, Quantization
+from icenet.core.weights.packed import KINDS
+from icenet.core.weights.quantization import Quantization
 from icenet.core.weights.safetensors import release
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -87,7 +88,7 @@ class ModelBase(GenerationMixin):
             lines.append(f"  {part + repeat:<24}{size:>14,}")
         fp32, fp16 = self.memory("fp32") / 1e6, self.memory("fp16") / 1e6
         if quantized := self.quantized_layers():
-            lines.append(f"  {'values':<24}{sum(sizes.values()):>14,}   {packed.describe(quantized)}")
+            lines.append(f"  {'values':<24}{sum(sizes.values()):>14,}   {quantization.describe(quantized)}")
         else:
             lines.append(f"  {'parameters':<24}{self.num_params:>14,}   {fp32:,.1f} MB fp32, {fp16:,.1f} MB fp16")
         return "\n".join(lines)

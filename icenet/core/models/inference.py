@@ -22,16 +22,13 @@ from icenet.core.tokenizers.huggingface import HFTokenizer
 from icenet.core.weights.arrays import Array, float_dtype
 from icenet.core.weights.origin import Origin
 from icenet.core.weights.packed import (
-    DEFAULT_GROUP_SIZE,
     KINDS,
     DequantizedWeights,
     PackedWeights,
     QuantizedWeights,
-    check,
-    describe,
-    layers_to_quantize,
     packed_of,
 )
+from icenet.core.weights.quantization import DEFAULT_GROUP_SIZE, check, describe, layers_to_quantize
 
 
 def build_for_inference(
@@ -107,7 +104,7 @@ def quantized(
     Args:
         config: The configuration of the model.
         weights: Canonical weights.
-        bits: See `icenet.core.weights.packed.check`; None returns the weights as they are.
+        bits: See `icenet.core.weights.quantization.check`; None returns the weights as they are.
         group_size: See there; None is 64.
 
     Raises:

@@ -30,7 +30,7 @@ from icenet.core.tokenizers.base import TOKENIZER_FILE
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.convert import PICKLED
 from icenet.core.weights.origin import Origin
-from icenet.core.weights.packed import Quantization, metadata_of
+from icenet.core.weights.quantization import Quantization, metadata_of
 
 RECORD = "icenet_files"
 """Key of the metadata that marks the weights of a saved model."""

@@ -22,7 +22,8 @@ from icenet.core.tokenizers import tokenizer_files
 from icenet.core.tokenizers.bytes import ByteTokenizer
 from icenet.core.training.notices.changed_keys import of_model, value
 from icenet.core.weights.origin import Origin
-from icenet.core.weights.packed import describe, packed_of
+from icenet.core.weights.packed import packed_of
+from icenet.core.weights.quantization import describe
 
 HEAD = ("output", "distillation_output")
 """Beginnings of the paths of a classifier's output layers."""

@@ -29,7 +29,8 @@ from icenet.core.weights import formats, layout, prefixes, sharing
 from icenet.core.weights.arrays import RenamedWeights
 from icenet.core.weights.files import Array, Progress
 from icenet.core.weights.gguf import is_gguf
-from icenet.core.weights.packed import METADATA, Quantization, describe, packed_of
+from icenet.core.weights.packed import packed_of
+from icenet.core.weights.quantization import METADATA, Quantization, describe
 from icenet.core.weights.quantized import read_saved
 from icenet.core.weights.safetensors import dtype_name, spec_of
 

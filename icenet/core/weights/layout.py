@@ -48,7 +48,7 @@ def _axes(*to_mlx: int) -> Rule:
 SAME = Rule()
 ANY = "*"  # any name of a parameter
 _AFFINE = {"weight": SAME, "bias": SAME}
-_PACKED = {"scales": SAME, "biases": SAME}  # of a layer that is quantized (see `icenet.core.weights.packed`)
+_PACKED = {"scales": SAME, "biases": SAME}  # of a layer that is quantized (see `icenet.core.weights.quantization`)
 
 RULES: dict[str, dict[str, Rule]] = {
     "linear": _AFFINE | _PACKED,  # [out, in]

@@ -22,16 +22,9 @@ import numpy as np
 from icenet.core.errors import ConfigError, WeightsError
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.files import Array, StoredWeights
-from icenet.core.weights.packed import (
-    BITS,
-    KINDS,
-    DequantizedWeights,
-    Quantization,
-    StoredPacked,
-    dequantize,
-    stated_settings,
-    unpack,
-)
+from icenet.core.weights.packed import KINDS, DequantizedWeights, StoredPacked
+from icenet.core.weights.packing import dequantize, unpack
+from icenet.core.weights.quantization import BITS, Quantization, stated_settings
 from icenet.core.weights.safetensors import Spec
 
 KEYS = ("quantization", "quantization_config")

@@ -13,25 +13,19 @@ import pytest
 from helpers import is_one_line, same_bits
 
 from icenet.core.errors import IceNetError, UsageError
-from icenet.core.weights.packed import (
+from icenet.core.weights.packed import KINDS, DequantizedWeights, QuantizedWeights, packed_of
+from icenet.core.weights.packing import dequantize, pack, quantize, unpack
+from icenet.core.weights.quantization import (
     BITS,
     GROUP_SIZES,
-    KINDS,
     METADATA,
-    DequantizedWeights,
     Quantization,
-    QuantizedWeights,
     check,
-    dequantize,
     describe,
     layers_to_quantize,
     metadata_of,
-    pack,
-    packed_of,
-    quantize,
     settings_of,
     stated_settings,
-    unpack,
 )
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -68,7 +62,7 @@ def test_the_formula_has_the_bits_of_mlx(bits: int, dtype: str) -> None:
 def test_a_large_weight_is_quantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(1).standard_normal((3, 16, 64)).astype(np.float32)
     whole = quantize(weight, Quantization(4, 32))
-    monkeypatch.setattr("icenet.core.weights.packed._CHUNK_VALUES", 96)
+    monkeypatch.setattr("icenet.core.weights.packing._CHUNK_VALUES", 96)
     parts = quantize(weight, Quantization(4, 32))
     assert same_bits(dict(zip(KINDS, parts, strict=True)), dict(zip(KINDS, whole, strict=True)))
     values, again = np.empty_like(weight), np.empty_like(weight)

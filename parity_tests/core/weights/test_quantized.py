@@ -20,7 +20,7 @@ from icenet.core.families import FAMILIES, folder
 from icenet.core.families.weights import family_tensors
 from icenet.core.weights import files as weight_files
 from icenet.core.weights.files import StoredWeights
-from icenet.core.weights.packed import unpack
+from icenet.core.weights.packing import unpack
 from icenet.core.weights.quantized import dequantized
 from icenet.core.weights.safetensors import Spec
 
