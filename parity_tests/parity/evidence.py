@@ -4,11 +4,12 @@
     python -m parity_tests.parity.evidence faults
     python -m parity_tests.parity.evidence models --count 1000 --seed 1 --out models.json
 
-`faults` plants each fault of `pairs.py` and `family_faults.py` and counts those that are found, found at their own
-module, and whose cause is named. `models` compares random correct models of `written_pairs.py` and `random_pairs.py`.
-The models are divided among the settings of instructions and threads of `sweep.environments`, a process each. Both
-judge the outputs of the same pairs by fixed tolerances as well. All depends on the seed only, but for the rounding of
-the processor. One fault or model takes about a second, so `all` takes 20 minutes of processor time.
+`faults` plants each fault of `pair_faults.py` and `family_faults.py` and counts those that are found, found at their
+own module, and whose cause is named. `models` compares random correct models of `written_pairs.py` and
+`random_pairs.py`. The models are divided among the settings of instructions and threads of `sweep.environments`, a
+process each. Both judge the outputs of the same pairs by fixed tolerances as well. All depends on the seed only, but
+for the rounding of the processor. One fault or model takes about a second, so `all` takes 20 minutes of
+processor time.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ import icenet.blas
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import torch
-from pairs import FAULTS as PAIR_FAULTS
-from pairs import PAIRS, Fault, draw, randomized, tokens
+from pair_faults import FAULTS as PAIR_FAULTS
+from pair_faults import PAIRS
+from pairs import Fault, draw, randomized, tokens
 
 import icenet
 from icenet import nn as ops

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as T
-from pairs import FAULTS, PAIRS, Fault, draw, with_equal_weights
+from pair_faults import FAULTS, PAIRS
+from pairs import Fault, draw, with_equal_weights
 from random_pairs import make
 
 import icenet

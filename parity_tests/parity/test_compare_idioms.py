@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.nn as T
 import torch.nn.functional as F
-from pairs import PAIRS, draw, tokens, with_equal_weights
+from pair_faults import PAIRS
+from pairs import draw, tokens, with_equal_weights
 
 import icenet
 from icenet.parity import align, compare, inputs
