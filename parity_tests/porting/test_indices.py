@@ -141,3 +141,13 @@ def test_a_part_that_is_changed_in_place_is_written_once() -> None:
     assert np.allclose(np.array(port.module(mx.array(x.numpy()))), PartsChangedInPlace()(x), atol=1e-6)
     call = port.source[port.source.index("def __call__") :]
     assert call.count("put(") + call.count("] = ") == 4, call
+
+
+def test_a_place_of_a_grid_that_is_no_number_reads_no_other_memory() -> None:
+    class Sampled(nn.Module):
+        def forward(self, x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+            return nn.functional.grid_sample(x, grid, align_corners=True)
+
+    x, grid = torch.randn(2, 3, 5, 4), torch.randn(2, 6, 7, 2)
+    grid[0, 0, 0], grid[1, 2, 3] = float("nan"), float("inf")
+    close(ported(Sampled(), x, grid)[0](mx.array(x.numpy()), mx.array(grid.numpy())), Sampled()(x, grid))

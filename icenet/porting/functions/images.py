@@ -340,8 +340,9 @@ def grid_sample(x, grid, mode=0, padding=0, align_corners=False):
             size = sizes[axis]
             if mode == 2:
                 index = _reflected(index, size, padding, align_corners)
-            inside = inside & (index >= 0) & (index <= size - 1)
-            flat = flat * size + mx.minimum(mx.maximum(mx.stop_gradient(index), 0), size - 1).astype(mx.int32)
+            within = (index >= 0) & (index <= size - 1)  # not if it is NaN, which is no index
+            inside = inside & within
+            flat = flat * size + mx.where(within, mx.stop_gradient(index), 0).astype(mx.int32)
         images = x.reshape(x.shape[0], -1, x.shape[-1])
         rows = mx.arange(x.shape[0]).reshape([-1] + [1] * (flat.ndim - 1))
         return mx.where(inside[..., None], images[rows, flat], 0)
