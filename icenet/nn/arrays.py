@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import math
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
@@ -60,21 +59,6 @@ def device_index(device: mx.Device) -> int:
 def on_cpu() -> bool:
     """Returns whether MLX's default device is the CPU. In `ModelBase.arithmetic` it is the model's device."""
     return mx.default_device().type == mx.DeviceType.cpu
-
-
-def has_values(*arrays: Array | None) -> bool:
-    """Returns whether numpy can read the memory of arrays, which are then evaluated: on a Linux CPU, not bfloat16.
-
-    Inside `mx.compile` and `mx.vmap` arrays have no values. Inside `mx.grad` and `mx.vjp` they have.
-    """
-    given = [array for array in arrays if array is not None]
-    if sys.platform != "linux" or not on_cpu() or any(array.dtype == mx.bfloat16 for array in given):
-        return False
-    try:
-        mx.eval(given)
-    except ValueError:  # MLX has no function that tells whether it traces
-        return False
-    return True
 
 
 def is_half(x: Array) -> bool:

@@ -7,14 +7,10 @@ from typing import Any
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 
 import mlx.core as mx
-import numpy as np
 
 from icenet.core.nn.loss import rows_of_a_chunk
 from icenet.nn import exact, training_kernels
-from icenet.nn.arrays import Array, cast_weight, has_values, is_half
-
-_BLOCK = 1 << 15
-"""Number of logits that numpy computes together: 128 kB of the cache of a core."""
+from icenet.nn.arrays import Array, cast_weight, is_half
 
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
@@ -103,8 +99,6 @@ def _chunk(logits: Array, labels: Array, count: Array, softcap: float | None) ->
     """Returns the losses of rows of logits, and the gradient of the logits."""
     if training_kernels.has_kernels():
         return training_kernels.cross_entropy(logits, labels, count, softcap)
-    if logits.dtype == mx.float32 and has_values(logits, labels, count):
-        return _chunk_on_host(logits, labels, count, softcap)
     counted, chosen = labels >= 0, mx.maximum(labels, 0)[:, None]
     values = logits.astype(mx.float32)
     bounded = None
@@ -119,36 +113,6 @@ def _chunk(logits: Array, labels: Array, count: Array, softcap: float | None) ->
     if bounded is not None:
         gradient = gradient * (1 - mx.square(bounded))
     return mx.where(counted, losses.squeeze(-1), 0), gradient.astype(logits.dtype)
-
-
-def _chunk_on_host(logits: Array, labels: Array, count: Array, softcap: float | None) -> tuple[Array, Array]:
-    """Computes `_chunk` with numpy on a Linux CPU. The gradient is written into the memory of the logits.
-
-    On x86-64 MLX computes exp one value at a time. numpy uses vector instructions, and the values of a block stay in
-    the cache of a core. numpy's sum of a row is one of pairs, as accurate as `exact.softmax_terms`.
-    """
-    values, chosen = np.asarray(logits), np.asarray(labels)
-    weights = (chosen >= 0) / np.asarray(count, np.float32)
-    losses = np.empty(len(values), np.float32)
-    step = max(_BLOCK // values.shape[1], 1)
-    for start in range(0, len(values), step):
-        block = slice(start, start + step)
-        rows, weight = values[block], weights[block, None].astype(np.float32)
-        places = np.arange(len(rows)), np.maximum(chosen[block], 0)
-        if softcap is not None:
-            bounded = np.tanh(rows / softcap)
-            np.multiply(bounded, softcap, out=rows)
-        largest, own = rows.max(axis=1, keepdims=True), rows[places]
-        with np.errstate(invalid="ignore"):  # infinities; MLX has no warnings either
-            rows -= largest
-            np.exp(rows, out=rows)
-            total = rows.sum(axis=1, keepdims=True)
-            losses[block] = (np.log(total) + largest)[:, 0] - own
-            rows *= weight / total
-        rows[places] -= weight[:, 0]
-        if softcap is not None:
-            rows *= 1 - np.square(bounded)
-    return mx.array(np.where(chosen >= 0, losses, 0)), logits
 
 
 def _add_product(total: Array | None, a: Array, b: Array, dtype: mx.Dtype) -> Array:

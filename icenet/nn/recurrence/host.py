@@ -12,6 +12,7 @@ Shapes: T steps, B rows, H hidden_size, G gates. Arguments and results are MLX a
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any, TypeAlias
 
 import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
@@ -19,7 +20,7 @@ import icenet.blas  # noqa: F401  (before mlx: it decides which BLAS MLX finds)
 import mlx.core as mx
 import numpy as np
 
-from icenet.nn.arrays import Array, has_values
+from icenet.nn.arrays import Array, on_cpu
 from icenet.nn.recurrence.products import Product
 
 Arrays: TypeAlias = tuple[Any, ...]
@@ -31,10 +32,22 @@ _without_warnings = np.errstate(over="ignore", invalid="ignore")
 def is_used(projected: Array, *others: Array | None) -> bool:
     """Returns whether these functions compute a layer: several steps, unless ICENET_RECURRENT_KERNELS is "off"."""
     is_off = os.environ.get("ICENET_RECURRENT_KERNELS") == "off"
-    given = [array for array in (projected, *others) if array is not None]
-    if is_off or len(projected) <= 1 or projected.size == 0:
+    return not is_off and len(projected) > 1 and projected.size > 0 and _has_values(projected, *others)
+
+
+def _has_values(*arrays: Array | None) -> bool:
+    """Returns whether numpy can read arrays, which are then evaluated: fp32 or bool, on a Linux CPU.
+
+    Inside `mx.compile` and `mx.vmap` arrays have no values. Inside `mx.grad` and `mx.vjp` they have.
+    """
+    given: Any = [array for array in arrays if array is not None]
+    if sys.platform != "linux" or not on_cpu() or any(array.dtype not in (mx.float32, mx.bool_) for array in given):
         return False
-    return all(array.dtype in (mx.float32, mx.bool_) for array in given) and has_values(*given)
+    try:
+        mx.eval(given)
+    except ValueError:  # MLX has no function that tells whether it traces
+        return False
+    return True
 
 
 @_without_warnings

@@ -239,12 +239,6 @@ FAULTS: dict[str, list[Fault]] = {
             ["nn/test_loss.py::test_loss_and_gradients_are_those_of_all_logits"],
         ),
         Fault(
-            "the softcap has no gradient on a CPU",
-            "            rows *= 1 - np.square(bounded)",
-            "            pass",
-            ["nn/test_loss.py::test_loss_and_gradients_are_those_of_all_logits"],
-        ),
-        Fault(
             "logits of a chunked loss are not rounded on MLX",
             "logits = logits.astype(x.dtype).astype(w.dtype)",
             "logits = logits",
