@@ -342,7 +342,7 @@ def grid_sample(x, grid, mode=0, padding=0, align_corners=False):
                 index = _reflected(index, size, padding, align_corners)
             within = (index >= 0) & (index <= size - 1)  # not if it is NaN, which is no index
             inside = inside & within
-            flat = flat * size + mx.where(within, mx.stop_gradient(index), 0).astype(mx.int32)
+            flat = flat * size + mx.stop_gradient(mx.where(within, index, 0)).astype(mx.int32)
         images = x.reshape(x.shape[0], -1, x.shape[-1])
         rows = mx.arange(x.shape[0]).reshape([-1] + [1] * (flat.ndim - 1))
         return mx.where(inside[..., None], images[rows, flat], 0)
