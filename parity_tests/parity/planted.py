@@ -284,17 +284,17 @@ def _(original: Any, name: str, x: Array) -> Any:
 
 
 @replaces("linear: bias missing", linear, "linear")
-def _(original: Any, x: Array, weight: Array, bias: Array | None = None, generates: bool = False) -> Array:
+def _(original: Any, x: Array, weight: Array, bias: Array | None = None, *_: Any) -> Array:
     return original(x, weight, None if bias is None else bias * 0)  # type: ignore[no-any-return]
 
 
 @replaces("linear: bias added twice", linear, "linear")
-def _(original: Any, x: Array, weight: Array, bias: Array | None = None, generates: bool = False) -> Array:
+def _(original: Any, x: Array, weight: Array, bias: Array | None = None, *_: Any) -> Array:
     return original(x, weight, None if bias is None else bias * 2)  # type: ignore[no-any-return]
 
 
 @replaces("linear: gradient of the bias too large by 1e-5", linear, "linear")
-def _(original: Any, x: Array, weight: Array, bias: Array | None = None, generates: bool = False) -> Array:
+def _(original: Any, x: Array, weight: Array, bias: Array | None = None, *_: Any) -> Array:
     y = original(x, weight, bias)
     return y if bias is None else y + (1e-5 * (bias - mx.stop_gradient(bias))).astype(y.dtype)  # type: ignore
 
@@ -306,17 +306,17 @@ def to_tf32(x: Array) -> Array:
 
 
 @replaces("linear: factors rounded to TF32", linear, "linear")
-def _(original: Any, x: Array, weight: Array, bias: Array | None = None, generates: bool = False) -> Array:
+def _(original: Any, x: Array, weight: Array, bias: Array | None = None, *_: Any) -> Array:
     return original(to_tf32(x), to_tf32(weight), bias)  # type: ignore[no-any-return]
 
 
 @replaces("linear: products too large by 1e-5", linear, "linear")
-def _(original: Any, x: Array, weight: Array, bias: Array | None = None, generates: bool = False) -> Array:
+def _(original: Any, x: Array, weight: Array, bias: Array | None = None, *_: Any) -> Array:
     return original(x * (1 + 1e-5), weight, bias)  # type: ignore[no-any-return]
 
 
 @replaces("linear: gradient of the weight missing its first row", linear, "linear")
-def _(original: Any, x: Array, weight: Array, bias: Array | None = None, generates: bool = False) -> Array:
+def _(original: Any, x: Array, weight: Array, bias: Array | None = None, *_: Any) -> Array:
     return original(x, mx.concatenate([mx.stop_gradient(weight[:1]), weight[1:]]), bias)  # type: ignore
 
 
