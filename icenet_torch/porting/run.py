@@ -264,7 +264,7 @@ def intermediate(program: Any, args: Any, kwargs: Any) -> dict[str, np.ndarray]:
     class Recorder(torch.fx.Interpreter):
         def run_node(self, node: Any) -> Any:
             result = super().run_node(node)
-            if isinstance(result, torch.Tensor):
+            if isinstance(result, torch.Tensor) and node.users:  # of an unused buffer, PyTorch 2.11 keeps the shape
                 values[node.name] = to_numpy(result).copy()
             return result
 
