@@ -83,7 +83,7 @@ def _other(name: str, value: Value, rows: int, generator: np.random.Generator) -
     array, first = value.array, float(value.array.flat[0])
     if not np.isfinite(first):
         return None
-    if rows > 1:
+    if rows > 1 and not _MASKS.search(name):  # which may have the values of ids by chance
         return generator.integers(0, rows, array.shape)
     hidden = _hidden(array.shape, generator)
     if array.dtype.kind == "b":  # True is visible, or padding

@@ -169,3 +169,17 @@ def test_the_file_to_replay_has_the_other_values(tmp_path: Any) -> None:
         lambda m, x, mask: m.fc(x).mean(1), mean_of, given, replay=str(tmp_path / "small.npz"), stages=["forward"]
     )
     assert not np.load(report.replay)["mask"].all()
+
+
+def test_a_mask_with_the_values_of_the_ids_gets_no_ids() -> None:
+    """The two sides hide an element by other formulas, which agree for masks of 0 and 1 only."""
+
+    def ours(m: Any, ids: Any, mask: Any) -> Any:
+        return mx.softmax(m.fc(m.embed(ids)) + (1 - mask)[..., None] * -1e9, 1)
+
+    def theirs(m: Any, ids: Any, mask: Any) -> Any:
+        return torch.softmax(m.fc(m.embed(ids)).masked_fill((mask == 0)[..., None], -1e9), 1)
+
+    ones = np.ones((1, 3), np.int32)
+    report = report_of(ours, theirs, {"ids": ones, "mask": ones}, stages=["forward"])
+    assert report.passed, report

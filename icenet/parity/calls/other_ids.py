@@ -48,6 +48,11 @@ def offset(array: Array, ids: Array) -> int | None:
     return int(distance.flat[0]) if (distance == distance.flat[0]).all() else None
 
 
+def _are_known(ids: Array) -> bool:
+    """Returns whether an array with the values of ids is an array of ids: a mask may have few by chance."""
+    return len(np.unique(ids)) > 1 and int(ids.max()) > 1
+
+
 def replay_ids(c: Comparison, pairs: list[Pair]) -> dict[int, dict[str, Judgement]]:
     """Returns the judgements that are over the tolerance at other ids, by the number of the event in `b`.
 
@@ -69,7 +74,8 @@ def replay_ids(c: Comparison, pairs: list[Pair]) -> dict[int, dict[str, Judgemen
         for pair in pairs:
             places = [(n, by) for n, item in _arguments(pair) if (by := offset(item.array, ids)) is not None]
             key = (pair.b.number, rows)
-            if pair.obstacle or not places or key in done or _is_plain(c, pair):
+            are_ids = pair.b is event or _are_known(ids)
+            if not are_ids or pair.obstacle or not places or key in done or _is_plain(c, pair):
                 continue
             done.add(key)
             if over := _judge_at(c, pair, places, np.resize(unseen, ids.shape)):
