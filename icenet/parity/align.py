@@ -74,7 +74,7 @@ def alignment(kind: str | None, ours: Array, theirs: Array, shapes: Shapes) -> s
     Args:
         kind: Kind of the layer that both sides call; None if it does not determine the alignment.
         ours, theirs: The array in MLX and in PyTorch.
-        shapes: Alignments of other arrays of the run .
+        shapes: Alignments of other arrays of the run, by shape.
     """
     determined = KINDS.get(kind or "")
     if ours.ndim < 3 or determined == SAME:
